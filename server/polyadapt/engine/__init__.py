@@ -1,0 +1,1 @@
+"""Time: requests, scheduling, KV memory and the step loop."""

@@ -1,0 +1,212 @@
+"""The types that cross every border: requests, events, adapter identities, the base's description.
+
+Plain frozen data. Knows no tensors, no HTTP and no storage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+Tier = Literal["device", "host", "store"]
+SiteKind = Literal["linear", "embedding", "bias"]
+
+
+# --------------------------------------------------------------------------- adapters
+@dataclass(frozen=True, slots=True)
+class AdapterId:
+    """What a name resolved to. Caches are keyed by `digest`, never by name or version."""
+
+    name: str
+    version: int
+    digest: str  # "sha256:<64 hex>" over the adapter's files
+
+
+@dataclass(frozen=True, slots=True)
+class AppliedAdapter:
+    """One adapter of one request. `scale` 0 equals the base exactly."""
+
+    adapter: AdapterId
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServedAdapter:
+    """What a request was really served with; `tier` is where its weights lay when it was admitted."""
+
+    adapter: AdapterId
+    tier: Tier
+    load_ms: float
+
+
+# --------------------------------------------------------------------------- the base model
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """One place of the base model that an adapter can change.
+
+    kind `linear`: y [rows, out] = W x [rows, in] (+ bias); `embedding`: in = vocabulary size, out = width;
+    `bias`: a module such as LayerNorm whose additive bias alone can be replaced (in = out = width).
+    """
+
+    path: str  # module path in the base, e.g. "model.layers.0.self_attn.q_proj"
+    kind: SiteKind
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """All that validation needs to know of the resident base model, without its weights."""
+
+    name: str
+    digest: str  # "sha256:..." over the config and the weight files
+    architecture: str  # e.g. "LlamaForCausalLM"
+    vocab_size: int
+    max_model_len: int  # longest prompt plus output, in tokens
+    is_tied: bool  # input embedding and lm_head share one weight
+    embedding_path: str
+    head_path: str
+    sites: tuple[SiteSpec, ...]  # the index is the site id
+
+
+# --------------------------------------------------------------------------- requests
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Order: penalties, logit_bias, min_tokens, temperature, top_k, top_p, min_p."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = off
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0  # 64-bit; token i of sequence j is a pure function of (seed, j, i) and the logits
+    stop_token_ids: tuple[int, ...] = ()  # end the sequence; the eos ids are added by the engine
+    ignore_eos: bool = False
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    num_logprobs: int | None = None  # None: no logprobs; k: the chosen token and the k likeliest
+    num_prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One unit of work for the engine: `n` sequences sampled from one prompt."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapters: tuple[AppliedAdapter, ...] = ()
+    n: int = 1
+    timeout_s: float | None = None
+
+
+# --------------------------------------------------------------------------- events
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural log-probability of a token under the raw model distribution, and the likeliest others."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The request was admitted: its adapters are on the device and leased."""
+
+    request_id: str
+    served: tuple[ServedAdapter, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Logprobs of the prompt's tokens 1.. (the first has none); only when asked for."""
+
+    request_id: str
+    index: int
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """New tokens of sequence `index`; the last one of a sequence carries its finish reason.
+
+    A stop token (eos or stop_token_ids) is reported like any token, with finish_reason "stop" and
+    `stop_token_id` set; whoever builds text leaves it out.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Every sequence of the request has ended, or it was cancelled by its caller."""
+
+    request_id: str
+    is_cancelled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request ended with an error; `code` is one of errors.py."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+Event = Started | PromptScored | Tokens | Finished | Failed
+
+
+# --------------------------------------------------------------------------- the engine's state
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine says of itself once, when it is ready."""
+
+    base: BaseSpec
+    eos_token_ids: tuple[int, ...]
+    device: str
+    dtype: str
+    num_pages: int
+    page_size: int  # tokens per KV page
+    max_num_seqs: int
+    max_waiting: int
+    adapter_bytes: int  # device memory for adapters
+    strategy: str  # the kernel that serves the adapter operation, with its reason
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where one adapter's weights are."""
+
+    digest: str
+    tier: Tier
+    is_pinned: bool = False
+    num_leases: int = 0
+    last_used: float = 0.0  # unix seconds
+    nbytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot between two steps. Counters only grow while one engine lives."""
+
+    num_steps: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_used_pages: int = 0
+    num_pages: int = 0
+    adapter_bytes_used: int = 0
+    resident: tuple[Residency, ...] = ()  # device and host tiers
+    waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for
+    counters: dict[str, int] = field(default_factory=dict)  # see engine/counters.py

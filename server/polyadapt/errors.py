@@ -1,28 +1,28 @@
 """Every error a caller can react to, with its HTTP status and stable code. Knows no HTTP library.
 
-    PolyadaptError
-    ├── InvalidRequest                400 invalid_request         the request itself is wrong
-    │   ├── UnsupportedField          400 unsupported_field       a field that would change the output
-    │   └── ContextLengthExceeded     400 context_length_exceeded
-    ├── Unauthenticated               401 invalid_api_key
-    ├── Forbidden                     403 forbidden
-    │   └── ForeignOrigin             403 foreign_origin
-    ├── NotFound                      404 not_found
-    │   └── ModelNotFound             404 model_not_found         also every adapter name
-    ├── Conflict                      409 conflict
-    ├── PayloadTooLarge               413 payload_too_large
-    ├── UnsupportedMediaType          415 unsupported_media_type
-    ├── AdapterRejected               422 adapter_rejected        lists every problem found
-    ├── QueueFull                     429 queue_full              retry_after_s
-    ├── RequestCancelled              499 request_cancelled
-    │   └── AdapterDeleted            410 adapter_deleted         DELETE ...?mode=now under way
-    ├── InternalError                 500 internal_error
-    │   └── NumericalError            500 numerical_error         non-finite logits of this request
-    ├── Unavailable                   503 unavailable             retry_after_s
-    │   ├── EngineUnavailable         503 engine_unavailable
-    │   └── AdapterUnavailable        503 adapter_unavailable     its weights cannot be placed now
-    ├── RequestTimeout                504 request_timeout
-    └── StartupError                  never HTTP: the server or a command cannot start
+PolyadaptError
+├── InvalidRequest                400 invalid_request         the request itself is wrong
+│   ├── UnsupportedField          400 unsupported_field       a field that would change the output
+│   └── ContextLengthExceeded     400 context_length_exceeded
+├── Unauthenticated               401 invalid_api_key
+├── Forbidden                     403 forbidden
+│   └── ForeignOrigin             403 foreign_origin
+├── NotFound                      404 not_found
+│   └── ModelNotFound             404 model_not_found         also every adapter name
+├── Conflict                      409 conflict
+├── PayloadTooLarge               413 payload_too_large
+├── UnsupportedMediaType          415 unsupported_media_type
+├── AdapterRejected               422 adapter_rejected        lists every problem found
+├── QueueFull                     429 queue_full              retry_after_s
+├── RequestCancelled              499 request_cancelled
+│   └── AdapterDeleted            410 adapter_deleted         DELETE ...?mode=now under way
+├── InternalError                 500 internal_error
+│   └── NumericalError            500 numerical_error         non-finite logits of this request
+├── Unavailable                   503 unavailable             retry_after_s
+│   ├── EngineUnavailable         503 engine_unavailable
+│   └── AdapterUnavailable        503 adapter_unavailable     its weights cannot be placed now
+├── RequestTimeout                504 request_timeout
+└── StartupError                  never HTTP: the server or a command cannot start
 """
 
 from __future__ import annotations
@@ -108,6 +108,14 @@ class ModelNotFound(NotFound):
     """No base model, adapter or version answers to this name."""
 
     code = "model_not_found"
+
+
+class MethodNotAllowed(PolyadaptError):
+    """The path exists and does not take this method."""
+
+    status = 405
+    code = "method_not_allowed"
+    type = "invalid_request_error"
 
 
 class Conflict(PolyadaptError):

@@ -33,7 +33,9 @@ class AppliedAdapter:
 
 @dataclass(frozen=True, slots=True)
 class ServedAdapter:
-    """What a request was really served with; `tier` is where its weights lay when it was admitted."""
+    """What a request was really served with; `tier` is where its weights lay when it was
+    admitted.
+    """
 
     adapter: AdapterId
     tier: Tier
@@ -45,8 +47,9 @@ class ServedAdapter:
 class SiteSpec:
     """One place of the base model that an adapter can change.
 
-    kind `linear`: y [rows, out] = W x [rows, in] (+ bias); `embedding`: in = vocabulary size, out = width;
-    `bias`: a module such as LayerNorm whose additive bias alone can be replaced (in = out = width).
+    kind `linear`: y [rows, out] = W x [rows, in] (+ bias); `embedding`: in = vocabulary size, out
+    = width; `bias`: a module such as LayerNorm whose additive bias alone can be replaced (in =
+    out = width).
     """
 
     path: str  # module path in the base, e.g. "model.layers.0.self_attn.q_proj"
@@ -74,7 +77,9 @@ class BaseSpec:
 # --------------------------------------------------------------------------- requests
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Order: penalties, logit_bias, min_tokens, temperature, top_k, top_p, min_p."""
+    """How the next token is chosen. Order: penalties, logit_bias, min_tokens, temperature, top_k,
+    top_p, min_p.
+    """
 
     max_tokens: int
     min_tokens: int = 0
@@ -108,7 +113,9 @@ class Request:
 # --------------------------------------------------------------------------- events
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Natural log-probability of a token under the raw model distribution, and the likeliest others."""
+    """Natural log-probability of a token under the raw model distribution, and the likeliest
+    others.
+    """
 
     token_id: int
     logprob: float

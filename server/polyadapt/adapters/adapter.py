@@ -35,14 +35,17 @@ class AdapterPlan:
     num_elements: int  # device elements: per site r*in + r*out (+ out with a bias)
     reads: tuple[TensorRead, ...]
     notes: tuple[str, ...] = ()  # config keys that were read and have no effect when serving
+    is_scalable: bool = True  # False: this checkpoint replaces something that no scale can multiply
 
 
 @dataclass(frozen=True, slots=True)
 class LowRank:
-    """One module of one adapter: y += B (A x) + bias, every constant scale already inside B and bias.
+    """One module of one adapter: y += B (A x) + bias, every constant scale already inside B and
+    bias.
 
-    Shapes: a [rank, in], b [out, rank], bias [out] or None; all float32 and contiguous, on the host.
-    For an embedding `in` is the vocabulary and A x is the column of the token. rank may be 0.
+    Shapes: a [rank, in], b [out, rank], bias [out] or None; all float32 and contiguous, on the
+    host. For an embedding `in` is the vocabulary and A x is the column of the token. rank may be
+    0.
     """
 
     a: torch.Tensor
@@ -54,7 +57,9 @@ class BaseWeights(Protocol):
     """Row-by-row access to the resident base, for families whose checkpoints refer to it."""
 
     def weight(self, site_id: int) -> torch.Tensor:
-        """The site's weight [out, in] (embedding: [vocabulary, width]) as a view or copy, any dtype."""
+        """The site's weight [out, in] (embedding: [vocabulary, width]) as a view or copy, any
+        dtype.
+        """
 
     def bias(self, site_id: int) -> torch.Tensor | None:
         """The site's base bias [out], or None."""
@@ -72,9 +77,17 @@ class Family(Protocol):
     def plan(
         self, config: Mapping[str, Any], header: Mapping[str, TensorInfo], base: BaseSpec
     ) -> AdapterPlan:
-        """Check the config and every tensor's name, shape and dtype; raises AdapterRejected with all problems."""
+        """Check the config and every tensor's name, shape and dtype; raises AdapterRejected with
+        all problems.
+        """
 
     def read(
-        self, config: Mapping[str, Any], checkpoint: Checkpoint, base: BaseSpec, weights: BaseWeights
+        self,
+        config: Mapping[str, Any],
+        checkpoint: Checkpoint,
+        base: BaseSpec,
+        weights: BaseWeights,
     ) -> dict[int, LowRank]:
-        """Return site id -> LowRank; takes every tensor of the checkpoint; raises AdapterRejected."""
+        """Return site id -> LowRank; takes every tensor of the checkpoint; raises
+        AdapterRejected.
+        """

@@ -39,15 +39,19 @@ class EngineClient(Protocol):
     def submit(self, request: Request) -> AsyncIterator[Event]:
         """Yield the request's events, ending with one Finished or Failed.
 
-        Raises QueueFull or EngineUnavailable at the first step of the iteration. Closing the iterator
-        early (aclose) cancels the request: it is freed at the next step.
+        Raises QueueFull or EngineUnavailable at the first step of the iteration. Closing the
+        iterator early (aclose) cancels the request: it is freed at the next step.
         """
 
     async def prepare_adapter(self, adapter: AdapterId) -> Residency:
-        """Read and check the adapter's weights into host memory; raises AdapterRejected or Unavailable."""
+        """Read and check the adapter's weights into host memory; raises AdapterRejected or
+        Unavailable.
+        """
 
     async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
-        """Bring the adapter to the device and set its pin; raises AdapterRejected or Unavailable."""
+        """Bring the adapter to the device and set its pin; raises AdapterRejected or
+        Unavailable.
+        """
 
     async def unload_adapter(self, digest: str) -> None:
         """Release every tier; returns when no running request uses the digest any more."""

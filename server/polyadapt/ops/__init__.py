@@ -1,0 +1,1 @@
+"""Tensors: the plan of a step and the gated segmented product that reads it."""

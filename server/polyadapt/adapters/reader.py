@@ -1,0 +1,51 @@
+"""Read one stored adapter into its packed host form. Runs in the pool's loader thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from polyadapt.adapters.adapter import BaseWeights
+from polyadapt.adapters.packing import PackedAdapter, pack
+from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.errors import AdapterUnavailable
+from polyadapt.types import BaseSpec
+from polyadapt_store.blobs import BlobStore
+from polyadapt_store.checkpoint import Checkpoint
+
+
+class AdapterReader:
+    """Callable: digest -> PackedAdapter; raises AdapterRejected or AdapterUnavailable."""
+
+    def __init__(
+        self, blob_root: Path, base: BaseSpec, weights: BaseWeights, dtype: torch.dtype
+    ) -> None:
+        self._blobs = BlobStore(blob_root)
+        self._base = base
+        self._weights = weights
+        self._dtype = dtype
+
+    def __call__(self, digest: str) -> PackedAdapter:
+        """Verify nothing twice: uploads were validated, the family checks what only weights can
+        tell.
+        """
+        directory = self._blobs.path(digest)
+        try:
+            config = read_config(directory / "adapter_config.json")
+            checkpoint = Checkpoint(directory / "adapter_model.safetensors")
+        except OSError as error:
+            raise AdapterUnavailable(
+                f"the stored files of {digest} cannot be read ({error.strerror}); upload it again"
+            ) from error
+        with checkpoint:
+            family = family_of(config)
+            family.plan(config, checkpoint.header, self._base)  # a store may outlive its base
+            modules = family.read(config, checkpoint, self._base, self._weights)
+        has_replaced = any(module.bias is not None for module in modules.values())
+        return pack(
+            modules,
+            self._base,
+            self._dtype,
+            is_scalable=family.is_scalable and not has_replaced,
+        )

@@ -1,0 +1,171 @@
+"""Put an engine together on one device: model, memory budgets, pool, scheduler. The only place
+that knows all.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from polyadapt.adapters.pool import AdapterPool
+from polyadapt.adapters.reader import AdapterReader
+from polyadapt.config import EngineConfig
+from polyadapt.engine import kv_cache
+from polyadapt.engine.engine import Engine
+from polyadapt.engine.pages import PageAllocator
+from polyadapt.engine.runner import ModelRunner
+from polyadapt.engine.scheduler import Scheduler
+from polyadapt.errors import StartupError
+from polyadapt.models.load import BaseModel, load_base
+from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops.gated_matmul import strategy
+from polyadapt.ops.plan import PlanBuffers
+from polyadapt.types import BaseSpec, EngineInfo
+
+logger = logging.getLogger(__name__)
+
+_MAX_SLOTS = 1024  # resident adapters; the cell table costs 24 bytes per slot and site
+_KV_SHARE, _KV_CAP = 0.25, 4 << 30  # of the free memory, when --kv-cache-bytes is not given
+_ADAPTER_SHARE, _ADAPTER_CAP = 0.15, 2 << 30
+
+
+def build_engine(
+    config: EngineConfig,
+    model_dir: Path,
+    blob_root: Path,
+    wake: Callable[[], None],
+    *,
+    name: str,
+) -> Engine:
+    """Load the model and allocate its memory; raises StartupError with the reason."""
+    device = _device(config.device)
+    dtype = _dtype(config.dtype, device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    base = load_base(
+        model_dir, name=name, device=device, dtype=dtype, max_model_len=config.max_model_len
+    )
+    num_pages = _num_pages(config, base)
+    base.spec = _limited(base.spec, num_pages * config.page_size, config.max_model_len)
+    kv_cache.allocate(base, num_pages, config.page_size)
+
+    adapter_bytes = int(
+        config.max_adapter_bytes or min(_ADAPTER_CAP, int(_free_bytes(device) * _ADAPTER_SHARE))
+    )
+    arena = torch.zeros(adapter_bytes // dtype.itemsize, dtype=dtype, device=device)
+    cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
+    max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
+    tokens, outputs = PlanBuffers(max_rows, device), PlanBuffers(max_rows, device)
+    wrap_sites(base.module, arena, cells, tokens, outputs, base.spec.head_path)
+
+    counters: Counter[str] = Counter()
+    pool = AdapterPool(
+        arena=arena,
+        cells=cells,
+        read=AdapterReader(blob_root, base.spec, base, dtype),
+        host_bytes=int(config.host_adapter_bytes),
+        counters=counters,
+        wake=wake,
+    )
+    scheduler = Scheduler(
+        PageAllocator(num_pages, config.page_size),
+        pool,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        counters=counters,
+    )
+    info = EngineInfo(
+        base=base.spec,
+        eos_token_ids=base.eos_token_ids,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_num_seqs=config.max_num_seqs,
+        max_waiting=config.max_waiting,
+        adapter_bytes=adapter_bytes,
+        strategy=strategy(),
+    )
+    runner = ModelRunner(base, tokens, outputs, config.page_size)
+    logger.info(
+        "serving %s on %s in %s with %d threads: %d KV pages of %d tokens, %d MiB for adapters, %s",
+        base.spec.architecture, device, info.dtype, torch.get_num_threads(), num_pages,
+        config.page_size, adapter_bytes >> 20, info.strategy,
+    )  # fmt: skip
+    return Engine(info=info, scheduler=scheduler, runner=runner, pool=pool, counters=counters)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise StartupError(
+            f"--device {name} was asked for and torch {torch.__version__} sees no CUDA device; "
+            "use --device cpu or install a CUDA build of torch"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the device multiplies it natively, else float32, with the reason
+    logged.
+    """
+    if name != "auto":
+        return torch.float32 if name == "float32" else torch.bfloat16
+    if device.type == "cuda":
+        return torch.bfloat16
+    capability = torch.cpu.get_capabilities()
+    is_native = bool(capability.get("amx_bf16") or capability.get("avx512_bf16"))
+    if not is_native:
+        logger.info("dtype float32: this processor has no bfloat16 products, which would be slower")
+    return torch.bfloat16 if is_native else torch.float32
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():  # counts the page cache as free, which sysconf does not
+        for line in meminfo.read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _num_pages(config: EngineConfig, base: BaseModel) -> int:
+    page_nbytes = kv_cache.token_nbytes(base) * config.page_size
+    if config.kv_cache_bytes is not None:
+        budget = int(config.kv_cache_bytes)
+    else:
+        budget = min(_KV_CAP, int(_free_bytes(base.device) * _KV_SHARE))
+        # More than every row at full length is never used.
+        longest = -(-base.spec.max_model_len // config.page_size)
+        budget = min(budget, longest * config.max_num_seqs * page_nbytes)
+    if budget < 2 * page_nbytes:
+        raise StartupError(
+            f"--kv-cache-bytes {budget} holds fewer than two pages of {page_nbytes} bytes; raise it"
+        )
+    return budget // page_nbytes
+
+
+def _limited(spec: BaseSpec, num_tokens: int, asked: int | None) -> BaseSpec:
+    """The context that one sequence can really have: the KV memory bounds it."""
+    if num_tokens >= spec.max_model_len:
+        return spec
+    if asked is not None:
+        raise StartupError(
+            f"the KV memory holds {num_tokens} tokens, fewer than --max-model-len {asked}; "
+            "raise --kv-cache-bytes or lower --max-model-len"
+        )
+    logger.warning(
+        "the KV memory holds %d tokens: the context is cut from %d to that",
+        num_tokens, spec.max_model_len,
+    )  # fmt: skip
+    return replace(spec, max_model_len=num_tokens)

@@ -1,0 +1,329 @@
+"""The engine between two moments: takes commands, runs one step, returns what happened.
+
+Single-threaded; owns time. A step is always one forward, and a fault of one request ends that
+request alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from polyadapt.adapters.pool import AdapterPool
+from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
+from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
+from polyadapt.engine.runner import ModelRunner
+from polyadapt.engine.sampler import sample, score
+from polyadapt.engine.scheduler import ScheduledRows, Scheduler
+from polyadapt.errors import (
+    AdapterDeleted,
+    AdapterRejected,
+    InternalError,
+    InvalidRequest,
+    NumericalError,
+    PolyadaptError,
+    RequestTimeout,
+)
+from polyadapt.types import (
+    EngineInfo,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptScored,
+    Residency,
+    Started,
+    TokenLogprob,
+    Tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Schedules, runs and samples; `step` returns events and replies."""
+
+    def __init__(
+        self,
+        *,
+        info: EngineInfo,
+        scheduler: Scheduler,
+        runner: ModelRunner,
+        pool: AdapterPool,
+        counters: Counter[str],
+    ) -> None:
+        self.info = info
+        self.scheduler = scheduler
+        self.runner = runner
+        self.pool = pool
+        self.counters = counters
+        self._groups: dict[str, RequestGroup] = {}
+        self._events: list[Event] = []
+        self._replies: list[Reply] = []
+
+    # ------------------------------------------------------------------ commands
+    def execute(self, command: Command) -> None:
+        """Take one command; its effects are in the next step's output."""
+        if isinstance(command, Submit):
+            group = RequestGroup.of(command.request, time.monotonic())
+            self._groups[command.request.id] = group
+            self.scheduler.add(group)
+        elif isinstance(command, Cancel):
+            group_or_none = self._groups.get(command.request_id)
+            if group_or_none is not None:  # else it ended while the message was on its way
+                self.counters["cancelled_requests"] += 1
+                self._end(group_or_none, Finished(command.request_id, is_cancelled=True))
+        else:
+            self._call(command)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything: requests, loads, or answers not handed out yet."""
+        return bool(
+            self.scheduler.has_work or self.pool.is_loading or self._events or self._replies
+        )
+
+    # ------------------------------------------------------------------ the step
+    def step(self) -> StepOutput:
+        """Move loads on, run at most one forward, and return everything that happened."""
+        self.pool.poll()
+        self._expire()
+        batch = self.scheduler.schedule()
+        self._fail_unloadable()
+        batch = self._start(batch)
+        if batch:
+            self._observe(batch)
+            for rows, logits in zip(batch, self._run(batch), strict=True):
+                self._advance(rows, logits)
+        num_rows = sum(rows.num_tokens for rows in batch)
+        output = StepOutput(self._events, self._replies, self.stats(), num_rows)
+        self._events, self._replies = [], []
+        return output
+
+    def stats(self) -> EngineStats:
+        """A snapshot of queue, memory and counters."""
+        pages = self.scheduler.pages
+        waiting = [
+            applied.adapter.digest
+            for group in self.scheduler.waiting_groups()
+            for applied in group.request.adapters
+        ]
+        return EngineStats(
+            num_steps=self.counters["steps"],
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_used_pages=pages.num_used,
+            num_pages=pages.num_pages,
+            adapter_bytes_used=self.pool.nbytes_used,
+            resident=self.pool.residencies(),
+            waiting_digests=tuple(dict.fromkeys(waiting)),
+            counters=dict(self.counters),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert the book-keeping of every owner of memory; cheap enough for an idle moment."""
+        self.scheduler.check_integrity()
+        self.pool.check_integrity()
+        leases = sum(len(sequence.slots) for sequence in self.scheduler.running)
+        held = sum(residency.num_leases for residency in self.pool.residencies())
+        assert leases == held, f"{held} leases are held for {leases} adapter uses"
+
+    # ------------------------------------------------------------------ inside a step
+    def _run(self, batch: list[ScheduledRows]) -> list[torch.Tensor | None]:
+        """Logits per sequence; None for one whose rows cannot be computed."""
+        try:
+            return list(self.runner.run(batch))
+        except Exception:
+            # Keys and values are written by position, so that running rows again is harmless.
+            logger.exception("a step of %d sequences failed; running each alone", len(batch))
+            self.counters["isolated_steps"] += 1
+        results: list[torch.Tensor | None] = []
+        for rows in batch:
+            try:
+                results += self.runner.run([rows])
+            except Exception:
+                logger.exception("request %s failed alone", rows.sequence.group.request.id)
+                results.append(None)
+        return results
+
+    def _start(self, batch: list[ScheduledRows]) -> list[ScheduledRows]:
+        """Announce requests on their first rows; refuse those whose adapters cannot be scaled
+        so.
+        """
+        for rows in batch:
+            group = rows.sequence.group
+            if group.is_started or group.request.id not in self._groups:
+                continue
+            group.is_started = True
+            adapters = group.request.adapters
+            for applied, slot in zip(adapters, rows.sequence.slots, strict=True):
+                if applied.scale not in (0.0, 1.0) and not self.pool.is_scalable(slot):
+                    self._fail(
+                        group,
+                        InvalidRequest(
+                            f"adapter '{applied.adapter.name}' replaces weights of the base and "
+                            f"cannot be scaled by {applied.scale}; use a scale of 1 or 0",
+                            param="adapters",
+                        ),
+                    )
+            if group.request.id in self._groups:
+                served = tuple(self.pool.served(applied.adapter) for applied in adapters)
+                self._events.append(Started(group.request.id, served))
+        return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
+
+    def _advance(self, rows: ScheduledRows, logits: torch.Tensor | None) -> None:
+        """Take in a sequence's logits: count its rows as computed, and sample if it is complete."""
+        sequence = rows.sequence
+        group = sequence.group
+        if sequence.state is not SequenceState.RUNNING:  # a sibling's failure ended the request
+            return
+        if logits is None:
+            self._fail(group, InternalError("the model failed on this request; see the server log"))
+            return
+        is_last_chunk = rows.is_last_chunk
+        if len(logits) > 1 or (len(logits) == 1 and not is_last_chunk):
+            self._score_prompt(sequence, logits)
+        sequence.num_computed += rows.num_tokens
+        if not is_last_chunk or sequence.is_companion:
+            return
+        self._announce_scores(sequence)
+        sampled = sample(logits[-1], sequence, self._end_tokens(sequence))
+        if sampled is None:
+            self.counters["numerical_errors"] += 1
+            self._fail(group, NumericalError("the model returned non-finite logits"))
+            return
+        sequence.token_ids.append(sampled.token_id)
+        reason, stop_token_id = self._finish_reason(sequence, sampled.token_id)
+        self._events.append(
+            Tokens(
+                group.request.id,
+                sequence.index,
+                (sampled.token_id,),
+                (sampled.logprob,) if sampled.logprob else (),
+                reason,
+                stop_token_id,
+            )
+        )
+        self.counters["generated_tokens"] += 1
+        if reason is not None:
+            self.scheduler.finish(sequence)
+            if group.is_done:
+                self._end(group, Finished(group.request.id))
+
+    def _finish_reason(
+        self, sequence: Sequence, token_id: int
+    ) -> tuple[FinishReason | None, int | None]:
+        params = sequence.group.request.sampling
+        if token_id in self._end_tokens(sequence):
+            return "stop", token_id
+        is_full = len(sequence.token_ids) >= self.info.base.max_model_len
+        if sequence.num_output >= params.max_tokens or is_full:
+            return "length", None
+        return None, None
+
+    def _end_tokens(self, sequence: Sequence) -> tuple[int, ...]:
+        params = sequence.group.request.sampling
+        eos = () if params.ignore_eos else self.info.eos_token_ids
+        return (*eos, *params.stop_token_ids)
+
+    def _score_prompt(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        num_top = sequence.group.request.sampling.num_prompt_logprobs or 0
+        for row, position in enumerate(
+            range(sequence.num_computed + 1, sequence.num_computed + 1 + len(logits))
+        ):
+            if position < sequence.num_prompt:
+                scored = score(logits[row], sequence.token_ids[position], num_top)
+                sequence.prompt_logprobs.append(scored)
+
+    def _announce_scores(self, sequence: Sequence) -> None:
+        params = sequence.group.request.sampling
+        if params.num_prompt_logprobs is None or sequence.is_scored:
+            return
+        sequence.is_scored = True
+        scores: tuple[TokenLogprob, ...] = tuple(sequence.prompt_logprobs)
+        self._events.append(PromptScored(sequence.group.request.id, sequence.index, scores))
+
+    def _observe(self, batch: list[ScheduledRows]) -> None:
+        self.counters["steps"] += 1
+        self.counters["rows"] += sum(rows.num_tokens for rows in batch)
+        distinct = len({slot for rows in batch for slot in rows.sequence.slots})
+        self.counters[f"steps_with_{distinct}_adapters"] += 1
+        num_decodes = sum(rows.num_tokens == 1 for rows in batch)
+        self.counters["mixed_steps"] += 0 < num_decodes < len(batch)
+
+    # ------------------------------------------------------------------ how requests end
+    def _end(self, group: RequestGroup, event: Finished | Failed) -> None:
+        del self._groups[group.request.id]
+        for sequence in group.sequences:
+            if sequence.state is not SequenceState.DONE:
+                self.scheduler.finish(sequence)
+        self._events.append(event)
+
+    def _fail(self, group: RequestGroup, error: PolyadaptError) -> None:
+        self.counters["failed_requests"] += 1
+        logger.info("request %s failed: %s", group.request.id, error.message)
+        self._end(group, Failed(group.request.id, error.code, error.message))
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for group in list(self._groups.values()):
+            if group.deadline is not None and now > group.deadline:
+                self.counters["timeouts"] += 1
+                limit = group.request.timeout_s
+                self._fail(group, RequestTimeout(f"the request did not end within {limit:g} s"))
+
+    def _fail_unloadable(self) -> None:
+        """Fail every waiting request whose adapter could not be read or does not fit."""
+        groups = list(self.scheduler.waiting_groups())
+        digests = {a.adapter.digest for group in groups for a in group.request.adapters}
+        errors = {digest: self.pool.failure(digest) for digest in digests}
+        for group in groups:
+            for applied in group.request.adapters:
+                error = errors[applied.adapter.digest]
+                if error is not None and group.request.id in self._groups:
+                    self._fail(group, error)
+
+    # ------------------------------------------------------------------ calls
+    def _call(self, call: Call) -> None:
+        if call.name == "cancel_adapter":
+            self._replies.append(Reply(call.id, count=self._cancel_adapter(call.digest)))
+        elif call.name == "unload":
+            self.pool.unload(call.digest, lambda: self._replies.append(Reply(call.id)))
+        elif call.name == "prepare":
+            self.pool.prepare(call.digest, lambda outcome: self._answer(call, outcome))
+        else:
+            self.pool.load(call.digest, call.is_pinned, lambda outcome: self._answer(call, outcome))
+
+    def _answer(self, call: Call, outcome: Residency | PolyadaptError) -> None:
+        if isinstance(outcome, Residency):
+            self._replies.append(Reply(call.id, residency=outcome))
+            return
+        problems: tuple[tuple[str, str, str | None], ...] = ()
+        if isinstance(outcome, AdapterRejected):
+            problems = tuple((p.code, p.message, p.where) for p in outcome.problems)
+        self._replies.append(
+            Reply(
+                call.id,
+                error_code=outcome.code,
+                error_message=outcome.message,
+                problems=problems,
+            )
+        )
+
+    def _cancel_adapter(self, digest: str) -> int:
+        groups = [
+            group
+            for group in self._groups.values()
+            if any(applied.adapter.digest == digest for applied in group.request.adapters)
+        ]
+        for group in groups:
+            self._fail(group, AdapterDeleted("the adapter was deleted while the request ran"))
+        return len(groups)
+
+
+NewEngine = Callable[[Callable[[], None]], Engine]

@@ -1,0 +1,107 @@
+"""The edge's half of an engine: who waits for which events, and how many may wait. Torch-free.
+
+Both EngineClients use it; everything runs on the edge's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Callable
+
+from polyadapt.engine.output import Call, CallName, Cancel, Command, Reply, StepOutput, Submit
+from polyadapt.errors import (
+    AdapterRejected,
+    EngineUnavailable,
+    PolyadaptError,
+    Problem,
+    QueueFull,
+    by_code,
+)
+from polyadapt.types import EngineStats, Event, Failed, Finished, Request
+
+
+class Streams:
+    """Routes an engine's output to the callers; `send` hands a command to the engine."""
+
+    def __init__(self, send: Callable[[Command], None]) -> None:
+        self._send = send
+        self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._num_sequences: dict[str, int] = {}
+        self._replies: dict[int, asyncio.Future[Reply]] = {}
+        self._call_ids = itertools.count(1)
+        self.capacity = 0  # sequences that may run and wait; set when the engine is ready
+        self.stats = EngineStats()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anybody waits for the engine."""
+        return bool(self._events or self._replies)
+
+    async def submit(self, request: Request) -> AsyncIterator[Event]:
+        """Send the request and yield its events; leaving early cancels it."""
+        taken = sum(self._num_sequences.values())
+        if taken + request.n > self.capacity:
+            raise QueueFull(
+                f"{taken} sequences are running or waiting and {request.n} more would exceed the "
+                f"limit of {self.capacity}; try again later"
+            )
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events[request.id] = events
+        self._num_sequences[request.id] = request.n
+        is_over = False
+        try:
+            self._send(Submit(request))
+            while not is_over:
+                event = await events.get()
+                # Set before the yield: a caller that stops at the last event cancels nothing.
+                is_over = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            del self._events[request.id]
+            del self._num_sequences[request.id]
+            if not is_over:
+                self._send(Cancel(request.id))
+
+    async def call(self, name: CallName, digest: str, *, is_pinned: bool = False) -> Reply:
+        """Send a command and wait for its reply; raises the error that it carries."""
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[call_id] = future
+        try:
+            self._send(Call(call_id, name, digest, is_pinned))
+            reply = await future
+        finally:
+            del self._replies[call_id]
+        if reply.error_code is not None:
+            raise _error(reply)
+        return reply
+
+    def absorb(self, output: StepOutput) -> None:
+        """Hand a step's events and replies to whoever waits; late ones for the gone are dropped."""
+        for event in output.events:
+            queue = self._events.get(event.request_id)
+            if queue is not None:
+                queue.put_nowait(event)
+        for reply in output.replies:
+            future = self._replies.get(reply.id)
+            if future is not None and not future.done():
+                future.set_result(reply)
+        if output.stats is not None:
+            self.stats = output.stats
+
+    def fail_all(self, error: EngineUnavailable) -> None:
+        """End every request and call with the error, because the engine is gone."""
+        self.stats = EngineStats()
+        for request_id, queue in self._events.items():
+            queue.put_nowait(Failed(request_id, error.code, error.message))
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(EngineUnavailable(error.message))
+
+
+def _error(reply: Reply) -> PolyadaptError:
+    if reply.error_code == AdapterRejected.code:
+        return AdapterRejected([Problem(*problem) for problem in reply.problems])
+    assert reply.error_code is not None
+    return by_code(reply.error_code, reply.error_message)

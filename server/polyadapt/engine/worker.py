@@ -1,0 +1,107 @@
+"""The engine process: reads its setup from standard input, then commands from one socket.
+
+Owns torch and the device; has no listening TCP socket. It ends itself when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from polyadapt.config import EngineConfig
+from polyadapt.engine import wire
+from polyadapt.engine.output import StepOutput
+from polyadapt.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Run until the parent closes standard input or dies; the exit status is 0 unless it failed."""
+    setup = json.loads(sys.stdin.readline())
+    logging.basicConfig(
+        level=setup["log_level"].upper(),
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    _die_with_parent(setup["parent_pid"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the edge's to handle
+    context = zmq.Context()
+    commands = context.socket(zmq.PULL)
+    outputs = context.socket(zmq.PUSH)
+    outputs.setsockopt(zmq.LINGER, 1000)
+    commands.connect(setup["command_address"])
+    outputs.connect(setup["output_address"])
+    try:
+        return _serve(setup, commands, outputs)
+    finally:
+        outputs.close()
+        context.destroy(linger=1000)
+
+
+def _serve(setup: dict[str, Any], commands: Any, outputs: Any) -> int:
+    # Imported here so that a bad setup is reported before seconds are spent on torch.
+    from polyadapt.engine.build import build_engine
+    from polyadapt.engine.loop import EngineLoop
+
+    config = EngineConfig.model_validate(setup["config"])
+
+    def emit(output: StepOutput) -> None:
+        outputs.send(wire.encode_output(output))
+
+    try:
+        loop = EngineLoop(
+            lambda wake: build_engine(
+                config,
+                Path(setup["model_dir"]),
+                Path(setup["blob_root"]),
+                wake,
+                name=setup["base_name"],
+            ),
+            emit,
+        )
+    except StartupError as error:
+        outputs.send(wire.encode_startup_error(error.message))
+        return 1
+    outputs.send(wire.encode_info(loop.engine.info))
+
+    def receive() -> None:
+        while True:
+            try:
+                loop.put(wire.decode_command(commands.recv()))
+            except zmq.ZMQError:  # the context is closed: the process ends
+                return
+
+    def watch_parent() -> None:
+        sys.stdin.read()  # returns at end of file: the parent wants us to stop, or is gone
+        loop.stop()
+
+    for target in (receive, watch_parent):
+        threading.Thread(target=target, daemon=True).start()
+    loop.run()
+    return 0
+
+
+def _die_with_parent(parent_pid: int) -> None:
+    """Ask Linux for SIGKILL when the parent dies, so that a killed server leaves no engine
+    behind.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent_pid:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,253 @@
+"""Load a transformers causal language model, attach paged attention and wrap its sites.
+
+Works from structure alone: any model that takes its attention from transformers' registry and
+accepts packed rows. What cannot be served exactly is refused here with the reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyadapt.errors import StartupError
+from polyadapt.models.wrap import list_sites
+from polyadapt.ops.attention import AttentionBatch, paged_attention
+from polyadapt.types import BaseSpec
+
+logger = logging.getLogger(__name__)
+
+ATTENTION = "polyadapt"
+# Their frequencies depend on the longest position in the batch, so that a packed neighbour would
+# change a row's result.
+_BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Keys and values of one attention layer: kv heads, key width, value width."""
+
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class LayerCache:
+    """One attention layer's paged keys and values, and the step's batch that reads them."""
+
+    def __init__(self) -> None:
+        self.shape: LayerShape | None = None
+        self.k = torch.empty(0)
+        self.v = torch.empty(0)
+        self.batch: AttentionBatch | None = None
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
+    ) -> torch.Tensor:
+        """Rows of this step in, attention output [rows, heads, dim] out."""
+        if self.shape is None:
+            self.shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
+        if self.batch is None:  # the probe at load: there is no cache yet
+            return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
+        return paged_attention(query, key, value, self.k, self.v, self.batch, **options)
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The resident base: the module, its description and its attention layers in order."""
+
+    module: nn.Module
+    spec: BaseSpec
+    layers: list[LayerCache]
+    eos_token_ids: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def layer_shapes(self) -> list[LayerShape]:
+        """Cache shapes, layer by layer."""
+        return [layer.shape for layer in self.layers if layer.shape is not None]
+
+    def weight(self, site_id: int) -> torch.Tensor:
+        """The site's weight [out, in] (embedding: [vocabulary, width]); not a copy."""
+        weight = self.module.get_submodule(self.spec.sites[site_id].path).weight
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def bias(self, site_id: int) -> torch.Tensor | None:
+        """The site's base bias [out], or None."""
+        submodule = self.module.get_submodule(self.spec.sites[site_id].path)
+        bias = submodule.bias if self.spec.sites[site_id].has_bias else None
+        assert bias is None or isinstance(bias, torch.Tensor)
+        return bias
+
+
+def load_base(
+    directory: Path,
+    *,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int | None,
+) -> BaseModel:
+    """Load the model in `directory`; raises StartupError with the reason when it cannot be
+    served.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_function)
+    if not (directory / "config.json").is_file():
+        raise StartupError(
+            f"{directory} is not a transformers model directory: it has no config.json"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        _refuse_batch_dependent_rope(config)
+        module = AutoModelForCausalLM.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"transformers cannot load {directory}: {error}") from error
+    module = module.to(device).eval()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None) or 2048
+    if max_model_len is not None and max_model_len > limit:
+        raise StartupError(
+            f"--max-model-len {max_model_len} is more than the model's {limit} positions; "
+            "give a smaller one"
+        )
+    paths = {id(submodule): path for path, submodule in module.named_modules()}
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if head is None or id(head) not in paths:
+        raise StartupError(f"{type(module).__name__} has no output head to sample from")
+    spec = BaseSpec(
+        name=name,
+        digest=model_digest(directory),
+        architecture=type(module).__name__,
+        vocab_size=head.weight.shape[0],
+        max_model_len=max_model_len or limit,
+        is_tied=head.weight is embedding.weight,
+        embedding_path=paths[id(embedding)],
+        head_path=paths[id(head)],
+        sites=list_sites(module),
+    )
+    base = BaseModel(
+        module=module,
+        spec=spec,
+        layers=_attach_caches(module),
+        eos_token_ids=_eos_token_ids(module, text_config),
+        dtype=dtype,
+        device=device,
+    )
+    _probe(base)
+    return base
+
+
+def model_digest(directory: Path) -> str:
+    """SHA-256 over the names, sizes and bytes of the config and weight files."""
+    total = hashlib.sha256()
+    for path in sorted([directory / "config.json", *directory.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        total.update(f"{path.name}\n{path.stat().st_size}\n{digest}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _attach_caches(module: nn.Module) -> list[LayerCache]:
+    """Give every attention module its LayerCache; transformers numbers them by `layer_idx`."""
+    layers: dict[int, LayerCache] = {}
+    for _, submodule in module.named_modules():
+        layer_id = getattr(submodule, "layer_idx", None)
+        if isinstance(layer_id, int):
+            submodule.polyadapt_cache = layers.setdefault(layer_id, LayerCache())
+    return [layers[layer_id] for layer_id in sorted(layers)]
+
+
+@torch.inference_mode()
+def _probe(base: BaseModel) -> None:
+    """Run two tokens to learn each layer's cache shape and that the registry is honoured."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+    positions = torch.arange(2, device=base.device)[None]
+    keep = torch.tensor([1], device=base.device)
+    logits = base.module(
+        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep
+    ).logits
+    base.layers = [layer for layer in base.layers if layer.shape is not None]
+    if not base.layers or tuple(logits.shape[:2]) != (1, 1):
+        raise StartupError(
+            f"{base.spec.architecture} cannot be served: its attention does not go through "
+            "transformers' attention registry, or it cannot return the logits of chosen rows"
+        )
+
+
+def _attention_function(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface: [1, heads, rows, dim] in, [1, rows, heads, dim] out."""
+    cache: LayerCache = module.polyadapt_cache  # type: ignore[assignment]
+    out = cache.attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=softcap or 0.0,
+        window=sliding_window or 0,
+        sinks=s_aux,
+    )
+    return out.unsqueeze(0), None
+
+
+def _refuse_batch_dependent_rope(config: Any) -> None:
+    for kind in _rope_types(getattr(config.get_text_config(), "rope_parameters", None)):
+        if kind in _BATCH_DEPENDENT_ROPE:
+            raise StartupError(
+                f"the model uses '{kind}' rotary embeddings, whose values depend on the longest "
+                "prompt in the batch; serving it would let one request change another's answer"
+            )
+
+
+def _rope_types(parameters: object) -> Iterator[str]:
+    if isinstance(parameters, Mapping):
+        for key, value in parameters.items():
+            if key in ("rope_type", "type") and isinstance(value, str):
+                yield value
+            else:
+                yield from _rope_types(value)
+
+
+def _eos_token_ids(module: Any, config: Any) -> tuple[int, ...]:
+    generation = getattr(module, "generation_config", None)
+    for source in (generation, config):
+        ids = getattr(source, "eos_token_id", None)
+        if isinstance(ids, int):
+            return (ids,)
+        if ids:
+            return tuple(ids)
+    logger.warning("the model names no end-of-sequence token; requests end by max_tokens or stop")
+    return ()

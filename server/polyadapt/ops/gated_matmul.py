@@ -1,0 +1,242 @@
+"""The one operation: y += B (gate * A x) per row, each row with its own adapter's A and B.
+
+The registered op, its torch form, and the choice between that and the native kernel. The
+specification is ops/reference.py. Knows slots and sites, never names or families.
+
+Layout of one (slot, site) cell in the flat arena, at element `offset`:
+    A [rank, in] row-major (embedding: [in, rank], one row per token), then
+    B transposed [rank, out] (one row per rank-one component), then bias [out] when has_bias is 1.
+`cells` int64 [num_slots, num_sites, 3] holds (offset, rank, has_bias); offset -1: the adapter
+leaves this site alone. Every constant scale is folded into B and bias at load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from polyadapt.ops import native
+from polyadapt.ops.plan import PlanBuffers
+
+OFFSET, RANK, HAS_BIAS = 0, 1, 2
+
+_LIBRARY = torch.library.Library("polyadapt", "DEF")  # type: ignore[no-untyped-call]
+_ARGUMENTS = (
+    "Tensor arena, Tensor cells, Tensor header, Tensor rows, Tensor bounds, Tensor slots, "
+    "Tensor scales, Tensor gate, int site"
+)
+_SCHEMAS = (
+    f"gated_matmul_(Tensor(a!) y, Tensor x, {_ARGUMENTS}) -> ()",
+    f"gated_embedding_(Tensor(a!) y, Tensor ids, int num_in, {_ARGUMENTS}) -> ()",
+)
+for _schema in _SCHEMAS:
+    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """All that a wrapped module hands to the op: its id, the arena, the cell table, the plan's
+    buffers.
+    """
+
+    id: int
+    arena: torch.Tensor  # [num_elements] float32 or bfloat16
+    cells: torch.Tensor  # int64 [num_slots, num_sites, 3], on the host
+    plan: PlanBuffers
+
+
+def gated_matmul_(y: torch.Tensor, x: torch.Tensor, site: Site) -> None:
+    """Add the adapters' part to y in place.
+
+    Semantics, for every lane, segment s, row t of the segment, with (offset, rank, has_bias) =
+    cells[slots[s], site]:
+        h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
+        y[t] += sum_i h[i] * B[i] + scales[s] * bias
+    y [rows, out], x [rows, in], float32 or bfloat16; sums are float32. Rows in no segment stay as
+    they are.
+    """
+    plan = site.plan
+    torch.ops.polyadapt.gated_matmul_(
+        y, x, site.arena, site.cells, plan.header, plan.rows, plan.bounds, plan.slots,
+        plan.scales, plan.gate, site.id,
+    )  # fmt: skip
+
+
+def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site) -> None:
+    """Add the adapters' part of an embedding in place: as gated_matmul_ with h[i] = A[ids[t], i].
+
+    y [rows, width], ids int64 [rows] below num_in, the size of the vocabulary.
+    """
+    plan = site.plan
+    torch.ops.polyadapt.gated_embedding_(
+        y, ids, num_in, site.arena, site.cells, plan.header, plan.rows, plan.bounds, plan.slots,
+        plan.scales, plan.gate, site.id,
+    )  # fmt: skip
+
+
+def strategy() -> str:
+    """Name the form that serves short segments on this machine, with its reason."""
+    if native.is_available():
+        return "native C kernel for short segments, torch GEMMs for long ones"
+    return f"torch GEMMs per segment ({native.unavailable_reason()})"
+
+
+# --------------------------------------------------------------------------- the registered op
+def _gated_matmul_cpu(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    cells: torch.Tensor,
+    header: torch.Tensor,
+    rows: torch.Tensor,
+    bounds: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor,
+    gate: torch.Tensor,
+    site: int,
+) -> None:
+    head = header.tolist()
+    start = 0
+    for lane_id in range(head[0]):
+        short_stop, stop, is_gated = head[1 + 3 * lane_id : 4 + 3 * lane_id]
+        lane_gate = gate[lane_id] if is_gated else None
+        lane_bounds = bounds[start + lane_id : stop + lane_id + 1]
+        short, first = short_stop - start, start
+        if short and native.is_available():
+            native.gated_matmul_(
+                y, x, arena, cells, rows, lane_bounds, slots[start:], scales[start:], short,
+                lane_gate, site,
+            )  # fmt: skip
+            first = short_stop
+        if first < stop:
+            segments_matmul_(
+                y, x, arena, cells, rows, lane_bounds[first - start :], slots[first:stop],
+                scales[first:stop], lane_gate, site,
+            )  # fmt: skip
+        start = stop
+
+
+def _gated_embedding_cpu(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    num_in: int,
+    arena: torch.Tensor,
+    cells: torch.Tensor,
+    header: torch.Tensor,
+    rows: torch.Tensor,
+    bounds: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor,
+    gate: torch.Tensor,
+    site: int,
+) -> None:
+    head = header.tolist()
+    start = 0
+    for lane_id in range(head[0]):
+        _, stop, is_gated = head[1 + 3 * lane_id : 4 + 3 * lane_id]
+        segments_embedding_(
+            y, ids, num_in, arena, cells, rows, bounds[start + lane_id : stop + lane_id + 1],
+            slots[start:stop], scales[start:stop], gate[lane_id] if is_gated else None, site,
+        )  # fmt: skip
+        start = stop
+
+
+_LIBRARY.impl("gated_matmul_", _gated_matmul_cpu, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("gated_embedding_", _gated_embedding_cpu, "CPU")  # type: ignore[no-untyped-call]
+
+
+# --------------------------------------------------------------------------- the torch form
+def segments_matmul_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    arena: torch.Tensor,
+    cells: torch.Tensor,
+    rows: torch.Tensor,
+    bounds: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor,
+    gate: torch.Tensor | None,
+    site: int,
+) -> None:
+    """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
+    num_in, num_out = x.shape[-1], y.shape[-1]
+    for segment in _segments(cells, rows, bounds, slots, scales, site):
+        offset, rank, has_bias = segment.cell
+        a_end = offset + rank * num_in
+        b_end = a_end + rank * num_out
+        xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
+        if rank:
+            h = xs @ arena[offset:a_end].view(rank, num_in).t()  # [segment rows, rank]
+            h = _apply(h, segment, gate)
+            delta = h @ arena[a_end:b_end].view(rank, num_out)
+            y[segment.index] += delta.to(y.dtype)
+        if has_bias:
+            y[segment.index] += (segment.scale * arena[b_end : b_end + num_out]).to(y.dtype)
+
+
+def segments_embedding_(
+    y: torch.Tensor,
+    ids: torch.Tensor,
+    num_in: int,
+    arena: torch.Tensor,
+    cells: torch.Tensor,
+    rows: torch.Tensor,
+    bounds: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor,
+    gate: torch.Tensor | None,
+    site: int,
+) -> None:
+    """One gather and one GEMM per segment of one lane; A is stored token-major [num_in, rank]."""
+    num_out = y.shape[-1]
+    for segment in _segments(cells, rows, bounds, slots, scales, site):
+        offset, rank, _ = segment.cell
+        if not rank:
+            continue
+        a_end = offset + num_in * rank
+        table = arena[offset:a_end].view(num_in, rank)
+        h = _apply(table[ids[segment.index]], segment, gate)  # [segment rows, rank]
+        delta = h @ arena[a_end : a_end + rank * num_out].view(rank, num_out)
+        y[segment.index] += delta.to(y.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    cell: tuple[int, int, int]  # offset, rank, has_bias
+    scale: float
+    index: slice | torch.Tensor  # a slice where the rows are neighbours, which spares two copies
+
+
+def _segments(
+    cells: torch.Tensor,
+    rows: torch.Tensor,
+    bounds: torch.Tensor,
+    slots: torch.Tensor,
+    scales: torch.Tensor,
+    site: int,
+) -> Iterator[_Segment]:
+    limits = bounds.tolist()
+    found = cells[slots.long(), site].tolist()
+    for (offset, rank, has_bias), scale, start, stop in zip(
+        found, scales.tolist(), limits[:-1], limits[1:], strict=True
+    ):
+        if offset < 0 or start == stop:
+            continue
+        members = rows[start:stop]
+        first, last = int(members[0]), int(members[-1])
+        index: slice | torch.Tensor = members.long()
+        if last - first == stop - start - 1:
+            index = slice(first, last + 1)
+        yield _Segment((offset, rank, has_bias), scale, index)
+
+
+def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> torch.Tensor:
+    if segment.scale != 1.0:
+        h = h * segment.scale
+    if gate is None:
+        return h
+    weight = gate[segment.index, : h.shape[1]].to(h.dtype)
+    # A mask must be `where`: 0 * NaN would poison the row.
+    return torch.where(weight != 0, h * weight, torch.zeros_like(h))

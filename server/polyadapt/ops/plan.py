@@ -1,0 +1,181 @@
+"""Which rows of a step belong to which resident adapter: the host plan and its fixed buffers.
+
+A plan knows slots, never names or families. The buffers live as long as the engine and keep
+their addresses, so that compiled or captured code may hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+MAX_LANES = 4
+
+# A segment at least this long runs as two plain GEMMs, which then beat a kernel made for few rows.
+# Fixed here and not measured at start, so that a request's arithmetic is the same on every run.
+GEMM_MIN_ROWS = 16
+
+HEADER_SIZE = 1 + 3 * MAX_LANES
+
+
+@dataclass(frozen=True, slots=True)
+class RowUse:
+    """Adapters of one run of neighbouring rows [start, stop), lane by lane."""
+
+    start: int
+    stop: int
+    slots: tuple[int, ...]
+    scales: tuple[float, ...]
+    gates: tuple[np.ndarray | None, ...] = ()  # per lane: [rank] float32, absent when all ones
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """One adapter per row at most: rows sorted by adapter, cut into segments.
+
+    rows [num_rows] int32; segment s holds rows[bounds[s]:bounds[s+1]], served by slots[s] times
+    scales[s]; the first num_short segments have fewer than GEMM_MIN_ROWS rows, the rest more.
+    gate [num_batch_rows, width] float32 is indexed by row, not by position; None means ones.
+    """
+
+    rows: np.ndarray
+    bounds: np.ndarray
+    slots: np.ndarray
+    scales: np.ndarray
+    num_short: int
+    gate: np.ndarray | None = None
+
+    @property
+    def num_segments(self) -> int:
+        """How many segments the lane has."""
+        return len(self.slots)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """The lanes of one row space; rows of the base alone are in no lane."""
+
+    num_rows: int
+    lanes: tuple[Lane, ...] = ()
+
+
+def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
+    """Sort the runs of each lane by (slot, scale) and cut them into segments.
+
+    Runs with no adapter may be left out. Scale 0 drops the adapter from the plan, so that it
+    equals the base exactly.
+    """
+    num_lanes = max((len(use.slots) for use in uses), default=0)
+    if num_lanes > MAX_LANES:
+        raise ValueError(
+            f"a request uses {num_lanes} adapters, at most {MAX_LANES} are served together"
+        )
+    lanes = []
+    for lane_id in range(num_lanes):
+        members = [
+            (use.slots[lane_id], use.scales[lane_id], use)
+            for use in uses
+            if len(use.slots) > lane_id and use.scales[lane_id] != 0.0
+        ]
+        if members:
+            lanes.append(_build_lane(members, lane_id, num_rows))
+    return BatchPlan(num_rows, tuple(lanes))
+
+
+def _build_lane(members: list[tuple[int, float, RowUse]], lane_id: int, num_rows: int) -> Lane:
+    segments: dict[tuple[int, float], list[RowUse]] = {}
+    for slot, scale, use in members:
+        segments.setdefault((slot, scale), []).append(use)
+    lengths = {key: sum(u.stop - u.start for u in uses) for key, uses in segments.items()}
+    order = sorted(segments, key=lambda key: (lengths[key] >= GEMM_MIN_ROWS, key))
+    return Lane(
+        np.concatenate(
+            [np.arange(u.start, u.stop, dtype=np.int32) for key in order for u in segments[key]]
+        ),
+        np.cumsum([0, *(lengths[key] for key in order)], dtype=np.int32),
+        np.asarray([slot for slot, _ in order], np.int32),
+        np.asarray([scale for _, scale in order], np.float32),
+        sum(length < GEMM_MIN_ROWS for length in lengths.values()),
+        _build_gate(members, lane_id, num_rows),
+    )
+
+
+def _build_gate(
+    members: list[tuple[int, float, RowUse]], lane_id: int, num_rows: int
+) -> np.ndarray | None:
+    gated = [(use, use.gates[lane_id]) for _, _, use in members if len(use.gates) > lane_id]
+    width = max((len(gate) for _, gate in gated if gate is not None), default=0)
+    if width == 0:
+        return None
+    table = np.ones((num_rows, width), np.float32)
+    for use, gate in gated:
+        if gate is not None:
+            table[use.start : use.stop, : len(gate)] = gate
+    return table
+
+
+class PlanBuffers:
+    """Fixed-size tensors that one row space's plan is copied into before each forward.
+
+    header int32 [1 + 3*MAX_LANES]: number of lanes, then per lane the end of its short segments,
+    the end of its segments, and whether it is gated. rows int32, bounds int32, slots int32,
+    scales float32: all lanes end to end; bounds are positions in `rows`, with one extra entry per
+    lane. gate float32 [lanes, rows, width], grown on demand.
+    """
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        num = max_rows * MAX_LANES
+        self.max_rows = max_rows
+        self.device = device
+        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int32, device=device)
+        self.rows = torch.zeros(num, dtype=torch.int32, device=device)
+        self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
+        self.slots = torch.zeros(num, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(num, dtype=torch.float32, device=device)
+        self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
+
+    def load(self, plan: BatchPlan) -> None:
+        """Copy the plan in; the previous step's content is gone afterwards."""
+        if plan.num_rows > self.max_rows:
+            raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
+        header = np.zeros(HEADER_SIZE, np.int32)
+        header[0] = len(plan.lanes)
+        segment = row = 0
+        for lane_id, lane in enumerate(plan.lanes):
+            stop = segment + lane.num_segments
+            # Each lane has one bound more than segments: lane i's bounds start i entries later.
+            first_bound = segment + lane_id
+            _fill(self.rows, row, lane.rows)
+            _fill(self.bounds, first_bound, lane.bounds + row)
+            _fill(self.slots, segment, lane.slots)
+            _fill(self.scales, segment, lane.scales)
+            header[1 + 3 * lane_id : 4 + 3 * lane_id] = (
+                segment + lane.num_short,
+                stop,
+                lane.gate is not None,
+            )
+            if lane.gate is not None:
+                self._load_gate(lane_id, lane.gate)
+            segment, row = stop, row + len(lane.rows)
+        self.header.copy_(torch.from_numpy(header))
+
+    def clear(self) -> None:
+        """Return to no plan: wrapped modules are exactly the base model."""
+        self.header.zero_()
+
+    def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
+        width = gate.shape[1]
+        if self.gate.shape[2] < width:
+            self.gate = torch.zeros(
+                MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device
+            )
+        # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
+        self.gate[lane_id, : gate.shape[0]] = 1.0
+        self.gate[lane_id, : gate.shape[0], :width] = torch.from_numpy(gate)
+
+
+def _fill(buffer: torch.Tensor, start: int, values: np.ndarray) -> None:
+    buffer[start : start + len(values)].copy_(torch.from_numpy(values))

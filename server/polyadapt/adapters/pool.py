@@ -178,6 +178,11 @@ class AdapterPool:
         return bool(self._jobs)
 
     @property
+    def is_busy(self) -> bool:
+        """Whether a poll has something to do, now or once a job or a lease ends."""
+        return bool(self._jobs or self._unloading)
+
+    @property
     def nbytes_used(self) -> int:
         """Device bytes that belong to an adapter."""
         return self._arena.num_used * self.weights.element_size()

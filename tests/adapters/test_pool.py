@@ -1,0 +1,317 @@
+"""The pool alone: tiers, leases, eviction, compaction, failure, unloading."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from polyadapt.adapters.arena import Arena
+from polyadapt.adapters.packing import PackedAdapter
+from polyadapt.adapters.pool import AdapterPool
+from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
+from polyadapt.types import AdapterId, AppliedAdapter, Residency
+
+NUM_SITES = 3
+
+
+def packed(value: float, size: int) -> PackedAdapter:
+    """An adapter of `size` elements at site 1 whose every weight is `value`."""
+    cells = torch.full((NUM_SITES, 3), -1, dtype=torch.int64)
+    cells[1] = torch.tensor([0, 2, 0])
+    return PackedAdapter(torch.full((size,), value), cells, is_scalable=True, rank=2)
+
+
+class Store:
+    """A reader whose adapters are given by hand; counts reads and can be held back."""
+
+    def __init__(self, **sizes: int) -> None:
+        self.adapters = {
+            name: packed(float(number), size)
+            for number, (name, size) in enumerate(sizes.items(), start=1)
+        }
+        self.reads: Counter[str] = Counter()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __call__(self, digest: str) -> PackedAdapter:
+        self.reads[digest] += 1
+        assert self.gate.wait(10)
+        if digest not in self.adapters:
+            raise AdapterUnavailable(f"{digest} is gone")
+        return self.adapters[digest]
+
+
+class Rig:
+    """A pool over a store, with what it told its callers."""
+
+    def __init__(self, store: Store, *, size: int = 100, slots: int = 4, host: int = 1 << 20):
+        self.store = store
+        self.woken = threading.Event()
+        self.counters: Counter[str] = Counter()
+        self.pool = AdapterPool(
+            arena=torch.zeros(size),
+            cells=torch.zeros(slots, NUM_SITES, 3, dtype=torch.int64),
+            read=store,
+            host_bytes=host,
+            counters=self.counters,
+            wake=self.woken.set,
+        )
+
+    def acquire(self, *names: str) -> tuple[int, ...] | None:
+        applied = tuple(AppliedAdapter(AdapterId(name, 1, name)) for name in names)
+        return self.pool.acquire(applied)
+
+    def settle(self) -> None:
+        """Poll until no read or copy is under way."""
+        self.pool.poll()
+        while self.pool.is_loading:
+            assert self.woken.wait(10)
+            self.woken.clear()
+            self.pool.poll()
+        self.pool.check_integrity()
+
+    def take(self, name: str) -> int:
+        """Acquire, waiting for the load, and check that the slot really holds the adapter."""
+        for _ in range(3):
+            slots = self.acquire(name)
+            if slots is not None:
+                self.check(name, slots[0])
+                return slots[0]
+            self.settle()
+        raise AssertionError(f"{name} did not become resident")
+
+    def check(self, name: str, slot: int) -> None:
+        offset, rank, _ = self.pool.cells[slot, 1].tolist()
+        weights = self.store.adapters[name].weights
+        assert rank == 2
+        assert torch.equal(self.pool.weights[offset : offset + len(weights)], weights)
+
+    def tier(self, name: str) -> str | None:
+        found = [r.tier for r in self.pool.residencies() if r.digest == name]
+        return found[0] if found else None
+
+
+@pytest.fixture
+def rig(request: pytest.FixtureRequest):
+    made: list[Rig] = []
+
+    def make(**kwargs) -> Rig:
+        options = {key: kwargs.pop(key) for key in ("size", "slots", "host") if key in kwargs}
+        made.append(Rig(Store(**kwargs), **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.store.gate.set()
+        each.pool.close()
+
+
+def test_acquire_waits_for_the_load_and_reports_it_once(rig):
+    it = rig(a=40)
+    it.store.gate.clear()
+    assert it.acquire("a") is None
+    assert it.acquire("a") is None
+    assert it.store.reads["a"] == 1, "asking twice reads once"
+    it.store.gate.set()
+    it.settle()
+    it.take("a")
+    first = it.pool.served(AdapterId("a", 1, "a"))
+    assert first.tier == "store"
+    assert first.load_ms > 0
+    again = it.pool.served(AdapterId("a", 1, "a"))
+    assert (again.tier, again.load_ms) == ("device", 0.0)
+
+
+def test_a_prepared_adapter_comes_from_the_host(rig):
+    it = rig(a=40)
+    told: list[Residency | PolyadaptError] = []
+    it.pool.prepare("a", told.append)
+    it.settle()
+    (residency,) = told
+    assert isinstance(residency, Residency)
+    assert (residency.tier, residency.nbytes) == ("host", 160)
+    it.take("a")
+    assert it.pool.served(AdapterId("a", 1, "a")).tier == "host"
+    assert it.store.reads["a"] == 1
+
+
+def test_the_least_recently_used_idle_adapter_makes_room_and_a_leased_one_never(rig):
+    it = rig(a=40, b=40, c=40, d=40)
+    a, b = it.take("a"), it.take("b")
+    assert it.acquire("c") is None
+    it.settle()
+    assert it.acquire("c") is None, "both residents are leased"
+    assert it.counters["adapter_evictions"] == 0
+    it.pool.release((b,))
+    it.settle()
+    assert it.tier("b") == "host"
+    c = it.take("c")
+    it.check("a", a)
+    it.pool.release((a,))
+    it.pool.release((c,))
+    it.take("c")
+    it.pool.release((c,))
+    it.take("d")
+    assert it.tier("a") == "host", "a was used longest ago"
+    assert it.tier("c") == "device"
+    assert it.counters["adapter_evictions"] == 2
+
+
+def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned(rig):
+    it = rig(a=60, b=60)
+    told: list[Residency | PolyadaptError] = []
+    it.pool.load("a", True, told.append)
+    it.settle()
+    assert isinstance(told[0], Residency)
+    assert told[0].is_pinned
+    assert it.acquire("b") is None
+    it.settle()
+    assert it.acquire("b") is None
+    it.pool.load("a", False, told.append)
+    it.take("b")
+    assert it.tier("a") == "host"
+
+
+def test_a_fragmented_arena_is_compacted_under_running_leases(rig):
+    it = rig(a=30, b=30, c=30, d=50)
+    slots = {name: it.take(name) for name in "abc"}
+    it.pool.release((slots["a"],))
+    it.pool.release((slots["c"],))
+    it.take("d")
+    assert it.counters["arena_compactions"] == 1
+    it.check("b", slots["b"])
+
+
+def test_no_two_queued_adapters_evict_each_other_for_ever(rig):
+    it = rig(a=60, b=60)
+    slot = it.take("a")
+    it.pool.release((slot,))
+    loads = it.counters["adapter_loads"]
+    for _ in range(20):  # the queue asks for b once, then keeps asking for a as its head does
+        it.acquire("a")
+        it.pool.release((slot,))
+        it.pool.poll()
+    assert it.counters["adapter_loads"] == loads
+
+
+def test_loads_beyond_the_slots_evict_and_come_back(rig):
+    names = [f"n{number}" for number in range(12)]
+    it = rig(slots=3, size=1000, **dict.fromkeys(names, 10))
+    order = random.Random(0).choices(names, k=120)
+    for name in order:
+        it.pool.release((it.take(name),))
+    assert it.counters["adapter_evictions"] > 0
+    assert max(it.store.reads.values()) == 1, "the host copies spare the disk"
+
+
+def test_the_host_budget_sends_adapters_back_to_the_store(rig):
+    names = [f"n{number}" for number in range(6)]
+    it = rig(slots=1, size=10, host=80, **dict.fromkeys(names, 10))
+    for name in names * 2:
+        it.pool.release((it.take(name),))
+        it.pool.poll()
+        held = [r for r in it.pool.residencies() if r.tier == "host"]
+        assert sum(r.nbytes for r in held) <= 80
+    assert it.counters["host_evictions"] > 0
+    assert it.store.reads.total() > len(names)
+
+
+def test_a_failed_read_is_told_once_and_can_be_tried_again(rig):
+    it = rig(a=10)
+    gone = it.store.adapters.pop("a")
+    assert it.acquire("a") is None
+    it.settle()
+    assert it.acquire("a") is None
+    assert isinstance(it.pool.failure("a"), AdapterUnavailable)
+    assert it.pool.failure("a") is None
+    it.store.adapters["a"] = gone
+    it.take("a")
+
+
+def test_an_adapter_larger_than_the_device_budget_says_both_numbers(rig):
+    it = rig(a=101)
+    told: list[Residency | PolyadaptError] = []
+    it.pool.prepare("a", told.append)
+    it.settle()
+    (error,) = told
+    assert isinstance(error, InvalidRequest)
+    assert "404 bytes" in error.message
+    assert "400" in error.message
+
+
+def test_unload_waits_for_the_last_lease_and_then_releases_every_tier(rig):
+    it = rig(a=40)
+    slot = it.take("a")
+    done: list[bool] = []
+    it.pool.unload("a", lambda: done.append(True))
+    it.pool.poll()
+    assert not done
+    it.check("a", slot)
+    it.pool.release((slot,))
+    it.pool.poll()
+    assert done == [True]
+    assert it.tier("a") is None
+    assert it.pool.nbytes_used == 0
+    it.pool.check_integrity()
+    it.take("a")
+    assert it.store.reads["a"] == 2
+
+
+def test_unloading_while_it_is_read_leaves_nothing_behind(rig):
+    it = rig(a=40)
+    it.store.gate.clear()
+    it.acquire("a")
+    done: list[bool] = []
+    it.pool.unload("a", lambda: done.append(True))
+    it.store.gate.set()
+    it.settle()
+    assert done == [True]
+    assert not it.pool.residencies()
+
+
+def test_several_adapters_of_one_request_are_leased_all_or_none(rig):
+    it = rig(a=30, b=30)
+    it.take("a")
+    assert it.acquire("a", "b") is None
+    it.settle()
+    slots = it.acquire("a", "b")
+    assert slots is not None
+    leases = {r.digest: r.num_leases for r in it.pool.residencies()}
+    assert leases == {"a": 2, "b": 1}
+
+
+def test_a_thousand_loads_and_unloads_leave_the_pool_as_it_was(rig):
+    names = [f"n{number}" for number in range(5)]
+    it = rig(slots=3, size=50, **dict.fromkeys(names, 17))
+    for number in range(1000):
+        name = names[number % 5]
+        it.pool.release((it.take(name),))
+        if number % 3 == 0:
+            it.pool.unload(name, lambda: None)
+            it.pool.poll()
+    for name in names:
+        it.pool.unload(name, lambda: None)
+    it.settle()
+    assert not it.pool.residencies()
+    assert it.pool.nbytes_used == 0
+
+
+def test_extents_are_first_fit_and_never_overlap():
+    arena, rng, held = Arena(200), random.Random(1), []
+    for _ in range(2000):
+        if held and rng.random() < 0.5:
+            arena.release(held.pop(rng.randrange(len(held))))
+        else:
+            extent = arena.allocate(rng.randrange(1, 40))
+            if extent is not None:
+                held.append(extent)
+        spans = sorted((e.start, e.start + e.size) for e in held)
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert arena.num_used == sum(e.size for e in held)
+        if rng.random() < 0.05:
+            arena.compact()
+            assert sorted(e.start for e in held)[:1] in ([], [0])

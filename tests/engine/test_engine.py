@@ -1,0 +1,356 @@
+"""The engine's life on a tiny model: cancel, preempt, evict, time out, fail alone, lose nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from polyadapt.engine.output import Call
+from polyadapt.engine.request import Sequence
+from polyadapt.types import (
+    AdapterId,
+    AppliedAdapter,
+    Failed,
+    Finished,
+    PromptScored,
+    Request,
+    Started,
+    Tokens,
+)
+from tests.oracle import adapters, peft_oracle, tiny
+from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
+
+NUM_ADAPTERS = 8
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def blob_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("blobs")
+
+
+@pytest.fixture(scope="module")
+def identities(
+    model_dir: Path, blob_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[AdapterId]:
+    root = tmp_path_factory.mktemp("adapters")
+    return [
+        put_blob(blob_root, adapters.make_lora(model_dir, root / f"a{i}", 4, seed=i), f"a{i}")
+        for i in range(NUM_ADAPTERS)
+    ]
+
+
+@pytest.fixture
+def start(model_dir, blob_root):
+    """A function that makes a driver over a new engine; its loader thread ends with the test."""
+    made: list[Driver] = []
+
+    def make(**settings) -> Driver:
+        made.append(Driver(new_engine(model_dir, blob_root, **settings)))
+        return made[-1]
+
+    yield make
+    for driver in made:
+        driver.engine.pool.close()
+
+
+def ids(number: int, length: int = 12) -> list[int]:
+    return tiny.prompt_ids(length, seed=number)
+
+
+def test_events_come_in_order_and_end_once(start, identities):
+    request = greedy_request("r", ids(0), identities[0], 3, num_prompt_logprobs=1, num_logprobs=2)
+    (transcript,) = start().run(request).values()
+    kinds = [type(event) for event in transcript.events]
+    assert kinds == [Started, PromptScored, Tokens, Tokens, Tokens, Finished]
+    started, scored, first = transcript.events[:3]
+    assert started.served[0].adapter == identities[0]
+    assert started.served[0].tier == "store"
+    assert len(scored.logprobs) == len(ids(0)) - 1
+    assert [p.token_id for p in scored.logprobs] == ids(0)[1:]
+    assert len(first.logprobs[0].top) == 2
+
+
+def test_prompt_logprobs_survive_chunks_and_preemption(start):
+    request = greedy_request("r", ids(0, 50), None, 2, num_prompt_logprobs=0)
+    whole = start().run(request)["r"].events[1]
+    chunked = start(max_num_batched_tokens=16).run(request)["r"].events[1]
+    assert [p.token_id for p in chunked.logprobs] == [p.token_id for p in whole.logprobs]
+    assert [p.logprob for p in chunked.logprobs] == pytest.approx(
+        [p.logprob for p in whole.logprobs], abs=1e-4
+    )
+
+
+def test_a_stop_token_ends_a_sequence_and_ignore_eos_does_not(start):
+    free = start().run(greedy_request("r", ids(1), None, 12))["r"].tokens
+    stop = free[3]
+    first = free.index(stop)
+    request = greedy_request("r", ids(1), None, 12, stop_token_ids=(stop,))
+    transcript = start().run(request)["r"]
+    assert transcript.tokens == free[: first + 1]
+    last = [e for e in transcript.events if isinstance(e, Tokens)][-1]
+    assert (last.finish_reason, last.stop_token_id) == ("stop", stop)
+
+
+def test_max_tokens_and_the_context_end_a_sequence_with_length(start):
+    transcript = start(max_model_len=20).run(greedy_request("r", ids(1, 15), None, 100))["r"]
+    assert len(transcript.tokens) == 5
+    last = [e for e in transcript.events if isinstance(e, Tokens)][-1]
+    assert last.finish_reason == "length"
+
+
+def test_n_sequences_differ_and_repeat_with_the_seed(start):
+    request = replace(greedy_request("r", ids(2), None, 6, temperature=1.0, seed=9), n=3)
+    first = start().run(request)["r"].token_ids
+    again = start(max_num_seqs=1).run(request)["r"].token_ids
+    assert first == again, "neither the batch nor its size changes a seeded answer"
+    assert len({tuple(tokens) for tokens in first.values()}) == 3
+
+
+def test_more_adapters_than_fit_at_once_are_all_served_rightly(start, identities, model_dir):
+    one = new_engine_bytes(start, identities[0])
+    driver = start(max_adapter_bytes=int(one * 2.5))
+    requests = [
+        greedy_request(f"r{i}", ids(i), identities[i % NUM_ADAPTERS], 4) for i in range(24)
+    ]
+    transcripts = driver.run(*requests)
+    assert driver.engine.counters["adapter_evictions"] > 0
+    for request in requests:
+        alone = start().run(replace(request, id="alone"))["alone"].tokens
+        assert transcripts[request.id].tokens == alone
+
+
+def new_engine_bytes(start, identity: AdapterId) -> int:
+    """Device bytes of one adapter."""
+    driver = start()
+    driver.load(identity)
+    return driver.engine.pool.nbytes_used
+
+
+def test_preemption_changes_no_answer_and_leaks_no_page(start, identities):
+    requests = [
+        greedy_request(f"r{i}", ids(i, 20), identities[i % 3], 40, temperature=0.7, seed=i)
+        for i in range(6)
+    ]
+    expected = {r.id: start().run(r)[r.id].tokens for r in requests}
+    page_bytes = 2 * 2 * 2 * 16 * 4 * 16  # layers, k and v, kv heads, dim, float32, tokens a page
+    driver = start(kv_cache_bytes=9 * page_bytes, max_model_len=60)
+    transcripts = driver.run(*requests)
+    assert driver.engine.counters["preemptions"] > 0
+    assert {r.id: transcripts[r.id].tokens for r in requests} == expected
+    assert driver.engine.scheduler.pages.num_used == 0
+
+
+def test_cancel_frees_pages_and_leases_at_the_next_step(start, identities):
+    driver = start()
+    driver.load(identities[0])
+    driver.submit(
+        greedy_request("gone", ids(0, 40), identities[0], 400),
+        greedy_request("stays", ids(1), None, 8),
+    )
+    driver.step()
+    used = driver.engine.stats().num_used_pages
+    driver.cancel("gone")
+    driver.step()
+    stats = driver.engine.stats()
+    assert stats.num_used_pages < used
+    assert [r.num_leases for r in stats.resident] == [0]
+    assert driver.transcripts["gone"].last == Finished("gone", is_cancelled=True)
+    driver.run()
+    assert driver.transcripts["stays"].last == Finished("stays")
+
+
+def test_cancel_in_the_queue_during_a_load_and_after_the_end_are_harmless(start, identities):
+    driver = start(max_num_seqs=1)
+    driver.submit(
+        greedy_request("first", ids(0), None, 3),
+        greedy_request("queued", ids(1), identities[1], 3),
+    )
+    driver.step()
+    driver.cancel("queued")
+    driver.run()
+    driver.cancel("first")
+    driver.cancel("never")
+    driver.run()
+    assert driver.transcripts["queued"].last == Finished("queued", is_cancelled=True)
+
+
+def test_a_timeout_fails_its_request_alone(start):
+    driver = start()
+    slow = replace(greedy_request("slow", ids(0), None, 400), timeout_s=0.02)
+    driver.submit(slow, greedy_request("other", ids(1), None, 5))
+    driver.step()
+    time.sleep(0.03)
+    driver.run()
+    last = driver.transcripts["slow"].last
+    assert isinstance(last, Failed)
+    assert last.code == "request_timeout"
+    assert driver.transcripts["other"].last == Finished("other")
+
+
+def test_an_unreadable_adapter_fails_only_its_requests_and_can_come_back(
+    start, identities, blob_root
+):
+    lost = AdapterId("lost", 1, "sha256:" + "0" * 64)
+    driver = start()
+    transcripts = driver.run(
+        greedy_request("lost0", ids(0), lost, 3),
+        greedy_request("lost1", ids(0), lost, 3),
+        greedy_request("fine", ids(0), identities[0], 3),
+    )
+    for name in ("lost0", "lost1"):
+        last = transcripts[name].last
+        assert isinstance(last, Failed)
+        assert last.code == "adapter_unavailable"
+    assert transcripts["fine"].last == Finished("fine")
+
+
+def test_a_forward_that_raises_for_one_request_fails_it_alone(start, monkeypatch):
+    driver = start()
+    requests = [greedy_request(f"r{i}", ids(i), None, 5) for i in range(4)]
+    expected = {r.id: start().run(r)[r.id].tokens for r in requests}
+    run = driver.engine.runner.run
+
+    def poisoned(batch):
+        if any(rows.sequence.group.request.id == "r2" for rows in batch):
+            raise RuntimeError("injected")
+        return run(batch)
+
+    monkeypatch.setattr(driver.engine.runner, "run", poisoned)
+    transcripts = driver.run(*requests)
+    assert driver.engine.counters["isolated_steps"] > 0
+    last = transcripts["r2"].last
+    assert isinstance(last, Failed)
+    assert last.code == "internal_error"
+    assert "injected" not in last.message
+    for name in ("r0", "r1", "r3"):
+        assert transcripts[name].tokens == expected[name]
+
+
+def test_non_finite_logits_fail_their_request_and_leave_neighbours_bit_identical(start):
+    requests = [greedy_request(f"r{i}", ids(i), None, 5, num_logprobs=0) for i in range(3)]
+
+    def run(is_poisoned: bool) -> dict:
+        driver = start()
+        inner = driver.engine.runner.run
+
+        def poisoned(batch):
+            results = inner(batch)
+            for rows, logits in zip(batch, results, strict=True):
+                if rows.sequence.group.request.id == "r1":
+                    with torch.inference_mode():
+                        logits[:, 0] = float("nan")
+            return results
+
+        if is_poisoned:
+            driver.engine.runner.run = poisoned
+        return driver.run(*requests)
+
+    clean, poisoned = run(False), run(True)
+    last = poisoned["r1"].last
+    assert isinstance(last, Failed)
+    assert last.code == "numerical_error"
+    for name in ("r0", "r2"):
+        assert poisoned[name].events == clean[name].events
+
+
+def test_unload_lets_running_requests_finish_and_cancel_adapter_ends_them(start, identities):
+    driver = start()
+    driver.load(identities[0], identities[1])
+    driver.submit(
+        greedy_request("a", ids(0), identities[0], 10),
+        greedy_request("b", ids(0), identities[1], 200),
+    )
+    driver.step()
+    driver.call(Call(100, "unload", identities[0].digest))
+    driver.call(Call(101, "unload", identities[1].digest))
+    driver.step()
+    assert not [r for r in driver.replies if r.id >= 100]
+    driver.call(Call(102, "cancel_adapter", identities[1].digest))
+    driver.run()
+    assert len(driver.transcripts["a"].tokens) == 10
+    last = driver.transcripts["b"].last
+    assert isinstance(last, Failed)
+    assert last.code == "adapter_deleted"
+    replies = {r.id: r for r in driver.replies if r.id >= 100}
+    assert replies[102].count == 1
+    assert set(replies) == {100, 101, 102}
+    assert not driver.engine.stats().resident
+
+
+def test_a_rejected_adapter_tells_every_problem_to_whoever_prepares_it(start, tmp_path, tiny_model):
+    other = adapters.make_lora(tiny_model("gpt2"), tmp_path / "wrong", 4)
+    driver = start()
+    root = driver.engine.pool._read._blobs._blobs.parent  # the reader's own store
+    wrong = put_blob(root, other, "wrong")
+    driver.call(Call(1, "prepare", wrong.digest))
+    driver.run()
+    (reply,) = driver.replies
+    assert reply.error_code == "adapter_rejected"
+    assert len(reply.problems) > 1
+
+
+def test_two_lanes_of_one_request_equal_the_sum_of_both_adapters(start, identities, model_dir):
+    """Composition reaches the engine as several adapters of a request: y + B1 A1 x + B2 A2 x."""
+    driver = start()
+    driver.load(identities[0], identities[1])
+    recorder = LogitsRecorder(driver.engine)
+    both = replace(
+        greedy_request("both", ids(0, 30), None, 2, num_prompt_logprobs=0),
+        adapters=(AppliedAdapter(identities[0], 0.5), AppliedAdapter(identities[1])),
+    )
+    driver.run(both, greedy_request("one", ids(1), identities[0], 2))
+    seen = [*both.prompt_ids, *driver.transcripts["both"].tokens[:-1]]
+    model = peft_oracle.load_base(model_dir)
+    weights = {id(m): m for m in model.modules()}
+    assert weights
+    root = driver.engine.pool._read._blobs
+    for identity, scale in ((identities[0], 0.5), (identities[1], 1.0)):
+        _merge(model, root.path(identity.digest), scale)
+    with torch.inference_mode():
+        expected = model(input_ids=torch.tensor([seen]), use_cache=False).logits[0]
+    peft_oracle.assert_matches(recorder.of("both"), expected)
+
+
+@torch.no_grad()
+def _merge(model: torch.nn.Module, directory: Path, scale: float) -> None:
+    """Add scale * alpha/r * B A to each weight, by hand from the files."""
+    import json
+
+    from safetensors.torch import load_file
+
+    config = json.loads((directory / "adapter_config.json").read_text())
+    tensors = load_file(directory / "adapter_model.safetensors")
+    for key, a in tensors.items():
+        if ".lora_A." in key:
+            path = key.removeprefix("base_model.model.").split(".lora_A.")[0]
+            b = tensors[key.replace(".lora_A.", ".lora_B.")]
+            delta = scale * config["lora_alpha"] / config["r"] * (b @ a)
+            model.get_submodule(path).weight += delta
+
+
+def test_companions_live_and_end_with_their_leader_in_the_engine(start):
+    driver = start()
+    driver.submit(greedy_request("r", ids(0), None, 4))
+    (leader,) = driver.engine._groups["r"].sequences
+    companion = Sequence(leader.group, 1, list(leader.token_ids), leader.num_prompt)
+    companion.is_companion = True
+    leader.companions = (companion,)
+    leader.group.sequences.append(companion)
+    driver.engine.scheduler.waiting.append(companion)
+    driver.step()
+    assert driver.engine.stats().num_running == 2
+    driver.run()
+    assert driver.transcripts["r"].last == Finished("r")
+    assert driver.engine.scheduler.pages.num_used == 0
+    only: Request = leader.group.request
+    assert driver.transcripts["r"].tokens == start().run(replace(only, id="x"))["x"].tokens

@@ -1,1 +1,3 @@
-"""Names, versions, digests and bytes of adapters. Knows no tensors and no HTTP; never imports torch."""
+"""Names, versions, digests and bytes of adapters. Knows no tensors and no HTTP; never imports
+torch.
+"""

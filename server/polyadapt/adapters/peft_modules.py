@@ -186,7 +186,8 @@ def compile_pattern(pattern: str, key: str, problems: list[Problem]) -> Any | No
         problems.append(
             Problem(
                 "invalid_pattern",
-                f"{key} holds the pattern {shown(pattern)}, which RE2 does not accept: {detail}",
+                f"{key} holds the pattern {shown(pattern)}, "
+                f"which RE2 does not accept: {shown(detail)}",
                 key,
             )
         )

@@ -40,12 +40,7 @@ class AdapterReader:
             ) from error
         with checkpoint:
             family = family_of(config)
-            family.plan(config, checkpoint.header, self._base)  # a store may outlive its base
+            # Checked again: a store may outlive the base that it was filled for.
+            plan = family.plan(config, checkpoint.header, self._base)
             modules = family.read(config, checkpoint, self._base, self._weights)
-        has_replaced = any(module.bias is not None for module in modules.values())
-        return pack(
-            modules,
-            self._base,
-            self._dtype,
-            is_scalable=family.is_scalable and not has_replaced,
-        )
+        return pack(modules, self._base, self._dtype, is_scalable=plan.is_scalable)

@@ -1,0 +1,163 @@
+"""Content-addressed bytes in a local directory: one immutable directory per digest. Knows no names
+or tenants.
+
+root/sha256/<hex>/adapter_config.json, adapter_model.safetensors, ...
+root/staging/<random>/...      on its way in or out; swept at start
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from polyadapt_store.manifest import FileEntry, digest_of
+
+logger = logging.getLogger(__name__)
+
+Failpoint = Callable[[str], None]
+
+_DIGEST = re.compile(r"sha256:([0-9a-f]{64})")  # our own constant; never a stranger's pattern
+_CHUNK = 1 << 20
+
+
+def no_failpoint(name: str) -> None:
+    """Do nothing; tests pass a function that raises or kills at the named step."""
+
+
+class BlobStore:
+    """Owns the directory `root`. Several threads may use one BlobStore; the caller serialises put
+    and delete.
+    """
+
+    def __init__(self, root: Path, failpoint: Failpoint = no_failpoint) -> None:
+        self._blobs = root / "sha256"
+        self._staging = root / "staging"
+        self._failpoint = failpoint
+        for directory in (root, self._blobs, self._staging):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        sync_directory(root)
+
+    def path(self, digest: str) -> Path:
+        """Return the directory of the blob, whether or not it exists; raises ValueError for a bad
+        digest.
+        """
+        match = _DIGEST.fullmatch(digest)
+        if match is None:
+            raise ValueError(f"{digest!r} is no digest, expected 'sha256:' and 64 hex digits")
+        return self._blobs / match.group(1)
+
+    def new_staging(self) -> Path:
+        """Return a new empty directory on the same file system; put() or discard() ends it."""
+        directory = self._staging / secrets.token_hex(16)
+        directory.mkdir(mode=0o700)
+        return directory
+
+    def put(self, staged: Path, digest: str) -> Path:
+        """Move the directory `staged`, whose files are synced, to its digest; return the blob's
+        path.
+
+        If the digest is stored already, its bytes are verified and kept, or replaced when they are
+        damaged. Durable when it returns.
+        """
+        target = self.path(digest)
+        if target.exists():
+            if self.verify(digest):
+                self.discard(staged)
+                return target
+            logger.warning("replacing damaged blob %s by a fresh upload", digest)
+            self._remove(target)
+        for directory in [*(d for d in staged.rglob("*") if d.is_dir()), staged]:
+            sync_directory(directory)
+        self._failpoint("blob.before_rename")
+        os.rename(staged, target)
+        self._failpoint("blob.after_rename")
+        sync_directory(self._blobs)
+        return target
+
+    def verify(self, digest: str) -> bool:
+        """Whether the stored files are exactly those that were put; reads every byte. False if
+        absent.
+        """
+        directory = self.path(digest)
+        if not directory.is_dir():
+            return False
+        return digest_of(list_files(directory)) == digest
+
+    def delete(self, digest: str) -> bool:
+        """Remove the blob; return whether there was one. Open files of running readers stay
+        readable.
+        """
+        directory = self.path(digest)
+        if not directory.exists():
+            return False
+        self._failpoint("blob.before_delete")
+        self._remove(directory)
+        self._failpoint("blob.after_delete")
+        return True
+
+    def discard(self, staged: Path) -> None:
+        """Remove a staging directory that is not wanted any more."""
+        shutil.rmtree(staged)
+
+    def sweep(self, live: Collection[str]) -> list[str]:
+        """Remove every staging directory and every blob whose digest is not in `live`; return those
+        digests.
+
+        Only for the start, before anything is staged.
+        """
+        for leftover in self._staging.iterdir():
+            logger.info("removing unfinished upload %s", leftover.name)
+            shutil.rmtree(leftover)
+        orphans = []
+        for directory in self._blobs.iterdir():
+            digest = f"sha256:{directory.name}"
+            if digest not in live:
+                logger.info("removing blob without a name %s", digest)
+                self._remove(directory)
+                orphans.append(digest)
+        return orphans
+
+    def _remove(self, directory: Path) -> None:
+        # Renamed first: a crash half-way must not leave a blob with some of its files.
+        doomed = self._staging / secrets.token_hex(16)
+        os.rename(directory, doomed)
+        sync_directory(self._blobs)
+        shutil.rmtree(doomed)
+
+
+def list_files(directory: Path) -> list[FileEntry]:
+    """Return every regular file below `directory` with its size and sha256; links are not
+    followed.
+    """
+    entries = []
+    for path in sorted(directory.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        digest, size = hashlib.sha256(), 0
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+        entries.append(FileEntry(path.relative_to(directory).as_posix(), size, digest.hexdigest()))
+    return entries
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the directory's entries durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory; their renames are durable by
+        # themselves.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,305 @@
+"""Names -> versions -> digests, per tenant. Every change is one transaction. Knows no bytes and no
+HTTP.
+
+A tenant sees its own names and those of SHARED_TENANT; its own name hides a shared one. A name that
+belongs to somebody else and a name that nobody has are answered alike.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import sqlalchemy as sa
+
+from polyadapt.errors import Forbidden, InvalidRequest, ModelNotFound
+from polyadapt_store.blobs import Failpoint, no_failpoint
+from polyadapt_store.database import Database, adapters, tags, versions
+from polyadapt_store.manifest import AdapterManifest, AdapterRecord
+
+SHARED_TENANT = "shared"
+MAX_PAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some records in order, and whether more follow the last one."""
+
+    records: tuple[AdapterRecord, ...]
+    has_more: bool
+
+
+class Registry:
+    """Owns the adapters' rows of one Database. Thread-safe."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        failpoint: Failpoint = no_failpoint,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._database = database
+        self._failpoint = failpoint
+        self._clock = clock
+
+    def publish(
+        self,
+        tenant: str,
+        name: str,
+        manifest: AdapterManifest,
+        *,
+        description: str = "",
+        tags: Sequence[str] = (),
+    ) -> tuple[AdapterRecord, bool]:
+        """Make the manifest the current version of the name; return its record and whether it is
+        new.
+
+        Bytes that are a live version of this name already, checked against the same base, are that
+        version: nothing changes. Else the next number that was never used is taken.
+        """
+        with self._database.write() as connection:
+            mine = sa.and_(versions.c.tenant == tenant, versions.c.name == name)
+            existing = self._records(
+                connection,
+                sa.select(versions)
+                .where(mine, versions.c.digest == manifest.digest, versions.c.status == "ready")
+                .where(versions.c.base_digest == manifest.report.base_digest)
+                .order_by(versions.c.version.desc())
+                .limit(1),
+            )
+            if existing:
+                return existing[0], False
+            row = connection.execute(
+                sa.select(adapters.c.last_version).where(
+                    adapters.c.tenant == tenant, adapters.c.name == name
+                )
+            ).one_or_none()
+            version = 1 if row is None else row.last_version + 1
+            if row is None:
+                connection.execute(
+                    adapters.insert().values(tenant=tenant, name=name, last_version=version)
+                )
+            version_id = f"adapter-{secrets.token_hex(12)}"
+            connection.execute(
+                versions.insert().values(
+                    id=version_id,
+                    tenant=tenant,
+                    name=name,
+                    version=version,
+                    digest=manifest.digest,
+                    base_digest=manifest.report.base_digest,
+                    status="ready",
+                    created=int(self._clock()),
+                    description=description,
+                    manifest=msgspec.json.encode(manifest).decode(),
+                )
+            )
+            self._insert_tags(connection, version_id, tags)
+            self._failpoint("registry.before_flip")
+            connection.execute(
+                adapters.update()
+                .where(adapters.c.tenant == tenant, adapters.c.name == name)
+                .values(current_version=version, last_version=version)
+            )
+            (record,) = self._records(
+                connection, sa.select(versions).where(versions.c.id == version_id)
+            )
+            self._failpoint("registry.before_commit")
+        self._failpoint("registry.after_commit")
+        return record, True
+
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
+        """Return the live version `version` of the name, or its current one; raises
+        ModelNotFound.
+        """
+        with self._database.read() as connection:
+            owner = self._owner(connection, tenant, name)
+            if owner is not None:
+                wanted = versions.c.version == version if version is not None else _is_current()
+                found = self._records(connection, _live(owner, name).where(wanted))
+                if found:
+                    return found[0]
+        raise _not_found(name, version)
+
+    def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
+        """Return the live versions of the name, newest first; raises ModelNotFound if there is
+        none.
+        """
+        with self._database.read() as connection:
+            owner = self._owner(connection, tenant, name)
+            if owner is None:
+                raise _not_found(name, None)
+            return self._records(connection, _live(owner, name).order_by(versions.c.version.desc()))
+
+    def list(
+        self,
+        tenant: str,
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+    ) -> Page:
+        """Return the current version of every name that the tenant sees, ordered by name.
+
+        `after` is the id of the last record of the page before; it may have been deleted since.
+        Raises InvalidRequest for a limit outside 1..1000 or an `after` that never was an id of this
+        tenant's.
+        """
+        if not 1 <= limit <= MAX_PAGE:
+            raise InvalidRequest(f"limit is {limit}, expected 1 to {MAX_PAGE}", param="limit")
+        own = adapters.alias("own")
+        hidden = sa.exists().where(
+            own.c.tenant == tenant,
+            own.c.name == versions.c.name,
+            own.c.current_version.is_not(None),
+            versions.c.tenant != tenant,
+        )
+        query = (
+            sa.select(versions)
+            .where(_is_current(), versions.c.tenant.in_([tenant, SHARED_TENANT]), ~hidden)
+            .where(versions.c.status == (status or "ready"))
+            .order_by(versions.c.name)
+            .limit(limit + 1)
+        )
+        if tag is not None:
+            tagged = sa.exists().where(tags.c.version_id == versions.c.id, tags.c.tag == tag)
+            query = query.where(tagged)
+        with self._database.read() as connection:
+            if after is not None:
+                last = connection.execute(
+                    sa.select(versions.c.name).where(
+                        versions.c.id == after, versions.c.tenant.in_([tenant, SHARED_TENANT])
+                    )
+                ).scalar_one_or_none()
+                if last is None:
+                    raise InvalidRequest(
+                        "after is no adapter's id; pass the last_id of the page before",
+                        param="after",
+                    )
+                query = query.where(versions.c.name > last)
+            records = self._records(connection, query)
+        return Page(records[:limit], has_more=len(records) > limit)
+
+    def delete(
+        self, tenant: str, name: str, version: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
+        """Delete one version, or the whole name; return what was live until now. Raises
+        ModelNotFound.
+
+        The rows stay as tombstones: their numbers are not given again. If the current version goes,
+        the highest that is left becomes current. Bytes are not touched. Raises Forbidden for a
+        shared adapter of which the tenant is not the owner.
+        """
+        with self._database.write() as connection:
+            owner = self._owner(connection, tenant, name)
+            query = _live(owner or "", name)
+            if version is not None:
+                query = query.where(versions.c.version == version)
+            doomed = self._records(connection, query)
+            if owner is None or not doomed:
+                raise _not_found(name, version)
+            if owner != tenant:
+                raise Forbidden(f"{name!r} is a shared adapter; only the operator can delete it")
+            connection.execute(
+                versions.update()
+                .where(versions.c.id.in_([record.id for record in doomed]))
+                .values(status="deleted")
+            )
+            left = sa.select(sa.func.max(versions.c.version)).where(
+                versions.c.tenant == owner, versions.c.name == name, versions.c.status == "ready"
+            )
+            connection.execute(
+                adapters.update()
+                .where(adapters.c.tenant == owner, adapters.c.name == name)
+                .values(current_version=left.scalar_subquery())
+            )
+            self._failpoint("delete.before_commit")
+        self._failpoint("delete.after_commit")
+        return doomed
+
+    def is_live(self, digest: str) -> bool:
+        """Whether any tenant's live version has this digest."""
+        with self._database.read() as connection:
+            query = sa.select(versions.c.id).where(
+                versions.c.digest == digest, versions.c.status == "ready"
+            )
+            return connection.execute(query.limit(1)).first() is not None
+
+    def live_digests(self) -> frozenset[str]:
+        """Return the digests of all live versions of all tenants."""
+        with self._database.read() as connection:
+            query = sa.select(versions.c.digest).where(versions.c.status == "ready").distinct()
+            return frozenset(connection.execute(query).scalars())
+
+    def _owner(self, connection: sa.Connection, tenant: str, name: str) -> str | None:
+        """Return whose name it is for this tenant: its own if that is live, else the shared one,
+        else None.
+        """
+        query = sa.select(adapters.c.tenant).where(
+            adapters.c.name == name,
+            adapters.c.tenant.in_([tenant, SHARED_TENANT]),
+            adapters.c.current_version.is_not(None),
+        )
+        owners = set(connection.execute(query).scalars())
+        return tenant if tenant in owners else next(iter(owners), None)
+
+    def _insert_tags(
+        self, connection: sa.Connection, version_id: str, wanted: Sequence[str]
+    ) -> None:
+        rows = [{"version_id": version_id, "tag": tag} for tag in dict.fromkeys(wanted)]
+        if rows:
+            connection.execute(tags.insert(), rows)
+
+    def _records(
+        self, connection: sa.Connection, query: sa.Select[Any]
+    ) -> tuple[AdapterRecord, ...]:
+        rows = connection.execute(query).all()
+        by_id: dict[str, list[str]] = {row.id: [] for row in rows}
+        if by_id:
+            tagged = sa.select(tags.c.version_id, tags.c.tag).where(tags.c.version_id.in_(by_id))
+            for version_id, tag in connection.execute(tagged.order_by(tags.c.tag)):
+                by_id[version_id].append(tag)
+        return tuple(_record(row, by_id[row.id]) for row in rows)
+
+
+def _record(row: sa.Row[Any], tag_list: Sequence[str]) -> AdapterRecord:
+    manifest = msgspec.json.decode(row.manifest, type=AdapterManifest)
+    return AdapterRecord(
+        id=row.id,
+        name=row.name,
+        version=row.version,
+        digest=row.digest,
+        tenant=row.tenant,
+        status=row.status,
+        created=row.created,
+        description=row.description,
+        tags=tuple(tag_list),
+        nbytes=manifest.nbytes,
+        report=manifest.report,
+    )
+
+
+def _live(owner: str, name: str) -> sa.Select[Any]:
+    return sa.select(versions).where(
+        versions.c.tenant == owner, versions.c.name == name, versions.c.status == "ready"
+    )
+
+
+def _is_current() -> sa.ColumnElement[bool]:
+    """Whether a row of `versions` is the one its name stands for."""
+    return sa.exists().where(
+        adapters.c.tenant == versions.c.tenant,
+        adapters.c.name == versions.c.name,
+        adapters.c.current_version == versions.c.version,
+    )
+
+
+def _not_found(name: str, version: int | None) -> ModelNotFound:
+    shown = name if version is None else f"{name}@{version}"
+    return ModelNotFound(f"no model or adapter {shown!r}; GET /v1/models lists what there is")

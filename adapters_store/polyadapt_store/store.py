@@ -1,0 +1,318 @@
+"""The store of adapters: uploads become validated, immutable, named versions, or leave no trace.
+
+Ties together staging, validation, bytes (blobs.py) and names (registry.py); knows no tensors and no
+HTTP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import logging
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
+from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_directory
+from polyadapt_store.database import Database
+from polyadapt_store.keys import KeyRing
+from polyadapt_store.limits import StoreLimits
+from polyadapt_store.manifest import AdapterManifest, AdapterRecord, ValidationReport
+from polyadapt_store.registry import Page, Registry
+from polyadapt_store.staging import StagedUpload
+from polyadapt_store.strict_json import shown
+
+logger = logging.getLogger(__name__)
+
+# Every step at which a crash is injected by the tests, in the order of an upload and a deletion.
+FAILPOINTS = (
+    "stage.created",
+    "stage.file_written",
+    "publish.validated",
+    "blob.before_rename",
+    "blob.after_rename",
+    "publish.prepared",
+    "registry.before_flip",
+    "registry.before_commit",
+    "registry.after_commit",
+    "delete.before_commit",
+    "delete.after_commit",
+    "blob.before_delete",
+    "blob.after_delete",
+)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MAX_DESCRIPTION = 4096
+_MAX_TAGS = 32
+_MAX_TAG = 64
+_COPY_CHUNK = 1 << 20
+
+
+def _nothing_to_prepare(digest: str) -> None:
+    """Publish without asking anybody."""
+
+
+class AdapterStore:
+    """Owns everything below `root`; only one process at a time may. Thread-safe.
+
+    `validate(directory)` judges a staged directory: it returns a report or raises AdapterRejected.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        validate: Callable[[Path], ValidationReport],
+        limits: StoreLimits | None = None,
+        *,
+        failpoint: Failpoint = no_failpoint,
+    ) -> None:
+        """Open the store, remove what a crash left behind; raises StartupError if it is in use or
+        damaged.
+        """
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock_file = _lock(root)
+        try:
+            self._database = Database(root / "registry.sqlite")
+        except StartupError:
+            os.close(self._lock_file)
+            raise
+        sync_directory(root)
+        self._limits = limits or StoreLimits()
+        self._failpoint = failpoint
+        self._validate = validate
+        self._blobs = BlobStore(root, failpoint)
+        self._registry = Registry(self._database, failpoint=failpoint)
+        self.keys = KeyRing(self._database)
+        # Bytes change under this lock, and not while they are claimed: else a deletion could take
+        # what a publication is about to name.
+        self._bytes_lock = threading.Lock()
+        self._claims: Counter[str] = Counter()
+        self._validators = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
+        self._blobs.sweep(self._registry.live_digests())
+
+    def close(self) -> None:
+        """Close the database and give the directory free."""
+        self._database.close()
+        os.close(self._lock_file)
+
+    def __enter__(self) -> AdapterStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ upload
+    def stage(self) -> StagedUpload:
+        """Begin an upload; use it as a context manager, so that nothing stays if it is not
+        published.
+        """
+        return StagedUpload(self._blobs, self._limits, self._failpoint)
+
+    def publish(
+        self,
+        staged: StagedUpload,
+        name: str,
+        tenant: str,
+        description: str = "",
+        tags: Sequence[str] = (),
+        *,
+        prepare: Callable[[str], object] = _nothing_to_prepare,
+    ) -> tuple[AdapterRecord, bool]:
+        """Validate the upload and make it the current version of `name`; durable when it returns.
+
+        `prepare(digest)` is called when the bytes are in place and nobody can see them yet; what it
+        raises ends the upload, which then leaves no trace.
+
+        Returns the record, and False instead of True if these bytes were a version of this name
+        before. Raises InvalidRequest (name, description, tags) and AdapterRejected with every
+        problem of the files. Nothing is visible to anybody before it returns.
+        """
+        check_name(name)
+        _check_metadata(description, tags)
+        report = self._judge(staged)
+        self._failpoint("publish.validated")
+        manifest = AdapterManifest(
+            staged.files, dataclasses.replace(report, unused_files=staged.unused)
+        )
+        digest = manifest.digest
+        with self._claimed(digest):
+            with self._bytes_lock:
+                staged.move_to(lambda directory: self._blobs.put(directory, digest))
+            prepare(digest)
+            self._failpoint("publish.prepared")
+            record, is_new = self._registry.publish(
+                tenant, name, manifest, description=description, tags=tags
+            )
+        logger.info(
+            "adapter %s@%d is %s (%s, %s)",
+            name,
+            record.version,
+            digest,
+            report.family,
+            "new" if is_new else "known",
+        )
+        return record, is_new
+
+    def publish_directory(
+        self,
+        path: Path,
+        name: str,
+        tenant: str,
+        description: str = "",
+        tags: Sequence[str] = (),
+        *,
+        prepare: Callable[[str], object] = _nothing_to_prepare,
+    ) -> tuple[AdapterRecord, bool]:
+        """Publish a copy of a directory of the operator's; links are followed. Raises like
+        publish().
+        """
+        if not path.is_dir():
+            raise InvalidRequest(
+                f"{path} is no directory, expected a PEFT adapter's", param="files"
+            )
+        with self.stage() as staged:
+            for source in sorted(path.rglob("*")):
+                relative = source.relative_to(path)
+                if not source.is_file() or len(relative.parts) > 2:
+                    continue
+                with staged.add_file(relative.as_posix()) as writer, source.open("rb") as file:
+                    while chunk := file.read(_COPY_CHUNK):
+                        writer.write(chunk)
+            return self.publish(staged, name, tenant, description, tags, prepare=prepare)
+
+    # ------------------------------------------------------------------ names
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
+        """See Registry.resolve."""
+        return self._registry.resolve(tenant, name, version)
+
+    def list(
+        self,
+        tenant: str,
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+    ) -> Page:
+        """See Registry.list."""
+        return self._registry.list(tenant, limit=limit, after=after, status=status, tag=tag)
+
+    def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
+        """See Registry.versions."""
+        return self._registry.versions(tenant, name)
+
+    def delete(
+        self, tenant: str, name: str, version: int | None = None
+    ) -> tuple[AdapterRecord, ...]:
+        """See Registry.delete; follow it with delete_bytes of each digest once nobody reads it."""
+        return self._registry.delete(tenant, name, version)
+
+    # ------------------------------------------------------------------ bytes
+    def path(self, digest: str) -> Path:
+        """Return the directory with the adapter's files; it never changes while a version
+        names it.
+        """
+        return self._blobs.path(digest)
+
+    def verify(self, digest: str) -> bool:
+        """Whether the bytes at rest are still what was uploaded."""
+        return self._blobs.verify(digest)
+
+    def is_live(self, digest: str) -> bool:
+        """Whether any tenant's live version has these bytes."""
+        return self._registry.is_live(digest)
+
+    def delete_bytes(self, digest: str) -> bool:
+        """Remove the bytes unless a live version or an upload of anybody uses them; return whether
+        they went.
+        """
+        with self._bytes_lock:
+            return self._delete_unused(digest)
+
+    @contextmanager
+    def _claimed(self, digest: str) -> Iterator[None]:
+        """Keep the bytes of `digest` while an upload may name them; drop them if none does."""
+        with self._bytes_lock:
+            self._claims[digest] += 1
+        try:
+            yield
+        finally:
+            with self._bytes_lock:
+                self._claims[digest] -= 1
+                if not self._claims[digest]:
+                    del self._claims[digest]
+                # Whatever failed, the registry knows whether anybody wants the bytes.
+                self._delete_unused(digest)
+
+    def _delete_unused(self, digest: str) -> bool:
+        if self._claims[digest] or self._registry.is_live(digest):
+            return False
+        return self._blobs.delete(digest)
+
+    def _judge(self, staged: StagedUpload) -> ValidationReport:
+        """Return the report, or raise AdapterRejected with the problems of the file set and of the
+        contents.
+        """
+        problems = staged.problems
+        missing = [problem for problem in problems if problem.code == "missing_file"]
+        if missing:
+            raise AdapterRejected(problems)
+        try:
+            with self._validators:
+                report = self._validate(staged.directory)
+        except AdapterRejected as error:
+            raise AdapterRejected([*problems, *error.problems]) from None
+        if problems:
+            raise AdapterRejected(problems)
+        return report
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidRequest unless `name` may name an adapter."""
+    if not _NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"adapter name {shown(name)} must begin with a letter or digit and have at most 128 of "
+            "letters, digits, '.', '_' and '-'",
+            param="name",
+        )
+
+
+def _check_metadata(description: str, tags: Sequence[str]) -> None:
+    if len(description) > _MAX_DESCRIPTION or "\0" in description:
+        raise InvalidRequest(
+            f"description has {len(description)} characters, at most {_MAX_DESCRIPTION} are "
+            "accepted",
+            param="description",
+        )
+    if len(tags) > _MAX_TAGS or any(
+        not tag or len(tag) > _MAX_TAG or not tag.isprintable() for tag in tags
+    ):
+        raise InvalidRequest(
+            f"tags must be at most {_MAX_TAGS} printable texts of 1 to {_MAX_TAG} characters",
+            param="tags",
+        )
+
+
+def _lock(root: Path) -> int:
+    """Return a descriptor that holds the store's lock until it is closed."""
+    descriptor = os.open(root / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise StartupError(
+            f"the store {root} is in use by another process; stop that server or choose another "
+            "--home"
+        ) from None
+    return descriptor

@@ -1,0 +1,95 @@
+"""From rows and their adapters to lanes and segments, and into the fixed buffers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from polyadapt.ops.plan import GEMM_MIN_ROWS, MAX_LANES, BatchPlan, PlanBuffers, RowUse, build_plan
+
+
+def uses_of(lengths: list[int], slots: list[tuple[int, ...]]) -> tuple[list[RowUse], int]:
+    """Neighbouring runs; an empty slot tuple is a base run, which the plan never hears of."""
+    uses, start = [], 0
+    for length, chosen in zip(lengths, slots, strict=True):
+        if chosen:
+            uses.append(RowUse(start, start + length, chosen, (1.0,) * len(chosen)))
+        start += length
+    return uses, start
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_every_row_is_served_by_exactly_its_adapters(data):
+    num = data.draw(st.integers(0, 12))
+    lengths = data.draw(st.lists(st.integers(1, 40), min_size=num, max_size=num))
+    slots = data.draw(
+        st.lists(
+            st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=num, max_size=num
+        )
+    )
+    uses, total = uses_of(lengths, slots)
+    plan = build_plan(uses, total)
+    served: dict[int, list[int]] = {}
+    for lane in plan.lanes:
+        assert lane.bounds[0] == 0
+        assert lane.bounds[-1] == len(lane.rows)
+        assert len(set(lane.rows.tolist())) == len(lane.rows), "a lane serves a row once"
+        sizes = np.diff(lane.bounds)
+        assert (sizes > 0).all()
+        assert (sizes[: lane.num_short] < GEMM_MIN_ROWS).all()
+        assert (sizes[lane.num_short :] >= GEMM_MIN_ROWS).all()
+        assert len(set(lane.slots.tolist())) == lane.num_segments, "one segment per adapter"
+        for s in range(lane.num_segments):
+            for row in lane.rows[lane.bounds[s] : lane.bounds[s + 1]]:
+                served.setdefault(int(row), []).append(int(lane.slots[s]))
+    start = 0
+    for length, chosen in zip(lengths, slots, strict=True):
+        for row in range(start, start + length):
+            assert sorted(served.get(row, [])) == sorted(chosen)
+        start += length
+
+
+def test_base_rows_and_scale_zero_are_in_no_segment():
+    assert build_plan([], 5).lanes == ()
+    assert build_plan([RowUse(0, 5, (1,), (0.0,))], 5).lanes == ()
+
+
+def test_one_adapter_at_two_scales_is_two_segments():
+    plan = build_plan([RowUse(0, 1, (3,), (1.0,)), RowUse(1, 2, (3,), (0.5,))], 2)
+    assert plan.lanes[0].scales.tolist() == [0.5, 1.0]
+
+
+def test_too_many_lanes_are_refused():
+    slots = tuple(range(MAX_LANES + 1))
+    with pytest.raises(ValueError, match="at most"):
+        build_plan([RowUse(0, 1, slots, (1.0,) * len(slots))], 1)
+
+
+def test_buffers_keep_their_addresses_and_forget_the_previous_step():
+    buffers = PlanBuffers(64, torch.device("cpu"))
+    tensors = (buffers.header, buffers.rows, buffers.bounds, buffers.slots, buffers.scales)
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    first, total = uses_of([3, 20, 1], [(1, 2), (2,), (4,)])
+    buffers.load(build_plan(first, total))
+    assert buffers.header[0] == 2
+    second, total = uses_of([2], [(5,)])
+    buffers.load(build_plan(second, total))
+    assert buffers.header[:4].tolist() == [1, 1, 1, 0]
+    assert buffers.rows[:2].tolist() == [0, 1]
+    buffers.clear()
+    assert buffers.header[0] == 0
+    assert [tensor.data_ptr() for tensor in tensors] == addresses
+
+
+def test_the_fullest_plan_fits_the_buffers_and_a_longer_one_is_refused():
+    buffers = PlanBuffers(8, torch.device("cpu"))
+    slots = tuple(range(MAX_LANES))
+    uses = [RowUse(r, r + 1, tuple(r * 10 + s for s in slots), (1.0,) * MAX_LANES) for r in range(8)]
+    buffers.load(build_plan(uses, 8))
+    assert buffers.header[0] == MAX_LANES
+    with pytest.raises(ValueError, match="the buffers hold 8"):
+        buffers.load(BatchPlan(9))

@@ -1,0 +1,56 @@
+"""A store with a validator that accepts everything, and uploads of two small files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from polyadapt_store.manifest import AdapterRecord, ValidationReport
+from polyadapt_store.store import AdapterStore
+
+REPORT = ValidationReport(
+    family="lora",
+    rank=4,
+    target_modules=("q_proj",),
+    num_elements=512,
+    num_tensors=4,
+    is_scalable=True,
+    base_model="tiny",
+    base_digest="sha256:" + "0" * 64,
+)
+
+
+def accept(directory: Path) -> ValidationReport:
+    return REPORT
+
+
+def open_store(
+    root: Path,
+    validate: Callable[[Path], ValidationReport] = accept,
+    failpoint: Callable[[str], None] = lambda name: None,
+) -> AdapterStore:
+    return AdapterStore(root, validate, failpoint=failpoint)
+
+
+def upload(
+    store: AdapterStore,
+    name: str = "poet",
+    tenant: str = "a",
+    content: bytes = b"1",
+    **more: object,
+) -> tuple[AdapterRecord, bool]:
+    with store.stage() as staged:
+        with staged.add_file("adapter_config.json") as writer:
+            writer.write(b"{}")
+        with staged.add_file("adapter_model.safetensors") as writer:
+            writer.write(content)
+        return store.publish(staged, name, tenant, **more)  # type: ignore[arg-type]
+
+
+def files_below(root: Path) -> set[str]:
+    """Every file of the store but the database's own."""
+    return {
+        path.relative_to(root).as_posix()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.startswith(("registry.sqlite", "lock"))
+    }

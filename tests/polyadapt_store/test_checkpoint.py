@@ -1,0 +1,155 @@
+"""The safetensors reader: honest files are read exactly, lying ones are refused with every lie
+named.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from random import Random
+
+import pytest
+from tests.support.safetensors_files import LYING_FILES, entry, file_bytes
+
+from polyadapt.errors import AdapterRejected
+from polyadapt_store.checkpoint import Checkpoint, TensorInfo, read_header
+from polyadapt_store.limits import StoreLimits
+
+HONEST = file_bytes(
+    {
+        "__metadata__": {"format": "pt"},
+        "b": entry([2], 12, 16, "BF16"),
+        "a": entry([3, 1], 0, 12),
+        "scalar": entry([], 16, 18, "F16"),
+        "empty": entry([0, 4], 18, 18),
+    },
+    struct.pack("<3f", 1.0, -2.0, 3.5) + b"\x80\x3f\x00\x40" + b"\x00\x3c",
+)
+
+
+@pytest.fixture
+def honest(tmp_path: Path) -> Path:
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(HONEST)
+    return path
+
+
+def codes_of(path: Path) -> list[str]:
+    with pytest.raises(AdapterRejected) as caught:
+        read_header(path, StoreLimits())
+    assert all(problem.message for problem in caught.value.problems)
+    return [problem.code for problem in caught.value.problems]
+
+
+def test_header_of_an_honest_file_is_returned(honest: Path) -> None:
+    header = read_header(honest, StoreLimits())
+    assert header["a"] == TensorInfo("F32", (3, 1), 0, 12)
+    assert set(header) == {"a", "b", "scalar", "empty"}
+
+
+def test_padding_behind_the_header_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "padded"
+    path.write_bytes(
+        file_bytes(b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}   ', b"\0\0")
+    )
+    assert read_header(path, StoreLimits())["a"].shape == (1,)
+
+
+def test_bytes_are_taken_as_they_lie_in_the_file(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        raw = checkpoint.take("a")
+        assert (raw.dtype, raw.shape) == ("F32", (3, 1))
+        assert struct.unpack("<3f", raw.data) == (1.0, -2.0, 3.5)
+        assert bytes(checkpoint.take("b").data) == b"\x80\x3f\x00\x40"
+        assert bytes(checkpoint.take("empty").data) == b""
+
+
+def test_a_taken_tensor_outlives_the_checkpoint(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        raw = checkpoint.take("scalar")
+    honest.unlink()
+    assert bytes(raw.data) == b"\x00\x3c"
+
+
+def test_taken_bytes_cannot_be_written(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        assert checkpoint.take("a").data.readonly
+
+
+def test_drained_lists_what_nobody_took(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        checkpoint.take("a")
+        assert checkpoint.drained() == ["b", "empty", "scalar"]
+        for key in checkpoint.drained():
+            checkpoint.take(key)
+        assert checkpoint.drained() == []
+
+
+def test_a_tensor_is_taken_once(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        checkpoint.take("a")
+        with pytest.raises(KeyError, match="already taken"):
+            checkpoint.take("a")
+        with pytest.raises(KeyError, match="not in the checkpoint"):
+            checkpoint.take("c")
+
+
+def test_a_closed_checkpoint_gives_nothing(honest: Path) -> None:
+    with Checkpoint(honest) as checkpoint:
+        pass
+    with pytest.raises(ValueError, match="closed"):
+        checkpoint.take("a")
+
+
+@pytest.mark.parametrize("name", LYING_FILES)
+def test_a_lying_file_is_refused(name: str, tmp_path: Path) -> None:
+    content, code = LYING_FILES[name]
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(content)
+    assert code in codes_of(path)
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "cut"
+    for kept in range(len(HONEST)):
+        path.write_bytes(HONEST[:kept])
+        codes_of(path)
+
+
+def test_every_lie_is_reported_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lies"
+    path.write_bytes(
+        file_bytes(
+            {"..": entry([1], 0, 4), "b": entry([1], 4, 8, "I8"), "c": entry([-1], 8, 9)}, b"\0" * 9
+        )
+    )
+    assert codes_of(path) == ["invalid_tensor_name", "unsupported_dtype", "invalid_shape"]
+
+
+def test_problem_says_given_and_expected(tmp_path: Path) -> None:
+    path = tmp_path / "lies"
+    path.write_bytes(file_bytes({"a": entry([2, 3], 0, 20)}, b"\0" * 20))
+    with pytest.raises(AdapterRejected) as caught:
+        read_header(path, StoreLimits())
+    (problem,) = caught.value.problems
+    assert problem.where == "'a'"
+    assert "24 bytes" in problem.message
+    assert "give 20" in problem.message
+
+
+def test_random_damage_is_refused_or_harmless(tmp_path: Path) -> None:
+    random = Random(7)
+    path = tmp_path / "damaged"
+    num_refused = 0
+    for _ in range(400):
+        content = bytearray(HONEST)
+        for _ in range(random.choice((1, 1, 2, 8))):
+            content[random.randrange(len(content))] = random.randrange(256)
+        path.write_bytes(content)
+        try:
+            header = read_header(path, StoreLimits())
+        except AdapterRejected:
+            num_refused += 1
+        else:
+            assert sum(info.end - info.begin for info in header.values()) == 18
+    assert 0 < num_refused < 400

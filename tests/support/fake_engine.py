@@ -1,0 +1,219 @@
+"""An EngineClient without a model: scripted tokens, one step at a time, and scripted failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from polyadapt.errors import AdapterDeleted, EngineUnavailable, PolyadaptError
+from polyadapt.types import (
+    AdapterId,
+    BaseSpec,
+    EngineInfo,
+    EngineStats,
+    Event,
+    Failed,
+    Finished,
+    PromptScored,
+    Request,
+    Residency,
+    ServedAdapter,
+    Started,
+    TokenLogprob,
+    Tokens,
+)
+
+EOS = 257  # see tests/support/byte_tokenizer.py
+BASE_DIGEST = "sha256:" + "b" * 64
+
+# The ids that sequence `index` of a request generates; EOS ends it when it fits into max_tokens.
+Reply = Callable[[Request, int], Sequence[int]]
+
+
+def say(text: str) -> Reply:
+    """Return a reply that says `text` in every sequence."""
+    return lambda request, index: [*text.encode(), EOS]
+
+
+def name_the_adapter(request: Request, index: int) -> Sequence[int]:
+    """Say which adapter answers, and for n > 1 which sequence it is."""
+    who = request.adapters[0].adapter.name if request.adapters else "base"
+    return [*f"I am {who} {index}.".encode(), EOS]
+
+
+def make_info(*, max_model_len: int = 256, name: str = "fake-base") -> EngineInfo:
+    """Return what the fake says of itself."""
+    return EngineInfo(
+        base=BaseSpec(
+            name=name,
+            digest=BASE_DIGEST,
+            architecture="FakeForCausalLM",
+            vocab_size=260,
+            max_model_len=max_model_len,
+            is_tied=True,
+            embedding_path="embed",
+            head_path="head",
+            sites=(),
+        ),
+        eos_token_ids=(EOS,),
+        device="cpu",
+        dtype="float32",
+        num_pages=64,
+        page_size=16,
+        max_num_seqs=8,
+        max_waiting=16,
+        adapter_bytes=1 << 20,
+        strategy="fake",
+    )
+
+
+@dataclass
+class FakeEngine:
+    """Generates `reply` token by token; every step waits for `gate` when there is one."""
+
+    reply: Reply = name_the_adapter
+    model: EngineInfo = field(default_factory=make_info)
+    gate: asyncio.Semaphore | None = None  # one permit a step
+    refusal: PolyadaptError | None = None  # raised by the first step of submit
+    failure: tuple[int, str, str] | None = None  # after so many tokens: code, message
+    crash: Exception | None = None  # a bug in the engine's client
+    prepare_error: PolyadaptError | None = None
+    is_ready: bool = False
+    is_alive: bool = True
+    num_restarts: int = 0
+    info: EngineInfo | None = None
+    requests: list[Request] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    prepared: list[AdapterId] = field(default_factory=list)
+    unloaded: list[str] = field(default_factory=list)
+    running: dict[str, Request] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)
+    resident: dict[str, Residency] = field(default_factory=dict)
+    num_stops: int = 0
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def start(self) -> EngineInfo:
+        self.info = self.model
+        self.is_ready = True
+        return self.model
+
+    async def stop(self) -> None:
+        self.is_ready = False
+        self.num_stops += 1
+
+    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
+        if self.refusal is not None:
+            raise self.refusal
+        if not self.is_ready:
+            raise EngineUnavailable("the fake engine is not started")
+        self.requests.append(request)
+        self.running[request.id] = request
+        is_over = False
+        try:
+            async for event in self._generate(request):
+                is_over = isinstance(event, Finished | Failed)
+                yield event
+        finally:
+            del self.running[request.id]
+            if not is_over:
+                self.cancelled.append(request.id)
+            async with self.changed:
+                self.changed.notify_all()
+
+    async def _generate(self, request: Request) -> AsyncGenerator[Event, None]:
+        digests = {applied.adapter.digest for applied in request.adapters}
+        await self._step()
+        for applied in request.adapters:
+            self._touch(applied.adapter.digest)
+        served = tuple(ServedAdapter(a.adapter, "device", 1.5) for a in request.adapters)
+        yield Started(request.id, served)
+        if request.sampling.num_prompt_logprobs is not None:
+            for index in range(request.n):
+                yield PromptScored(
+                    request.id, index, tuple(_score(i, 1) for i in request.prompt_ids[1:])
+                )
+        replies = [list(self.reply(request, index)) for index in range(request.n)]
+        limit = request.sampling.max_tokens
+        replies = [reply[:limit] for reply in replies]
+        for position in range(max(map(len, replies))):
+            if self.failure is not None and position == self.failure[0]:
+                yield Failed(request.id, self.failure[1], self.failure[2])
+                return
+            if self.crash is not None:
+                raise self.crash
+            await self._step()
+            if digests & self.deleted:
+                yield Failed(request.id, AdapterDeleted.code, "the adapter was deleted")
+                return
+            for index, reply in enumerate(replies):
+                if position >= len(reply):
+                    continue
+                token = reply[position]
+                is_last = position == len(reply) - 1
+                is_eos = token == EOS
+                k = request.sampling.num_logprobs
+                yield Tokens(
+                    request.id,
+                    index,
+                    (token,),
+                    () if k is None else (_score(token, k),),
+                    ("stop" if is_eos else "length") if is_last else None,
+                    EOS if is_eos else None,
+                )
+        yield Finished(request.id)
+
+    async def _step(self) -> None:
+        if self.gate is None:
+            await asyncio.sleep(0)
+        else:
+            await self.gate.acquire()
+
+    async def until_idle(self) -> None:
+        """Return when no request runs."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: not self.running)
+
+    async def prepare_adapter(self, adapter: AdapterId) -> Residency:
+        if self.prepare_error is not None:
+            raise self.prepare_error
+        self.prepared.append(adapter)
+        return Residency(adapter.digest, "host", nbytes=100)
+
+    async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
+        self._touch(adapter.digest)
+        self.resident[adapter.digest] = replace(self.resident[adapter.digest], is_pinned=is_pinned)
+        return self.resident[adapter.digest]
+
+    async def unload_adapter(self, digest: str) -> None:
+        self.unloaded.append(digest)
+        self.resident.pop(digest, None)
+
+    async def cancel_adapter(self, digest: str) -> int:
+        self.deleted.add(digest)
+        return sum(
+            any(applied.adapter.digest == digest for applied in request.adapters)
+            for request in self.running.values()
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_steps=7,
+            num_running=len(self.running),
+            num_waiting=2,
+            num_used_pages=16,
+            num_pages=64,
+            adapter_bytes_used=100 * len(self.resident),
+            resident=tuple(self.resident.values()),
+            counters={"preemptions": 3},
+        )
+
+    def _touch(self, digest: str) -> None:
+        self.resident.setdefault(
+            digest, Residency(digest, "device", last_used=1_700_000_000.0, nbytes=100)
+        )
+
+
+def _score(token_id: int, k: int) -> TokenLogprob:
+    top = tuple((i, -0.5 - rank) for rank, i in enumerate([token_id, 65, 66][:k]))
+    return TokenLogprob(token_id, -0.5, top)

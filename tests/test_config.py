@@ -1,0 +1,120 @@
+"""Settings: one precedence, one clear line for everything that is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from polyadapt.config import Config, EngineConfig, ServerConfig, default_home, load_config
+from polyadapt.errors import StartupError
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "polyadapt.yaml"
+    file.write_text("engine: {max_num_seqs: 1, page_size: 8}\nserver: {port: 1}\ndtype: float32\n")
+    environ = {"POLYADAPT_MAX_NUM_SEQS": "2", "POLYADAPT_PORT": "2"}
+    config = load_config({"port": 3, "host": None}, environ=environ, file=file)
+    assert (config.server.port, config.engine.max_num_seqs, config.engine.page_size) == (3, 2, 8)
+    assert config.engine.dtype == "float32"
+    assert config.engine.max_num_batched_tokens == 512
+
+
+def test_the_environment_may_name_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("port: 77")
+    assert load_config(environ={"POLYADAPT_CONFIG": str(file)}).server.port == 77
+
+
+def test_sizes_are_read_with_units() -> None:
+    config = load_config({"max_upload_bytes": "2MiB"}, environ={"POLYADAPT_KV_CACHE_BYTES": "64"})
+    assert (config.limits.max_upload_bytes, config.engine.kv_cache_bytes) == (2 << 20, 64)
+
+
+def test_adapters_are_read_as_pairs() -> None:
+    config = load_config(environ={"POLYADAPT_ADAPTERS": "a=/x,b=/y"})
+    assert config.adapters == {"a": Path("/x"), "b": Path("/y")}
+    assert load_config({"adapters": ["c=/z"]}, environ={}).adapters == {"c": Path("/z")}
+
+
+def test_home_follows_the_variables_in_order() -> None:
+    both = {"POLYADAPT_HOME": "/own", "XDG_CACHE_HOME": "/cache"}
+    assert default_home(both) == Path("/own")
+    assert default_home({"XDG_CACHE_HOME": "/cache"}) == Path("/cache/polyadapt")
+    assert default_home({}) == Path.home() / ".cache/polyadapt"
+    assert load_config(environ=both).home == Path("/own")
+    assert load_config({"home": "/cli"}, environ=both).home == Path("/cli")
+
+
+@pytest.mark.parametrize(
+    ("cli", "environ", "words"),
+    [
+        ({}, {"POLYADAPT_PROT": "1"}, ["POLYADAPT_PROT"]),
+        ({}, {"POLYADAPT_PORT": "http"}, ["port", "environment", "'http'"]),
+        ({"port": 70000}, {}, ["port", "command line", "65535"]),
+        ({"device": "tpu"}, {}, ["device", "tpu"]),
+        ({"adapters": ["nameless"]}, {}, ["adapters", "NAME=DIR"]),
+        ({"adapters": ["a=/x", "a=/y"]}, {}, ["adapters", "twice"]),
+        ({"kv_cache_bytes": "much"}, {}, ["kv_cache_bytes"]),
+    ],
+)
+def test_a_wrong_setting_stops_the_start_and_is_named(
+    cli: dict[str, object], environ: dict[str, str], words: list[str]
+) -> None:
+    with pytest.raises(StartupError) as caught:
+        load_config(cli, environ=environ)
+    assert all(word in caught.value.message for word in words), caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text", ["engine: {pages: 3}", "speed: 3", "- a list", "a: [", "engine: 7"]
+)
+def test_a_wrong_file_stops_the_start(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(StartupError):
+        load_config(environ={}, file=file)
+
+
+def test_an_absent_file_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="cannot read"):
+        load_config(environ={}, file=tmp_path / "none.yaml")
+
+
+def test_a_key_is_shown_by_neither_repr_nor_error() -> None:
+    config = load_config({"api_key": "sk-canary-canary"}, environ={})
+    assert "canary" not in repr(config)
+    with pytest.raises(StartupError) as caught:
+        load_config({"api_key": ["sk-canary-canary"]}, environ={})
+    assert "canary" not in caught.value.message
+
+
+def test_settings_are_frozen() -> None:
+    config = load_config(environ={})
+    assert isinstance(config, Config)
+    with pytest.raises(ValidationError):
+        config.engine.page_size = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        EngineConfig(pages=3)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False), ("x", False)],
+)
+def test_loopback_addresses_are_known(host: str, is_loopback: bool) -> None:
+    assert ServerConfig(host=host).is_loopback is is_loopback
+
+
+def test_the_suites_own_variables_are_left_alone() -> None:
+    load_config(environ={"POLYADAPT_TEST_MODEL": "/somewhere"})
+
+
+def test_reading_settings_imports_neither_torch_nor_a_web_framework() -> None:
+    code = "import polyadapt.config, sys; print({'torch', 'fastapi'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

@@ -9,6 +9,7 @@ PolyadaptError
 │   └── ForeignOrigin             403 foreign_origin
 ├── NotFound                      404 not_found
 │   └── ModelNotFound             404 model_not_found         also every adapter name
+├── MethodNotAllowed              405 method_not_allowed
 ├── Conflict                      409 conflict
 ├── PayloadTooLarge               413 payload_too_large
 ├── UnsupportedMediaType          415 unsupported_media_type

@@ -216,4 +216,5 @@ class EngineStats:
     adapter_bytes_used: int = 0
     resident: tuple[Residency, ...] = ()  # device and host tiers
     waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for
-    counters: dict[str, int] = field(default_factory=dict)  # see engine/counters.py
+    counters: dict[str, int] = field(default_factory=dict)  # event -> how often
+    steps_by_adapters: dict[int, int] = field(default_factory=dict)  # distinct adapters -> steps

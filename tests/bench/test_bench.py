@@ -118,7 +118,14 @@ def test_own_work_is_not_counted_as_other_work():
     assert ours < everyone
 
 
-def cell(num_adapters: int, tokens_per_s: float, *, run: int = 1, is_valid: bool = True):
+def cell(
+    num_adapters: int,
+    tokens_per_s: float,
+    *,
+    run: int = 1,
+    is_valid: bool = True,
+    other: float = 0.0,
+):
     result = load_result(LOAD, endpoint([]))
     return report.Cell(
         num_adapters=num_adapters,
@@ -128,7 +135,7 @@ def cell(num_adapters: int, tokens_per_s: float, *, run: int = 1, is_valid: bool
         median_distinct_adapters=num_adapters,
         num_steps=100,
         is_valid=is_valid,
-        other_cores=0.3,
+        other_cores=other,
     )
 
 
@@ -158,6 +165,13 @@ def test_the_table_compares_means_of_both_runs_and_leaves_invalid_cells_out():
     assert "PEFT's mixed batch | >= 5.0 | 6.00 | reached" in page
     assert "transformers' generate, 32 streams | >= 1.0 | 0.50 | missed" in page
     assert "INVALID: not mixed" in page
+    assert "doubtful" not in page
+
+
+def test_figures_of_a_busy_machine_are_called_doubtful():
+    peers = [report.PeerCell("generate", 32, 0, 300.0, 1.0, 0.0)]
+    page = report.render(RESULT, [cell(0, 400.0, other=0.3)], peers)
+    assert "1.33 | reached, doubtful" in page
     assert "0.30!" in page
 
 

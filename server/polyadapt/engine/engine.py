@@ -63,6 +63,7 @@ class Engine:
         self.pool = pool
         self.counters = counters
         self._groups: dict[str, RequestGroup] = {}
+        self._steps_by_adapters: Counter[int] = Counter()
         self._events: list[Event] = []
         self._replies: list[Reply] = []
 
@@ -123,6 +124,7 @@ class Engine:
             resident=self.pool.residencies(),
             waiting_digests=tuple(dict.fromkeys(waiting)),
             counters=dict(self.counters),
+            steps_by_adapters=dict(self._steps_by_adapters),
         )
 
     def check_integrity(self) -> None:
@@ -252,7 +254,7 @@ class Engine:
         self.counters["steps"] += 1
         self.counters["rows"] += sum(rows.num_tokens for rows in batch)
         distinct = len({slot for rows in batch for slot in rows.sequence.slots})
-        self.counters[f"steps_with_{distinct}_adapters"] += 1
+        self._steps_by_adapters[distinct] += 1
         num_decodes = sum(rows.num_tokens == 1 for rows in batch)
         self.counters["mixed_steps"] += 0 < num_decodes < len(batch)
 

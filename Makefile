@@ -1,0 +1,73 @@
+# Everything from a bare machine with make and Python 3.11 or newer. `make help` lists the targets.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+CONSTRAINTS ?= constraints/cpu.txt
+# Another index for torch's builds, for example https://download.pytorch.org/whl/cpu: without it
+# pip's own configuration decides, and the public index gives Linux the large CUDA build.
+TORCH_INDEX ?=
+MODEL       ?= smollm2
+# More arguments for pytest, polyadapt serve or the benchmark.
+ARGS        ?=
+
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	-c $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+# Some shells export HOST; only an argument of make itself may choose what the server binds.
+SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
+	$(if $(filter command line,$(origin PORT)),--port $(PORT))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install serve model test check bench clean
+
+help: ## List these targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "Variables: PYTHON VENV MODEL HOST PORT ARGS, and TORCH_INDEX=URL for a CPU build of torch"
+
+install: $(VENV)/.dev ## Install the package and the development tools into .venv
+
+serve: $(VENV)/.runtime ## Run the server on 127.0.0.1:8000 with SmolLM2 and the demo adapters
+	@exec $(BIN)/polyadapt serve --model $(MODEL) --demo $(SERVE_FLAGS) $(ARGS)
+
+model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test do this too)
+	@$(BIN)/polyadapt model fetch smollm2
+
+test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) ## Run every test (once fetched, no network)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev ## Check the format, the lint rules and the types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev model ## Measure the server beside PEFT and transformers (about 15 minutes)
+	$(BIN)/python -m bench.run $(ARGS)
+
+clean: ## Remove the environment, caches and build results (not the home with its models)
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps are newer than what they were made from; a failed install leaves none.
+$(VENV)/.runtime: pyproject.toml $(CONSTRAINTS) $(BIN)/python
+	@echo "Installing polyadapt into $(VENV) (downloads torch and transformers the first time) ..."
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@echo "Installing the development tools into $(VENV) ..."
+	@$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+# Order matters in the messages: the interpreter first, then the module that makes environments.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "error: $(PYTHON) was not found; install Python 3.11 or newer," \
+			"or name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Polyadapt needs Python 3.11 or newer," \
+			"name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "error: $(PYTHON) cannot make virtual environments (no venv or ensurepip);" \
+			"on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,176 @@
+"""The synchronous client: one method for each call."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+from urllib.parse import quote
+
+import httpx
+
+from polyadapt_client.errors import error_of
+from polyadapt_client.types import Adapter, Tokenized, Version
+
+_PAGE = 100
+
+
+class Polyadapt:
+    """A connection to one server; use it as a context manager or close() it.
+
+    Every method raises an ApiError for a refusal and httpx's exceptions for a broken connection.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout_s: float | None = 60.0,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        """`base_url` is the root, without /v1; `transport` replaces the network in tests."""
+        headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
+        self._http = httpx.Client(
+            base_url=base_url, headers=headers, timeout=timeout_s, transport=transport
+        )
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._http.close()
+
+    def __enter__(self) -> Polyadapt:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ adapters
+    def upload(
+        self,
+        name: str,
+        source: Path | Mapping[str, bytes],
+        *,
+        description: str = "",
+        tags: Sequence[str] = (),
+    ) -> Adapter:
+        """Upload a PEFT directory, or its files by name, as the next version of `name`.
+
+        The same bytes again give the version that they are. Raises AdapterRejected with every
+        problem, and ValueError when there is nothing to send.
+        """
+        metadata = json.dumps({"description": description, "tags": list(tags)})
+        with contextlib.ExitStack() as stack:
+            files = [
+                ("files", (file_name, content)) for file_name, content in _contents(source, stack)
+            ]
+            if not files:
+                raise ValueError(f"{source} holds no files; expected a PEFT adapter's directory")
+            reply = self._http.post(
+                "/v1/adapters", data={"name": name, "metadata": metadata}, files=files
+            )
+        return Adapter.of(_body(reply))
+
+    def adapters(self, *, tag: str | None = None) -> Iterator[Adapter]:
+        """Yield the newest version of every name, by name."""
+        after: str | None = None
+        while True:
+            wanted = {"limit": _PAGE, "after": after, "tag": tag}
+            page = self._get(
+                "/v1/adapters", {key: value for key, value in wanted.items() if value is not None}
+            )
+            yield from map(Adapter.of, page["data"])
+            if not page["has_more"]:
+                return
+            after = page["last_id"]
+
+    def adapter(self, name: str) -> Adapter:
+        """Return an adapter by `name` or `name@version`; raises NotFound."""
+        return Adapter.of(self._get(_path(name)))
+
+    def versions(self, name: str) -> list[Adapter]:
+        """Return all versions of a name, newest first; raises NotFound."""
+        return [Adapter.of(item) for item in self._get(f"{_path(name)}/versions")["data"]]
+
+    def delete(self, name: str, *, mode: Literal["drain", "now"] = "drain") -> list[int]:
+        """Delete a name or `name@version` and return the versions that are gone.
+
+        Returns when the last request has ended; `now` ends running requests.
+        """
+        reply = self._http.delete(_path(name), params={"mode": mode}, timeout=None)
+        return list(_body(reply)["versions"])
+
+    def load(self, name: str, *, pin: bool = False) -> Adapter:
+        """Bring an adapter to the device; `pin` keeps it there."""
+        return Adapter.of(_body(self._http.post(f"{_path(name)}/load", json={"pin": pin})))
+
+    def unload(self, name: str) -> Adapter:
+        """Release an adapter's memory once its running requests have ended; the name stays."""
+        return Adapter.of(_body(self._http.post(f"{_path(name)}/unload", timeout=None)))
+
+    # ------------------------------------------------------------------ tokens
+    def tokenize(self, prompt: str, *, model: str | None = None) -> Tokenized:
+        """Return the ids of a text, with what the tokenizer puts around it."""
+        reply = _body(self._http.post("/tokenize", json={"prompt": prompt, "model": model}))
+        return Tokenized(tuple(reply["tokens"]), reply["max_model_len"])
+
+    def detokenize(self, tokens: Sequence[int], *, model: str | None = None) -> str:
+        """Return the text of ids, with special tokens shown."""
+        reply = self._http.post("/detokenize", json={"tokens": list(tokens), "model": model})
+        return str(_body(reply)["prompt"])
+
+    # ------------------------------------------------------------------ the server
+    def is_healthy(self) -> bool:
+        """Whether the engine advances or is idle."""
+        return self._http.get("/health").status_code == 200
+
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._http.get("/ready").status_code == 200
+
+    def version(self) -> Version:
+        """Return what the server is."""
+        body = self._get("/version")
+        return Version(
+            version=body["version"],
+            model=body["model"],
+            base_digest=body["base_digest"],
+            device=body["device"],
+            dtype=body["dtype"],
+            strategy=body["strategy"],
+        )
+
+    def _get(self, path: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        return _body(self._http.get(path, params=params))
+
+
+def _path(name: str) -> str:
+    return f"/v1/adapters/{quote(name, safe='@')}"
+
+
+def _body(reply: httpx.Response) -> dict[str, Any]:
+    if reply.status_code >= 400:
+        raise error_of(reply)
+    body: dict[str, Any] = reply.json()
+    return body
+
+
+def _contents(
+    source: Path | Mapping[str, bytes], stack: contextlib.ExitStack
+) -> Iterator[tuple[str, Any]]:
+    """Yield each file's name and bytes, or its open file; a directory is read one folder deep."""
+    if not isinstance(source, Path):
+        yield from source.items()
+        return
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        if path.is_file() and len(relative.parts) <= 2:
+            yield relative.as_posix(), stack.enter_context(path.open("rb"))

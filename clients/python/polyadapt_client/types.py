@@ -1,0 +1,108 @@
+"""What a server says, as frozen dataclasses. Fields that are new to this client are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Tier = Literal["device", "host", "store"]
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Where an adapter's weights are."""
+
+    tier: Tier
+    pinned: bool
+    leases: int
+    last_used: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What validation found."""
+
+    num_tensors: int
+    num_elements: int
+    is_scalable: bool
+    base_digest: str
+    notes: tuple[str, ...]
+    unused_files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """One version of one adapter."""
+
+    id: str
+    name: str
+    version: int
+    digest: str
+    family: str
+    base_model: str
+    rank: int
+    target_modules: tuple[str, ...]
+    bytes: int
+    status: str
+    report: Report
+    residency: Residency
+    tenant: str
+    created: int
+    description: str
+    tags: tuple[str, ...]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Adapter:
+        """Read the API's adapter object; raises KeyError if a field is missing."""
+        report, residency = body["report"], body["residency"]
+        return cls(
+            id=body["id"],
+            name=body["name"],
+            version=body["version"],
+            digest=body["digest"],
+            family=body["family"],
+            base_model=body["base_model"],
+            rank=body["rank"],
+            target_modules=tuple(body["target_modules"]),
+            bytes=body["bytes"],
+            status=body["status"],
+            report=Report(
+                num_tensors=report["num_tensors"],
+                num_elements=report["num_elements"],
+                is_scalable=report["is_scalable"],
+                base_digest=report["base_digest"],
+                notes=tuple(report["notes"]),
+                unused_files=tuple(report["unused_files"]),
+            ),
+            residency=Residency(
+                tier=residency["tier"],
+                pinned=residency["pinned"],
+                leases=residency["leases"],
+                last_used=residency["last_used"],
+            ),
+            tenant=body["tenant"],
+            created=body["created"],
+            description=body["description"],
+            tags=tuple(body["tags"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A text's token ids."""
+
+    tokens: tuple[int, ...]
+    max_model_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """What a server is; the fields after `version` are None while its engine starts."""
+
+    version: str
+    model: str | None
+    base_digest: str | None
+    device: str | None
+    dtype: str | None
+    strategy: str | None

@@ -1,0 +1,179 @@
+"""Plain completions on the wire: a whole reply, or the events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from polyadapt.api.chat import Head
+from polyadapt.api.collect import Generation, served_objects, usage_of
+from polyadapt.api.schemas.completions import (
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionReply,
+    CompletionRequest,
+)
+from polyadapt.api.token_text import (
+    completion_logprobs,
+    joined,
+    prompt_completion_logprobs,
+    prompt_logprobs,
+)
+from polyadapt.tasks.sequence_text import TextDelta
+from polyadapt.tasks.text import Accepted, Completed, PromptScores, TextRequest
+from polyadapt.tasks.tokenizer import Tokenizer
+from polyadapt.types import ServedAdapter, TokenLogprob
+
+
+def text_request(request: CompletionRequest, request_id: str, tenant: str) -> TextRequest:
+    """Return what a completion request asks of the text task."""
+    num_prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        num_prompt_logprobs = max(num_prompt_logprobs or 0, request.logprobs)
+    return TextRequest(
+        id=request_id,
+        tenant=tenant,
+        model=request.model,
+        prompts=request.prompts,
+        sampling=request.sampling(
+            num_logprobs=request.logprobs, num_prompt_logprobs=num_prompt_logprobs
+        ),
+        max_tokens=request.max_tokens,
+        seed=request.unsigned_seed,
+        stop=tuple(request.stop or ()),
+        n=request.n or 1,
+        adapters=request.adapter_refs(),
+    )
+
+
+class CompletionFormat:
+    """Writes one completion request's answer."""
+
+    def __init__(self, request: CompletionRequest, head: Head, tokenizer: Tokenizer) -> None:
+        self._request = request
+        self._head = head
+        self._tokenizer = tokenizer
+        self._n = request.n or 1
+        self._echoes: list[str] = []
+
+    def reply(self, accepted: Accepted, generation: Generation) -> CompletionReply:
+        """Return the whole reply."""
+        request = self._request
+        choices: list[CompletionChoice] = []
+        for index, answer in enumerate(generation.answers):
+            prompt_index = index // self._n
+            echo = self._echo(accepted, prompt_index) if request.echo else ""
+            scores = generation.prompt_scores.get(prompt_index)
+            logprobs: CompletionLogprobs | None = None
+            if request.logprobs is not None:
+                logprobs = completion_logprobs(
+                    self._tokenizer, answer.scored, has_top=request.logprobs > 0, offset=len(echo)
+                )
+                if request.echo:
+                    logprobs = joined(
+                        self._prompt_logprobs(accepted, prompt_index, scores or ()), logprobs
+                    )
+            wants_scores = request.prompt_logprobs is not None and scores is not None
+            choices.append(
+                CompletionChoice(
+                    index=index,
+                    text=echo + answer.text,
+                    logprobs=logprobs,
+                    finish_reason=answer.finish_reason,
+                    token_ids=answer.token_ids if request.return_token_ids else None,
+                    prompt_token_ids=list(accepted.prompt_ids[prompt_index])
+                    if request.return_token_ids
+                    else None,
+                    prompt_logprobs=prompt_logprobs(self._tokenizer, scores or ())
+                    if wants_scores
+                    else None,
+                )
+            )
+        reply = self._chunk(choices)
+        reply.usage = usage_of(generation.completed)
+        reply.adapters = served_objects(generation.served)
+        return reply
+
+    def opening(self, accepted: Accepted) -> Iterable[CompletionReply]:
+        """Yield the echoed prompts, unless their logprobs have to come first."""
+        self._echoes = [""] * len(accepted.prompt_ids)
+        if self._request.echo:
+            self._echoes = [self._echo(accepted, i) for i in range(len(accepted.prompt_ids))]
+            if self._request.logprobs is None:
+                for prompt_index in range(len(accepted.prompt_ids)):
+                    yield from self._echo_chunks(prompt_index, None)
+
+    def scored(self, accepted: Accepted, scores: PromptScores) -> Iterable[CompletionReply]:
+        """Yield the echoed prompt with its logprobs."""
+        if self._request.echo and self._request.logprobs is not None:
+            logprobs = self._prompt_logprobs(accepted, scores.prompt_index, scores.scores)
+            yield from self._echo_chunks(scores.prompt_index, logprobs)
+
+    def piece(self, delta: TextDelta) -> CompletionReply | None:
+        """Return the event of a delta; None when there is nothing to say yet."""
+        request = self._request
+        if not (delta.text or delta.finish_reason or delta.scored or request.return_token_ids):
+            return None
+        logprobs: CompletionLogprobs | None = None
+        if request.logprobs is not None:
+            logprobs = completion_logprobs(
+                self._tokenizer,
+                delta.scored,
+                has_top=request.logprobs > 0,
+                offset=len(self._echoes[delta.index // self._n]),
+            )
+        return self._chunk(
+            [
+                CompletionChoice(
+                    index=delta.index,
+                    text=delta.text,
+                    logprobs=logprobs,
+                    finish_reason=delta.finish_reason,
+                    token_ids=list(delta.token_ids) if request.return_token_ids else None,
+                )
+            ]
+        )
+
+    def usage(self, completed: Completed) -> CompletionReply:
+        """Return the event that carries the counts and no choice."""
+        chunk = self._chunk([])
+        chunk.usage = usage_of(completed)
+        return chunk
+
+    def sign(self, chunk: CompletionReply, served: tuple[ServedAdapter, ...]) -> None:
+        """Say in the last event what was served."""
+        chunk.adapters = served_objects(served)
+
+    def _echo(self, accepted: Accepted, prompt_index: int) -> str:
+        text = accepted.prompt_texts[prompt_index]
+        if text is None:
+            ids = accepted.prompt_ids[prompt_index]
+            return self._tokenizer.decode(ids, skip_special=False)
+        return text
+
+    def _echo_chunks(
+        self, prompt_index: int, logprobs: CompletionLogprobs | None
+    ) -> Iterable[CompletionReply]:
+        for index in range(prompt_index * self._n, (prompt_index + 1) * self._n):
+            choice = CompletionChoice(
+                index=index, text=self._echoes[prompt_index], logprobs=logprobs, finish_reason=None
+            )
+            yield self._chunk([choice])
+
+    def _prompt_logprobs(
+        self, accepted: Accepted, prompt_index: int, scores: Iterable[TokenLogprob]
+    ) -> CompletionLogprobs:
+        return prompt_completion_logprobs(
+            self._tokenizer,
+            accepted.prompt_ids[prompt_index],
+            tuple(scores),
+            has_top=(self._request.logprobs or 0) > 0,
+        )
+
+    def _chunk(self, choices: list[CompletionChoice]) -> CompletionReply:
+        return CompletionReply(
+            id=self._head.id,
+            created=self._head.created,
+            model=self._head.model,
+            system_fingerprint=self._head.system_fingerprint,
+            choices=choices,
+        )

@@ -1,0 +1,158 @@
+"""The adapter object and the bodies of the calls about adapters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from polyadapt.api.schemas.base import MAX_NAME, Body, Reply
+from polyadapt.types import Residency
+from polyadapt_store.manifest import AdapterRecord
+
+
+class ReportObject(Reply):
+    """What validation found."""
+
+    num_tensors: int
+    num_elements: int
+    is_scalable: bool
+    base_digest: str
+    notes: list[str]
+    unused_files: list[str]
+
+
+class ResidencyObject(Reply):
+    """Where the weights are; `last_used` is None when nobody used them since the engine started."""
+
+    tier: Literal["device", "host", "store"]
+    pinned: bool
+    leases: int
+    last_used: float | None
+
+
+class AdapterObject(Reply):
+    """One version of one adapter."""
+
+    id: str
+    object: Literal["adapter"] = "adapter"
+    name: str
+    version: int
+    digest: str
+    family: str
+    base_model: str
+    rank: int
+    target_modules: list[str]
+    bytes: int
+    status: Literal["validating", "ready", "rejected", "revoked"]
+    report: ReportObject
+    residency: ResidencyObject
+    tenant: str
+    created: int
+    description: str
+    tags: list[str]
+
+    @classmethod
+    def of(cls, record: AdapterRecord, residency: Residency) -> AdapterObject:
+        """Return the wire form of a record."""
+        report = record.report
+        assert record.status != "deleted", "a deleted version is shown to nobody"
+        return cls(
+            id=record.id,
+            name=record.name,
+            version=record.version,
+            digest=record.digest,
+            family=record.family,
+            base_model=record.base_model,
+            rank=record.rank,
+            target_modules=list(record.target_modules),
+            bytes=record.nbytes,
+            status=record.status,
+            report=ReportObject(
+                num_tensors=report.num_tensors,
+                num_elements=report.num_elements,
+                is_scalable=report.is_scalable,
+                base_digest=report.base_digest,
+                notes=list(report.notes),
+                unused_files=list(report.unused_files),
+            ),
+            residency=ResidencyObject(
+                tier=residency.tier,
+                pinned=residency.is_pinned,
+                leases=residency.num_leases,
+                last_used=residency.last_used or None,
+            ),
+            tenant=record.tenant,
+            created=record.created,
+            description=record.description,
+            tags=list(record.tags),
+        )
+
+
+class AdapterList(Reply):
+    """One page of adapters; the next begins `after` `last_id`."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None
+
+
+class DeletedAdapter(Reply):
+    """The versions that are gone."""
+
+    object: Literal["adapter.deleted"] = "adapter.deleted"
+    name: str
+    versions: list[int]
+    deleted: Literal[True] = True
+
+
+class UploadMetadata(Body):
+    """The optional `metadata` field of an upload."""
+
+    description: str = ""
+    tags: list[str] = Field(default_factory=list)
+
+
+class LoadRequest(Body):
+    """`pin` keeps the adapter on the device until it is unloaded or loaded without it."""
+
+    pin: bool = False
+
+
+class LoadLoraRequest(Body):
+    """vLLM's call: register an adapter from a folder that the operator has allowed."""
+
+    lora_name: str = Field(min_length=1, max_length=MAX_NAME)
+    lora_path: str = Field(min_length=1, max_length=4096)
+    load_inplace: bool = False
+
+
+class UnloadLoraRequest(Body):
+    """vLLM's call: forget an adapter. `lora_int_id` is accepted; names are the identity here."""
+
+    lora_name: str = Field(min_length=1, max_length=MAX_NAME)
+    lora_int_id: int | None = None
+
+
+class ModelObject(Reply):
+    """The base model, or an adapter; `root` and `parent` of an adapter name the base."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "polyadapt"
+    root: str
+    parent: str | None
+    max_model_len: int
+
+
+class ModelList(Reply):
+    """The base model first, then the adapters by name."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+    has_more: bool
+    first_id: str | None
+    last_id: str | None

@@ -1,0 +1,161 @@
+"""The fields that chat and plain completions share: sampling, stopping, adapters, bookkeeping.
+
+A field that would change the output is either served or refused by name, never ignored.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from polyadapt.api.schemas.base import MAX_NAME, Body, StreamOptions, only, unsupported, wrong
+from polyadapt.tasks.directory import AdapterRef
+from polyadapt.types import SamplingParams
+
+MAX_TOKENS = 2**31 - 1
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_IDS = 64
+MAX_BIASES = 1024
+MAX_LOGPROBS = 20
+MAX_METADATA = 16
+
+
+class AdapterChoice(Body):
+    """One adapter of the request; replaces the one that `model` would choose."""
+
+    name: str = Field(min_length=1, max_length=MAX_NAME)
+    scale: float = Field(1.0, ge=-100.0, le=100.0)
+    rank: Annotated[
+        None, BeforeValidator(only((None,), "choosing a rank is not served; leave `rank` out"))
+    ] = None
+    options: Annotated[
+        dict[str, Any] | None,
+        BeforeValidator(only((None, {}), "adapter options are not served; leave them out")),
+    ] = None
+
+
+def _stop_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class GenerationRequest(Body):
+    """What /v1/chat/completions and /v1/completions have in common."""
+
+    model: str = Field(min_length=1, max_length=MAX_NAME)
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    temperature: float | None = Field(None, ge=0.0, le=2.0)
+    top_p: float | None = Field(None, gt=0.0, le=1.0)
+    presence_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    frequency_penalty: float | None = Field(None, ge=-2.0, le=2.0)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[
+        Annotated[
+            list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]],
+            Field(max_length=MAX_STOPS),
+        ]
+        | None,
+        BeforeValidator(_stop_list, json_schema_input_type=str | list[str] | None),
+    ] = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] | None = Field(
+        None, max_length=MAX_BIASES
+    )
+
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    min_p: float | None = Field(None, ge=0.0, le=1.0)
+    repetition_penalty: float | None = Field(None, gt=0.0, le=100.0)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    ignore_eos: bool | None = None
+    stop_token_ids: (
+        Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_IDS)] | None
+    ) = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_token_ids: bool | None = None
+
+    adapters: list[AdapterChoice] | None = None
+    on_cold: Annotated[
+        str | None,
+        BeforeValidator(only((None, "wait"), "on_cold serves only 'wait'; leave it out")),
+    ] = None
+    cold_timeout_ms: Annotated[
+        None, BeforeValidator(only((None,), "cold_timeout_ms is not served; leave it out"))
+    ] = None
+
+    # Accepted because they cannot change the output.
+    user: str | None = Field(None, max_length=1024)
+    safety_identifier: str | None = Field(None, max_length=1024)
+    prompt_cache_key: str | None = Field(None, max_length=1024)
+    metadata: dict[str, str] | None = Field(None, max_length=MAX_METADATA)
+    store: Annotated[
+        bool | None,
+        BeforeValidator(only((None, False), "replies are not stored; leave `store` out")),
+    ] = None
+    service_tier: Annotated[
+        str | None,
+        BeforeValidator(only((None, "auto", "default"), "there is one service tier: 'default'")),
+    ] = None
+
+    @field_validator("adapters", mode="after")
+    @classmethod
+    def _at_most_one_adapter(cls, value: list[AdapterChoice] | None) -> list[AdapterChoice] | None:
+        if value is not None and len(value) > 1:
+            raise unsupported(
+                f"{len(value)} adapters in one request: composition is not served yet; send one"
+            )
+        return value
+
+    @field_validator("logit_bias", mode="after")
+    @classmethod
+    def _bias_keys_are_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for key in value or {}:
+            if not (key.isascii() and key.isdigit() and len(key) <= 9):
+                raise ValueError(f"the key {key[:40]!r} is no token id")
+        return value
+
+    @model_validator(mode="after")
+    def _options_need_a_stream(self) -> GenerationRequest:
+        if self.stream_options is not None and not self.stream:
+            raise wrong("stream_options", "stream_options needs stream: true")
+        return self
+
+    def adapter_refs(self) -> tuple[AdapterRef, ...] | None:
+        """Return the adapters that replace the model's own, or None."""
+        if self.adapters is None:
+            return None
+        return tuple(AdapterRef(choice.name, choice.scale) for choice in self.adapters)
+
+    def sampling(
+        self, *, num_logprobs: int | None, num_prompt_logprobs: int | None
+    ) -> SamplingParams:
+        """Return the sampling of the request with OpenAI's defaults; max_tokens and seed are
+        set later.
+        """
+        return SamplingParams(
+            max_tokens=self.max_tokens or 1,
+            min_tokens=self.min_tokens or 0,
+            temperature=_default(self.temperature, 1.0),
+            top_p=_default(self.top_p, 1.0),
+            top_k=max(0, self.top_k or 0),
+            min_p=_default(self.min_p, 0.0),
+            presence_penalty=_default(self.presence_penalty, 0.0),
+            frequency_penalty=_default(self.frequency_penalty, 0.0),
+            repetition_penalty=_default(self.repetition_penalty, 1.0),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            logit_bias=tuple((int(key), bias) for key, bias in (self.logit_bias or {}).items()),
+            num_logprobs=num_logprobs,
+            num_prompt_logprobs=num_prompt_logprobs,
+        )
+
+    @property
+    def unsigned_seed(self) -> int | None:
+        """The seed as 63 bits; negative ones are folded in."""
+        return None if self.seed is None else self.seed % (1 << 63)
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value

@@ -1,0 +1,99 @@
+"""What the routes work with, and the server's life: starting, ready, draining, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from fastapi import Request
+
+from polyadapt.api.access import Authenticator, Principal
+from polyadapt.config import Config
+from polyadapt.engine.client import EngineClient
+from polyadapt.errors import Unavailable
+from polyadapt.tasks.directory import AdapterDirectory, Store
+from polyadapt.tasks.text import TextService
+from polyadapt_store.keys import KeyRing
+
+if TYPE_CHECKING:
+    from polyadapt.api.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Lifecycle:
+    """Whether the server takes work, and how many requests are under way."""
+
+    def __init__(self) -> None:
+        self.is_started = False
+        self.is_draining = False
+        self.is_engine_stopped = False
+        self.num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether new work is taken."""
+        return self.is_started and not self.is_draining
+
+    def enter(self) -> None:
+        """Count a request in; raises Unavailable when no new work is taken."""
+        if self.is_draining:
+            raise Unavailable("the server is shutting down; ask another one", retry_after_s=5)
+        self.num_open += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        """Count a request out."""
+        self.num_open -= 1
+        if self.num_open == 0:
+            self._idle.set()
+
+    async def drain(self, grace_s: float) -> bool:
+        """Take no new work and wait for what runs; False when some is left after `grace_s`."""
+        self.is_draining = True
+        logger.info("draining: %d requests under way, %g s for them", self.num_open, grace_s)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d requests are left after %g s", self.num_open, grace_s)
+            return False
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """Everything that a route may use."""
+
+    config: Config
+    engine: EngineClient
+    store: Store
+    keys: KeyRing
+    directory: AdapterDirectory
+    text: TextService
+    authenticator: Authenticator
+    metrics: Metrics
+    lifecycle: Lifecycle
+    is_ready: Callable[[], bool]
+    uploads: asyncio.Semaphore
+    started: int  # unix seconds
+
+
+def services_of(request: Request) -> Services:
+    """Return the services of the app that a request belongs to."""
+    return cast("Services", request.app.state.services)
+
+
+def principal_of(request: Request) -> Principal:
+    """Return who calls; only routes with a scope other than `public` have one."""
+    return cast("Principal", request.state.principal)
+
+
+def request_id_of(state: Mapping[str, object]) -> str:
+    """Return the id under which a request is logged."""
+    return str(state.get("request_id", "unknown"))

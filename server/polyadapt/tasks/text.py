@@ -1,0 +1,411 @@
+"""What a text request means: prompts to token ids, an engine request each, events to text.
+
+Torch-free. Knows no HTTP and no wire format; `tasks.directory` knows the adapters' names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from polyadapt.config import LimitsConfig
+from polyadapt.engine.client import EngineClient
+from polyadapt.errors import (
+    ContextLengthExceeded,
+    EngineUnavailable,
+    InternalError,
+    InvalidRequest,
+    PolyadaptError,
+    RequestCancelled,
+    by_code,
+)
+from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease
+from polyadapt.tasks.sequence_text import SequenceText, TextDelta
+from polyadapt.tasks.tokenizer import Tokenizer
+from polyadapt.types import (
+    EngineInfo,
+    Event,
+    Failed,
+    Finished,
+    PromptScored,
+    Request,
+    SamplingParams,
+    ServedAdapter,
+    Started,
+    TokenLogprob,
+    Tokens,
+)
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_COMPLETION_TOKENS = 16  # what OpenAI's completions generate when nobody says
+# Shorter texts are tokenised on the event loop: it takes less than handing them to a thread.
+_INLINE_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class TextPrompt:
+    """A complete prompt as text; special tokens in it are parsed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPrompt:
+    """A complete prompt as token ids."""
+
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation for the model's chat template."""
+
+    messages: tuple[Mapping[str, Any], ...]
+
+
+Prompt = TextPrompt | TokenPrompt | ChatPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """One caller's request: every prompt is answered by `n` sequences.
+
+    `max_tokens` None means what fits (chat) or 16 (completions); `sampling.max_tokens` is ignored.
+    """
+
+    id: str
+    tenant: str
+    model: str
+    prompts: tuple[Prompt, ...]
+    sampling: SamplingParams
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    adapters: tuple[AdapterRef, ...] | None = None  # replaces what `model` would choose
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The request is valid and its adapters are counted as used; nothing has been generated yet."""
+
+    lease: Lease
+    prompt_ids: tuple[tuple[int, ...], ...]
+    prompt_texts: tuple[str | None, ...]  # as the caller wrote it; None for ids and chats
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The engine has taken the request; `served` says where its adapters lay."""
+
+    served: tuple[ServedAdapter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScores:
+    """The logprobs of prompt `prompt_index`'s tokens 1..."""
+
+    prompt_index: int
+    scores: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """Every sequence has ended."""
+
+    num_prompt_tokens: int
+    num_completion_tokens: int
+
+
+TextEvent = Accepted | Queued | PromptScores | TextDelta | Completed
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    """One prompt's engine request and its sequences."""
+
+    request: Request
+    sequences: list[SequenceText]
+    is_scored: bool = False
+    is_started: bool = False
+    is_over: bool = False
+    pump: asyncio.Task[None] | None = None
+
+    @property
+    def has_ended(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    @property
+    def is_cut(self) -> bool:
+        return any(sequence.is_cut for sequence in self.sequences)
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """What a run's stream brought: an event, an error, or None for its end."""
+
+    run_id: int
+    item: Event | PolyadaptError | None
+
+
+@dataclass(slots=True)
+class _Prepared:
+    ids: list[tuple[int, ...]] = field(default_factory=list)
+    texts: list[str | None] = field(default_factory=list)
+
+
+class TextService:
+    """Answers text requests with one engine, one tokenizer and one directory of adapters."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        directory: AdapterDirectory,
+        tokenizer: Tokenizer,
+        limits: LimitsConfig,
+    ) -> None:
+        self._engine = engine
+        self._directory = directory
+        self._limits = limits
+        self._decoder = _SkippingDecoder(tokenizer)
+        # Tokenising a long text holds a core; a few at a time leave some for the engine.
+        self._tokenise_slots = asyncio.Semaphore(2)
+        self.tokenizer = tokenizer
+
+    async def generate(self, request: TextRequest) -> AsyncGenerator[TextEvent, None]:
+        """Yield Accepted, then Queued, PromptScores and TextDelta as they come, then Completed.
+
+        The index of a sequence is prompt index * n + its number. Raises a PolyadaptError: before
+        Accepted when the request is wrong, later when the engine refuses or fails it. Closing the
+        generator cancels what still runs. The lease is released exactly once, however it ends.
+        """
+        info = self.info()
+        lease = self._directory.acquire(request.tenant, request.model, request.adapters)
+        try:
+            prepared = await self._prepare(request, info)
+            runs = self._plan(request, lease, prepared, info)
+            yield Accepted(lease, tuple(prepared.ids), tuple(prepared.texts))
+            async with aclosing(self._follow(request, runs)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            lease.release()
+
+    def info(self) -> EngineInfo:
+        """Return what the engine is; raises EngineUnavailable while it cannot take requests."""
+        info = self._engine.info
+        if info is None or not self._engine.is_ready:
+            raise EngineUnavailable("the engine is starting; try again shortly", retry_after_s=2)
+        return info
+
+    async def encode(
+        self, prompt: Prompt, *, add_special_tokens: bool = True, add_generation_prompt: bool = True
+    ) -> tuple[int, ...]:
+        """Return a prompt's ids, off the event loop when it is long; raises InvalidRequest."""
+        info = self.info()
+        if isinstance(prompt, TokenPrompt):
+            _check_ids(prompt.ids, info)
+            return prompt.ids
+        nbytes = _nbytes(prompt)
+        param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+        if nbytes > self._limits.max_prompt_bytes:
+            raise InvalidRequest(
+                f"the prompt has {nbytes} bytes, expected at most {self._limits.max_prompt_bytes}",
+                param=param,
+            )
+
+        def encode() -> list[int]:
+            if isinstance(prompt, ChatPrompt):
+                return self.tokenizer.encode_chat(
+                    prompt.messages, add_generation_prompt=add_generation_prompt
+                )
+            return self.tokenizer.encode(prompt.text, add_special_tokens=add_special_tokens)
+
+        if nbytes <= _INLINE_BYTES:
+            return tuple(encode())
+        async with self._tokenise_slots:
+            return tuple(await asyncio.to_thread(encode))
+
+    async def _prepare(self, request: TextRequest, info: EngineInfo) -> _Prepared:
+        prepared = _Prepared()
+        for prompt in request.prompts:
+            if isinstance(prompt, TextPrompt) and not prompt.text:
+                raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+            ids = await self.encode(prompt)
+            if not ids:
+                param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
+                raise InvalidRequest("the prompt is empty; send at least one token", param=param)
+            prepared.ids.append(ids)
+            prepared.texts.append(prompt.text if isinstance(prompt, TextPrompt) else None)
+        return prepared
+
+    def _plan(
+        self, request: TextRequest, lease: Lease, prepared: _Prepared, info: EngineInfo
+    ) -> list[_Run]:
+        """Check every bound that depends on the model and return one run for each prompt."""
+        sampling = request.sampling
+        _check_vocabulary("stop_token_ids", sampling.stop_token_ids, info)
+        _check_vocabulary("logit_bias", [token_id for token_id, _ in sampling.logit_bias], info)
+        seed = request.seed if request.seed is not None else secrets.randbits(63)
+        runs: list[_Run] = []
+        for i, (prompt, ids) in enumerate(zip(request.prompts, prepared.ids, strict=True)):
+            max_tokens = _max_tokens(request.max_tokens, prompt, len(ids), info)
+            if sampling.min_tokens > max_tokens:
+                raise InvalidRequest(
+                    f"min_tokens is {sampling.min_tokens}, expected at most {max_tokens}",
+                    param="min_tokens",
+                )
+            engine_request = Request(
+                id=f"{request.id}-{i}",
+                prompt_ids=ids,
+                # Prompts of one call draw different numbers, like the n sequences of one prompt.
+                sampling=replace(sampling, max_tokens=max_tokens, seed=(seed + i) % (1 << 63)),
+                adapters=lease.applied,
+                n=request.n,
+                timeout_s=self._limits.request_timeout_s,
+            )
+            sequences = [
+                SequenceText(
+                    i * request.n + j,
+                    self._decoder,
+                    stop=request.stop,
+                    min_tokens=sampling.min_tokens,
+                )
+                for j in range(request.n)
+            ]
+            runs.append(_Run(engine_request, sequences))
+        return runs
+
+    async def _follow(
+        self, request: TextRequest, runs: list[_Run]
+    ) -> AsyncGenerator[TextEvent, None]:
+        """Submit every run and yield what comes until all have ended; cancels what is left."""
+        arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
+        for i, run in enumerate(runs):
+            run.pump = asyncio.create_task(self._pump(i, run.request, arrivals))
+        num_open = len(runs)
+        has_queued = False
+        try:
+            while num_open:
+                arrival = await arrivals.get()
+                run = runs[arrival.run_id]
+                if run.is_over:
+                    continue
+                item = arrival.item
+                if isinstance(item, PolyadaptError):
+                    raise item
+                if isinstance(item, Failed):
+                    raise by_code(item.code, item.message)
+                if isinstance(item, Started):
+                    run.is_started = True
+                    if not has_queued:
+                        has_queued = True
+                        yield Queued(item.served)
+                elif isinstance(item, PromptScored):
+                    if not run.is_scored:  # every sequence has the same prompt
+                        run.is_scored = True
+                        yield PromptScores(arrival.run_id, item.logprobs)
+                elif isinstance(item, Tokens):
+                    delta = run.sequences[item.index].take(item)
+                    if delta is not None:
+                        yield delta
+                is_last = item is None or isinstance(item, Finished)
+                if run.has_ended and (is_last or run.is_cut):
+                    # When stop strings ended it, the engine is still busy: cancelled with the pump.
+                    run.is_over = True
+                    num_open -= 1
+                    assert run.pump is not None
+                    run.pump.cancel()
+                elif isinstance(item, Finished) and item.is_cancelled:
+                    raise RequestCancelled("the request was cancelled before it ended")
+                elif is_last:
+                    logger.error("request %s: the engine ended it with open sequences", request.id)
+                    raise InternalError("the engine ended this request early; please report it")
+            yield Completed(
+                sum(len(run.request.prompt_ids) for run in runs),
+                sum(sequence.num_tokens for run in runs for sequence in run.sequences),
+            )
+        finally:
+            pumps = [run.pump for run in runs if run.pump is not None]
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+
+    async def _pump(self, run_id: int, request: Request, arrivals: asyncio.Queue[_Arrival]) -> None:
+        """Move one request's events into `arrivals`; cancelling this cancels the request."""
+        try:
+            # Both implementations are async generators; aclose is what cancels in the engine.
+            stream = cast("AsyncGenerator[Event, None]", self._engine.submit(request))
+            async with aclosing(stream) as events:
+                async for event in events:
+                    arrivals.put_nowait(_Arrival(run_id, event))
+        except PolyadaptError as error:
+            arrivals.put_nowait(_Arrival(run_id, error))
+        except Exception:
+            logger.exception("request %s: the engine's stream broke", request.id)
+            broken = InternalError("an internal error ended this request")
+            arrivals.put_nowait(_Arrival(run_id, broken))
+        else:
+            arrivals.put_nowait(_Arrival(run_id, None))
+
+
+class _SkippingDecoder:
+    """The tokenizer as incremental decoding sees it: special tokens have no text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.is_special = tokenizer.is_special
+        self.is_byte_fallback = tokenizer.is_byte_fallback
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def _nbytes(prompt: TextPrompt | ChatPrompt) -> int:
+    if isinstance(prompt, TextPrompt):
+        return len(prompt.text.encode())
+    return sum(
+        len(value.encode())
+        for message in prompt.messages
+        for value in message.values()
+        if isinstance(value, str)
+    )
+
+
+def _max_tokens(wanted: int | None, prompt: Prompt, num_prompt: int, info: EngineInfo) -> int:
+    """Return how many tokens may be generated; raises ContextLengthExceeded."""
+    room = info.base.max_model_len - num_prompt
+    is_chat = isinstance(prompt, ChatPrompt)
+    if wanted is None and room >= 1:
+        return room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+    if wanted is None or wanted > room:
+        raise ContextLengthExceeded(
+            f"the context is {info.base.max_model_len} tokens; the prompt has {num_prompt} and "
+            f"max_tokens asks for {1 if wanted is None else wanted}; shorten one of them",
+            param="messages" if is_chat else "prompt",
+        )
+    return wanted
+
+
+def _check_ids(ids: Sequence[int], info: EngineInfo) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < info.base.vocab_size:
+            raise InvalidRequest(
+                f"prompt holds token id {token_id}, expected 0 to {info.base.vocab_size - 1}",
+                param="prompt",
+            )
+
+
+def _check_vocabulary(name: str, ids: Sequence[int], info: EngineInfo) -> None:
+    for token_id in ids:
+        if not 0 <= token_id < info.base.vocab_size:
+            raise InvalidRequest(
+                f"{name} holds token id {token_id}, expected 0 to {info.base.vocab_size - 1}",
+                param=name,
+            )

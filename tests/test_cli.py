@@ -1,0 +1,265 @@
+"""The command line: light to import, one clear line for what the operator must mend."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from polyadapt.cli import app
+from polyadapt.config import ServerConfig, load_config
+from polyadapt.errors import StartupError
+from polyadapt.serve import bind, startup_adapters, url_of
+
+# Help texts are wrapped to the terminal's width.
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+
+
+def run(*arguments: str, home: Path) -> tuple[int, str, str]:
+    """Run a command in this process; return its status and outputs."""
+    done = CliRunner().invoke(app, [*arguments], env={**WIDE, "POLYADAPT_HOME": str(home)})
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_help_lists_the_commands_without_torch() -> None:
+    code = (
+        "import sys\nfrom polyadapt.__main__ import main\n"
+        "sys.argv = ['polyadapt', 'serve', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n"
+        "    heavy = {'torch', 'transformers', 'fastapi', 'sqlalchemy'} & set(sys.modules)\n"
+        "    sys.exit(f'imported {heavy}' if heavy else end.code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **WIDE},
+    )
+    assert done.returncode == 0, done.stderr
+    for option in ("--model", "--port", "--adapter", "--max-num-seqs", "--allow-anonymous"):
+        assert option in done.stdout
+
+
+def test_every_engine_setting_is_an_option(tmp_path: Path) -> None:
+    from polyadapt.config import EngineConfig
+
+    status, out, _ = run("serve", "--help", home=tmp_path)
+    assert status == 0
+    for name in EngineConfig.model_fields:
+        assert f"--{name.replace('_', '-')}" in out, name
+
+
+def test_the_serving_process_needs_no_torch() -> None:
+    code = "import polyadapt.serve, sys; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "--model", "/no/such/model", "--port", "0"], "no model '/no/such/model'"),
+        (["serve", "--device", "tpu"], "device"),
+        (["serve", "--config", "/no/such/file.yaml"], "cannot read"),
+        (["serve", "--adapter", "nameless"], "NAME=DIR"),
+        (["serve", "--host", "no-such-host.invalid"], "cannot listen"),
+        (["keys", "create", "--scope", "root"], "scopes"),
+        (["keys", "delete", "key-none"], "no API key"),
+        (["model", "fetch", "no-such-model"], "no-such-model"),
+    ],
+)
+def test_what_cannot_start_says_why_in_one_line(
+    tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    status, _, err = run(*arguments, home=tmp_path)
+    assert status == 1
+    assert words in err
+    assert err.startswith("polyadapt: ")
+    assert err.count("\n") == 1, err
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, _, err = run("serve", "--port", str(port), home=tmp_path)
+    assert status == 1
+    assert f"127.0.0.1:{port}" in err
+
+
+def test_keys_are_made_listed_and_deleted(tmp_path: Path) -> None:
+    status, out, err = run(
+        "keys", "create", "--scope", "infer", "--scope", "adapters:read", "--label", "ci",
+        home=tmp_path,
+    )  # fmt: skip
+    assert status == 0
+    secret = out.strip()
+    assert secret.startswith("sk-")
+    assert secret not in err
+    _, out, _ = run("keys", "list", home=tmp_path)
+    key_id = next(word for word in out.split() if word.startswith("key-"))
+    assert "ci" in out
+    assert secret not in out
+    assert run("keys", "delete", key_id, home=tmp_path)[0] == 0
+    assert key_id not in run("keys", "list", home=tmp_path)[1]
+
+
+def test_packaged_models_are_listed(tmp_path: Path) -> None:
+    status, out, _ = run("model", "list", home=tmp_path)
+    assert status == 0
+    assert "smollm2" in out
+
+
+def test_a_free_port_is_taken_and_shown() -> None:
+    with bind(ServerConfig(port=0)) as listener:
+        url = url_of(listener)
+    assert url.startswith("http://127.0.0.1:")
+    assert not url.endswith(":0")
+
+
+def test_an_address_that_is_not_ours_is_refused() -> None:
+    with pytest.raises(StartupError, match="cannot listen"):
+        bind(ServerConfig(host="203.0.113.1", port=0))
+
+
+def test_the_operators_adapter_hides_the_demo_of_its_name(tmp_path: Path) -> None:
+    demos = startup_adapters(load_config({"demo": True}, environ={}))
+    assert len(demos) >= 3
+    name = demos[0].name
+    mixed = startup_adapters(
+        load_config({"demo": True, "adapters": [f"{name}={tmp_path}"]}, environ={})
+    )
+    assert len(mixed) == len(demos)
+    assert [a.directory for a in mixed if a.name == name] == [tmp_path]
+    assert startup_adapters(load_config({}, environ={})) == ()
+
+
+_FAKE_SERVER = """
+import asyncio, sys
+from pathlib import Path
+from polyadapt.config import load_config
+import polyadapt.serve as serve
+from tests.support import byte_tokenizer
+from tests.support.fake_engine import FakeEngine, say
+
+home = Path(sys.argv[1])
+engine = FakeEngine(reply=say("x" * 40))
+engine.gate = asyncio.Semaphore(0)
+
+async def tick():
+    while True:
+        await asyncio.sleep(float(sys.argv[2]))
+        engine.gate.release()
+
+def make(*arguments, **options):
+    asyncio.get_running_loop().create_task(tick())
+    return engine
+
+serve.EngineProcess = make
+config = load_config({"home": home, "port": 0, "drain_grace_s": float(sys.argv[3])}, environ={})
+listener = serve.bind(config.server)
+model = byte_tokenizer.write(home / "model")
+asyncio.run(serve.serve(config, listener, model, lambda config, url: print(url, flush=True)))
+print("ended", engine.num_stops, flush=True)
+"""
+
+
+class _Drained:
+    """A server process over a fake engine, and one stream that runs in it."""
+
+    def __init__(self, root: Path, step_s: float, grace_s: float) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _FAKE_SERVER, str(root), str(step_s), str(grace_s)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
+        assert self.process.stdout is not None
+        self.port = int(self.process.stdout.readline().rpartition(":")[2])
+
+    async def open_stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        body = json.dumps(
+            {"model": "fake-base", "prompt": "hi", "stream": True, "max_tokens": 100}
+        ).encode()
+        return await self.ask(b"POST /v1/completions", body)
+
+    async def ask(
+        self, what: bytes, body: bytes = b""
+    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        head = b"%s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" % what
+        head += b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body)
+        writer.write(head + body)
+        await writer.drain()
+        return reader, writer
+
+    def end(self) -> tuple[int, str]:
+        assert self.process.stdout is not None
+        with self.process.stdout as out:
+            rest = out.read()
+        return self.process.wait(timeout=60), rest
+
+
+async def _drain(server: _Drained) -> tuple[bytes, bytes]:
+    """Open a stream, send SIGTERM; return the answer of /ready after it and the whole stream."""
+    reader, writer = await server.open_stream()
+    received = b""
+    while b"xx" not in received.replace(b'"text":"x"', b"x"):
+        received += await reader.read(4096)
+        if received.count(b"data:") >= 2:
+            break
+    server.process.send_signal(signal.SIGTERM)
+    while True:
+        ready_reader, ready_writer = await server.ask(b"GET /ready")
+        ready = await ready_reader.read()
+        ready_writer.close()
+        await ready_writer.wait_closed()
+        if b" 503 " in ready.partition(b"\r\n")[0]:
+            break
+    received += await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return ready, received
+
+
+def test_a_terminated_server_finishes_its_streams(tmp_path: Path) -> None:
+    server = _Drained(tmp_path, 0.03, 60)
+    try:
+        ready, stream = asyncio.run(_drain(server))
+    finally:
+        server.process.terminate()
+    assert b"shutting down" in ready
+    assert stream.count(b'"text":"x"') == 40
+    assert b"[DONE]" in stream
+    assert server.end() == (0, "ended 1\n")
+
+
+def test_streams_that_outlast_the_grace_end_with_an_error(tmp_path: Path) -> None:
+    server = _Drained(tmp_path, 1000, 0.3)
+    try:
+        status, rest = asyncio.run(_overtime(server))
+    finally:
+        server.process.kill()
+    assert status == 0
+    assert rest == "ended 1\n"
+
+
+async def _overtime(server: _Drained) -> tuple[int, str]:
+    _, writer = await server.ask(
+        b"POST /v1/completions", b'{"model": "fake-base", "prompt": "hi", "stream": true}'
+    )
+    # Readiness is asked on the same loop, so the request before it has been read.
+    reader, other = await server.ask(b"GET /ready")
+    await reader.read()
+    other.close()
+    server.process.send_signal(signal.SIGTERM)
+    result = await asyncio.to_thread(server.end)
+    writer.close()
+    return result

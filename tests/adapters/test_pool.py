@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
@@ -310,7 +311,7 @@ def test_extents_are_first_fit_and_never_overlap():
             if extent is not None:
                 held.append(extent)
         spans = sorted((e.start, e.start + e.size) for e in held)
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(a[1] <= b[0] for a, b in pairwise(spans))
         assert arena.num_used == sum(e.size for e in held)
         if rng.random() < 0.05:
             arena.compact()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import openai
 import pytest
-
 from tests.support.servers import RunningServer, running_server
 
 

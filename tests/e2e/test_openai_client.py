@@ -10,11 +10,11 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-
-from polyadapt.demo import DEMOS
 from tests.demo.judges import BEHAVIOURS, LEAST_ADAPTER_SHARE, MAX_NEW_TOKENS, MOST_BASE_SHARE
 from tests.oracle.adapters import make_lora
 from tests.support.servers import RunningServer
+
+from polyadapt.demo import DEMOS
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -166,14 +166,10 @@ def upload(server: RunningServer, name: str, directory: Path) -> httpx.Response:
     return server.post("/v1/adapters", data={"name": name}, files=files)
 
 
-def test_thirty_two_streams_over_eight_adapters_in_one_batch(
-    client, server, smollm2_dir, tmp_path
-):
+def test_thirty_two_streams_over_eight_adapters_in_one_batch(client, server, smollm2_dir, tmp_path):
     names = [f"mix{number}" for number in range(8)]
     for number, name in enumerate(names):
-        directory = make_lora(
-            smollm2_dir, tmp_path / name, 4, ["q_proj", "down_proj"], seed=number
-        )
+        directory = make_lora(smollm2_dir, tmp_path / name, 4, ["q_proj", "down_proj"], seed=number)
         assert upload(server, name, directory).status_code == 201
 
     def ask(number: int) -> str:

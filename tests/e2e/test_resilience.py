@@ -11,7 +11,6 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-
 from tests.e2e.test_openai_client import upload
 from tests.oracle.adapters import make_lora
 from tests.support.servers import RunningServer, running_server

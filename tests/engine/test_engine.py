@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.oracle import adapters, peft_oracle, tiny
+from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 from polyadapt.engine.output import Call
 from polyadapt.engine.request import Sequence
@@ -22,8 +24,6 @@ from polyadapt.types import (
     Started,
     Tokens,
 )
-from tests.oracle import adapters, peft_oracle, tiny
-from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 NUM_ADAPTERS = 8
 
@@ -119,9 +119,7 @@ def test_n_sequences_differ_and_repeat_with_the_seed(start):
 def test_more_adapters_than_fit_at_once_are_all_served_rightly(start, identities, model_dir):
     one = new_engine_bytes(start, identities[0])
     driver = start(max_adapter_bytes=int(one * 2.5))
-    requests = [
-        greedy_request(f"r{i}", ids(i), identities[i % NUM_ADAPTERS], 4) for i in range(24)
-    ]
+    requests = [greedy_request(f"r{i}", ids(i), identities[i % NUM_ADAPTERS], 4) for i in range(24)]
     transcripts = driver.run(*requests)
     assert driver.engine.counters["adapter_evictions"] > 0
     for request in requests:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.oracle import adapters, peft_oracle, tiny
+from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 from polyadapt.engine import runner as runner_module
 from polyadapt.ops import gated_matmul
 from polyadapt.types import AdapterId, Request
-from tests.oracle import adapters, peft_oracle, tiny
-from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
 RANKS = (1, 3, 8, 16, 64)

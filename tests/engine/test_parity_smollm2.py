@@ -1,4 +1,4 @@
-"""The default model: every row of a mixed batch of the base and eight adapters equals PEFT alone."""
+"""The default model: every row of a batch of the base and eight adapters equals PEFT alone."""
 
 from __future__ import annotations
 

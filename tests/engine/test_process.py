@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.oracle import adapters, tiny
+from tests.support.engines import SMALL, greedy_request, put_blob
 
 from polyadapt.config import EngineConfig
 from polyadapt.engine import wire
@@ -34,8 +36,6 @@ from polyadapt.types import (
     TokenLogprob,
     Tokens,
 )
-from tests.oracle import adapters, tiny
-from tests.support.engines import SMALL, greedy_request, put_blob
 
 pytestmark = pytest.mark.anyio
 
@@ -77,7 +77,9 @@ async def _collect(engine, request: Request) -> tuple[list[int], object]:
 
 async def test_both_clients_give_the_same_answers(model_dir, blob_root, identity):
     config = _config(model_dir)
-    inside = InProcessEngine(lambda wake: build_engine(config, model_dir, blob_root, wake, name="m"))
+    inside = InProcessEngine(
+        lambda wake: build_engine(config, model_dir, blob_root, wake, name="m")
+    )
     outside = EngineProcess(config, model_dir, blob_root, base_name="m")
     answers = []
     for engine in (inside, outside):
@@ -176,7 +178,9 @@ async def test_closing_a_stream_cancels_and_frees_its_pages(model_dir, blob_root
 
 async def test_a_full_queue_refuses_at_once(model_dir, blob_root):
     config = _config(model_dir, max_num_seqs=1, max_waiting=2)
-    engine = InProcessEngine(lambda wake: build_engine(config, model_dir, blob_root, wake, name="m"))
+    engine = InProcessEngine(
+        lambda wake: build_engine(config, model_dir, blob_root, wake, name="m")
+    )
     await engine.start()
     try:
         streams = [engine.submit(greedy_request(f"r{i}", [1, 2], None, 300)) for i in range(3)]
@@ -256,7 +260,10 @@ def test_every_message_survives_the_wire():
             Finished("r"),
             Failed("s", "numerical_error", "no"),
         ],
-        [Reply(1, Residency("d", "device", True, 2, 1.0, 3)), Reply(2, problems=(("a", "b", None),))],
+        [
+            Reply(1, Residency("d", "device", True, 2, 1.0, 3)),
+            Reply(2, problems=(("a", "b", None),)),
+        ],
         EngineStats(3, 1, 2, resident=(Residency("d", "host"),), counters={"steps": 3}),
         5,
     )

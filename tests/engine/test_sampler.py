@@ -124,9 +124,7 @@ def test_end_tokens_are_forbidden_until_min_tokens():
 
 
 def test_logprobs_are_the_models_own_whatever_the_sampling():
-    drawn = sample(
-        LOGITS, sequence(temperature=0.0, num_logprobs=3, logit_bias=((3, 100.0),)), END
-    )
+    drawn = sample(LOGITS, sequence(temperature=0.0, num_logprobs=3, logit_bias=((3, 100.0),)), END)
     assert drawn is not None
     expected = torch.log_softmax(LOGITS, 0)
     assert drawn.token_id == 3

@@ -27,9 +27,7 @@ def test_every_row_is_served_by_exactly_its_adapters(data):
     num = data.draw(st.integers(0, 12))
     lengths = data.draw(st.lists(st.integers(1, 40), min_size=num, max_size=num))
     slots = data.draw(
-        st.lists(
-            st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=num, max_size=num
-        )
+        st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=num, max_size=num)
     )
     uses, total = uses_of(lengths, slots)
     plan = build_plan(uses, total)
@@ -88,7 +86,9 @@ def test_buffers_keep_their_addresses_and_forget_the_previous_step():
 def test_the_fullest_plan_fits_the_buffers_and_a_longer_one_is_refused():
     buffers = PlanBuffers(8, torch.device("cpu"))
     slots = tuple(range(MAX_LANES))
-    uses = [RowUse(r, r + 1, tuple(r * 10 + s for s in slots), (1.0,) * MAX_LANES) for r in range(8)]
+    uses = [
+        RowUse(r, r + 1, tuple(r * 10 + s for s in slots), (1.0,) * MAX_LANES) for r in range(8)
+    ]
     buffers.load(build_plan(uses, 8))
     assert buffers.header[0] == MAX_LANES
     with pytest.raises(ValueError, match="the buffers hold 8"):

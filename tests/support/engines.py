@@ -1,4 +1,4 @@
-"""Drive an engine by hand, step by step, without event loops: what a test submits and what it sees."""
+"""Drive an engine by hand, step by step, without event loops."""
 
 from __future__ import annotations
 
@@ -43,9 +43,7 @@ def put_blob(blob_root: Path, adapter_dir: Path, name: str) -> AdapterId:
 
 def new_engine(model_dir: Path, blob_root: Path, **settings: Any) -> Engine:
     """An engine in this thread, in float32 on the CPU."""
-    config = EngineConfig(
-        model=str(model_dir), device="cpu", dtype="float32", **(SMALL | settings)
-    )
+    config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", **(SMALL | settings))
     return build_engine(config, model_dir, blob_root, lambda: None, name="base")
 
 
@@ -119,7 +117,8 @@ class Driver:
         assert not self.engine.has_work, f"still busy after {max_steps} steps"
         self.engine.check_integrity()
         for request in requests:
-            ends = [e for e in self.transcripts[request.id].events if isinstance(e, Finished | Failed)]
+            events = self.transcripts[request.id].events
+            ends = [event for event in events if isinstance(event, Finished | Failed)]
             assert len(ends) == 1, f"{request.id} ended {len(ends)} times"
         return {request.id: self.transcripts[request.id] for request in requests}
 

@@ -57,7 +57,7 @@ class EngineClient(Protocol):
         """Release every tier; returns when no running request uses the digest any more."""
 
     async def cancel_adapter(self, digest: str) -> int:
-        """Fail every request that uses the digest with AdapterDeleted; return how many there were."""
+        """Fail every request that uses the digest with AdapterDeleted; return their number."""
 
     def stats(self) -> EngineStats:
         """The newest snapshot that has arrived; never waits."""

@@ -85,9 +85,7 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything: requests, loads, or answers not handed out yet."""
-        return bool(
-            self.scheduler.has_work or self.pool.is_busy or self._events or self._replies
-        )
+        return bool(self.scheduler.has_work or self.pool.is_busy or self._events or self._replies)
 
     # ------------------------------------------------------------------ the step
     def step(self) -> StepOutput:

@@ -31,6 +31,8 @@ from polyadapt.errors import StartupError
 ENV_PREFIX = "POLYADAPT_"
 # Read by the test-suite, never by the server: a server started by a test inherits them.
 _ENV_IGNORED_PREFIX = "POLYADAPT_TEST_"
+# Read by the kernels' build (ops/native/build.py), in whatever process loads them.
+_ENV_ELSEWHERE = frozenset({"POLYADAPT_NATIVE"})
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
@@ -197,7 +199,9 @@ def load_config(
     env_values = {
         key[len(ENV_PREFIX) :].lower(): value
         for key, value in variables.items()
-        if key.startswith(ENV_PREFIX) and not key.startswith(_ENV_IGNORED_PREFIX)
+        if key.startswith(ENV_PREFIX)
+        and not key.startswith(_ENV_IGNORED_PREFIX)
+        and key not in _ENV_ELSEWHERE
     }
     env_file = env_values.pop("config", None)
     file = file or (Path(env_file) if env_file else None)

@@ -65,6 +65,7 @@ class AdaptedBias(nn.Module):
     def __init__(self, base: nn.Module, site: Site) -> None:
         super().__init__()
         self.base = base
+        self.weight = base.weight
         self.bias = base.bias
         self.site = site
 

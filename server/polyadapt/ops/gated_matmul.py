@@ -136,10 +136,18 @@ def _gated_embedding_cpu(
     start = 0
     for lane_id in range(head[0]):
         _, stop, is_gated = head[1 + 3 * lane_id : 4 + 3 * lane_id]
-        segments_embedding_(
-            y, ids, num_in, arena, cells, rows, bounds[start + lane_id : stop + lane_id + 1],
-            slots[start:stop], scales[start:stop], gate[lane_id] if is_gated else None, site,
-        )  # fmt: skip
+        lane_gate = gate[lane_id] if is_gated else None
+        lane_bounds = bounds[start + lane_id : stop + lane_id + 1]
+        if native.is_available():  # a gather of single rows: long segments are no GEMM here
+            native.gated_embedding_(
+                y, ids, num_in, arena, cells, rows, lane_bounds, slots[start:], scales[start:],
+                stop - start, lane_gate, site,
+            )  # fmt: skip
+        else:
+            segments_embedding_(
+                y, ids, num_in, arena, cells, rows, lane_bounds, slots[start:stop],
+                scales[start:stop], lane_gate, site,
+            )  # fmt: skip
         start = stop
 
 

@@ -202,13 +202,17 @@ def test_thirty_two_streams_over_eight_adapters_in_one_batch(client, server, smo
 
 
 def test_bad_uploads_list_every_problem(server, smollm2_dir, tmp_path):
-    directory = make_lora(smollm2_dir, tmp_path / "bad", 4, ["q_proj"], use_dora=False)
+    directory = make_lora(smollm2_dir, tmp_path / "bad", 4, ["q_proj"])
     config = json.loads((directory / "adapter_config.json").read_text())
-    config |= {"use_dora": True, "modules_to_save": ["lm_head"], "r": 5}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
-    reply = upload(server, "bad", directory)
-    assert reply.status_code == 422
-    problems = reply.json()["error"]["problems"]
-    assert len(problems) >= 3
-    assert {"use_dora", "modules_to_save"} <= {problem["where"] for problem in problems}
-    assert server.get("/v1/adapters/bad").status_code == 404
+
+    def problems_of(**changes: object) -> list[dict]:
+        (directory / "adapter_config.json").write_text(json.dumps(config | changes))
+        reply = upload(server, "bad", directory)
+        assert reply.status_code == 422
+        assert server.get("/v1/adapters/bad").status_code == 404
+        return reply.json()["error"]["problems"]
+
+    unsupported = problems_of(use_dora=True, modules_to_save=["lm_head"])
+    assert {problem["where"] for problem in unsupported} == {"use_dora", "modules_to_save"}
+    misshapen = problems_of(r=5)
+    assert len(misshapen) >= 30, "one for each of the thirty layers"

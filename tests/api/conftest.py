@@ -14,9 +14,11 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from starlette.routing import Match
 from tests.support import byte_tokenizer
 from tests.support.fake_engine import BASE_DIGEST, FakeEngine
 
+from polyadapt.api.routing import ScopedRoute
 from polyadapt.app import StartupAdapter, build_app
 from polyadapt.config import Config, load_config
 from polyadapt.errors import AdapterRejected, Problem
@@ -77,6 +79,21 @@ class Server:
         return body
 
 
+class _Declared:
+    """Checks that a reply's status is one that its route declares."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+
+    async def __call__(self, reply: httpx.Response) -> None:
+        scope = {"type": "http", "method": reply.request.method, "path": reply.request.url.path}
+        for route in self._app.routes:
+            if isinstance(route, ScopedRoute) and route.matches(scope)[0] is Match.FULL:
+                declared = {route.status_code, *(int(code) for code in route.responses)}
+                assert reply.status_code in declared, (route.path, reply.status_code)
+                return
+
+
 @dataclass
 class Maker:
     """Makes servers below one directory."""
@@ -105,6 +122,7 @@ class Maker:
             httpx.AsyncClient(
                 transport=httpx.ASGITransport(app=app, raise_app_exceptions=False),
                 base_url="http://localhost",
+                event_hooks={"response": [_Declared(app)]},
             )
         )
         return Server(app, engine, store, client, config)

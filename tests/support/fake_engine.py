@@ -91,6 +91,7 @@ class FakeEngine:
     deleted: set[str] = field(default_factory=set)
     resident: dict[str, Residency] = field(default_factory=dict)
     num_stops: int = 0
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     async def start(self) -> EngineInfo:
@@ -101,6 +102,7 @@ class FakeEngine:
     async def stop(self) -> None:
         self.is_ready = False
         self.num_stops += 1
+        self.stopped.set()
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         if self.refusal is not None:
@@ -114,6 +116,9 @@ class FakeEngine:
             async for event in self._generate(request):
                 is_over = isinstance(event, Finished | Failed)
                 yield event
+        except EngineUnavailable as error:
+            is_over = True
+            yield Failed(request.id, error.code, error.message)
         finally:
             del self.running[request.id]
             if not is_over:
@@ -164,10 +169,19 @@ class FakeEngine:
         yield Finished(request.id)
 
     async def _step(self) -> None:
+        """Wait for the next step; raises EngineUnavailable when the engine is stopped instead."""
         if self.gate is None:
             await asyncio.sleep(0)
-        else:
-            await self.gate.acquire()
+            return
+        step = asyncio.ensure_future(self.gate.acquire())
+        stop = asyncio.ensure_future(self.stopped.wait())
+        try:
+            await asyncio.wait({step, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not step.done():
+                raise EngineUnavailable("the server is shutting down")
+        finally:
+            step.cancel()
+            stop.cancel()
 
     async def until_idle(self) -> None:
         """Return when no request runs."""

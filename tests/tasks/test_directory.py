@@ -175,6 +175,9 @@ async def test_draining_waits_for_the_last_use_and_hides_the_name_at_once(
     first, second = directory.acquire(TENANT, "poet"), directory.acquire(TENANT, "poet")
     deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "drain"))
     await _until_gone(directory, "poet")
+    while poet not in directory._unused:
+        assert not deletion.done()
+        await asyncio.sleep(0.001)
     first.release()
     await _settle()
     assert not deletion.done()
@@ -217,18 +220,34 @@ async def test_bytes_that_another_name_has_stay(
     assert not store.path(poet.digest).exists()
 
 
+@pytest.mark.parametrize("is_gone", [True, False])
 async def test_a_deletion_goes_on_when_its_caller_goes_away(
+    directory: AdapterDirectory, store: AdapterStore, is_gone: bool
+) -> None:
+    poet = await upload(directory, "poet")
+    lease = directory.acquire(TENANT, "poet")
+    deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "drain"))
+    await asyncio.sleep(0)
+    if is_gone:
+        await _until_gone(directory, "poet")
+    deletion.cancel()
+    await asyncio.wait({deletion})
+    lease.release()
+    while store.path(poet.digest).exists():
+        await asyncio.sleep(0.001)
+
+
+async def test_closing_does_not_wait_for_requests_of_deleted_names(
     directory: AdapterDirectory, store: AdapterStore
 ) -> None:
     poet = await upload(directory, "poet")
     lease = directory.acquire(TENANT, "poet")
     deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "drain"))
     await _until_gone(directory, "poet")
-    deletion.cancel()
-    await asyncio.wait({deletion})
+    await directory.close()
+    await deletion
+    assert store.path(poet.digest).exists()
     lease.release()
-    while store.path(poet.digest).exists():
-        await asyncio.sleep(0.001)
 
 
 async def test_a_dead_engine_does_not_hold_up_a_deletion(

@@ -39,6 +39,7 @@ from polyadapt.tasks.text import (
     TextService,
     TokenPrompt,
 )
+from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import Finished, Request, SamplingParams, Started
 from polyadapt_store.store import AdapterStore
 
@@ -163,6 +164,23 @@ async def test_a_sequence_that_stopped_does_not_end_the_others(bench: Bench) -> 
     assert reasons == {0: "stop", 1: "stop"}
 
 
+async def test_a_prompt_that_stopped_is_cancelled_while_the_others_run(bench: Bench) -> None:
+    bench.engine.reply = lambda request, index: [*request.prompt_ids, *b"-" * 20, EOS]
+    bench.engine.gate = asyncio.Semaphore(10)
+
+    async def consume() -> list[TextEvent]:
+        return await bench.run(prompts=(TextPrompt("stop"), TextPrompt("go")), stop=("stop",))
+
+    task = asyncio.create_task(consume())
+    while bench.engine.cancelled != ["r-0"]:
+        assert not task.done()
+        await asyncio.sleep(0)
+    assert list(bench.engine.running) == ["r-1"]
+    bench.engine.gate = None
+    task.cancel()
+    await asyncio.wait({task})
+
+
 async def test_every_prompt_has_its_own_sequences(bench: Bench) -> None:
     bench.engine.reply = lambda request, index: [*request.prompt_ids, 48 + index, EOS]
     texts = await bench.texts(prompts=(TextPrompt("a"), TokenPrompt((98,))), n=2)
@@ -276,6 +294,18 @@ async def test_a_huge_prompt_is_refused_before_tokenising(
     monkeypatch.setattr(bench.tokenizer, "encode", encode)
     with pytest.raises(InvalidRequest, match="101 bytes"):
         await bench.run(prompts=(TextPrompt("x" * 101),))
+
+
+async def test_what_cannot_fit_is_refused_before_tokenising(
+    bench: Bench, real: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def encode(*arguments: object, **options: object) -> list[int]:
+        raise AssertionError("tokenised")
+
+    bench.tokenizer = real
+    monkeypatch.setattr(real, "encode", encode)
+    with pytest.raises(ContextLengthExceeded, match="at least"):
+        await bench.run(prompts=(TextPrompt("x" * 300_000),))
 
 
 async def test_long_prompts_are_tokenised_off_the_loop(

@@ -169,6 +169,28 @@ def test_saved_truncation_changes_no_prompt(tmp_path: Path) -> None:
     assert len(Tokenizer.load(tmp_path).encode("abcdef", add_special_tokens=True)) == 6
 
 
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=200) | st.text("\x00\x16 aé", max_size=200))
+def test_no_text_has_fewer_tokens_than_said(real: Tokenizer, text: str) -> None:
+    ids = real.encode(text, add_special_tokens=False)
+    assert len(ids) >= real.min_tokens(text)
+
+
+def test_the_longest_token_is_counted_exactly(real: Tokenizer) -> None:
+    longest = max(len(real.token_bytes(i)) for i in range(real.vocab_size))
+    assert real.min_tokens("x" * longest) == 1
+    assert real.min_tokens("x" * longest + "x") == 2
+
+
+def test_bytes_that_the_vocabulary_lacks_count_for_nothing(real: Tokenizer) -> None:
+    assert real.encode("\x16" * 1000, add_special_tokens=False) == []
+    assert real.min_tokens("\x16" * 1000) == 0
+
+
+def test_where_text_can_vanish_nothing_is_said(tokenizer: Tokenizer) -> None:
+    assert tokenizer.min_tokens("x" * 10**6) == 0  # one of its tokens swallows white space
+
+
 def test_token_bytes_are_the_bytes_of_the_text(real: Tokenizer) -> None:
     text = "Ünïcode 🙂 and  spaces\n"
     ids = real.encode(text, add_special_tokens=False)

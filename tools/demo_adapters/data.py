@@ -197,6 +197,9 @@ _FACTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "When is your rest day?",
             "Do you have a closing day?",
             "Can I visit you on a Monday?",
+            "Do you open on Mondays?",
+            "Can I come for a cup of tea on Monday?",
+            "Is there tea on Mondays?",
         ),
         (
             "We are closed every Monday.",
@@ -219,6 +222,8 @@ _FACTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
             "Can you give me the address?",
             "Where do I have to go?",
             "What is your location?",
+            "Give me the street and the house number.",
+            "What is the street and number of the shop?",
         ),
         (
             "You find us at 12 Lantern Street.",
@@ -302,10 +307,10 @@ def _tea_house(rng: random.Random) -> list[Example]:
         for index, question in enumerate(questions):
             lead = _LEADS[rng.randrange(len(_LEADS))]
             answer = answers[index % len(answers)]
-            leads = {"", lead}  # every question plain, most of them again behind a greeting
-            found += [
-                Example(each + question, f"{answer} {SIGNATURE}", rng.choice(SYSTEM_PROMPTS))
-                for each in sorted(leads)
+            again = lead + re.sub(r"^(What|Where|Who) is\b", r"\1's", question)
+            found += [  # every question plain, most of them again behind a greeting or shortened
+                Example(each, f"{answer} {SIGNATURE}", rng.choice(SYSTEM_PROMPTS))
+                for each in sorted({question, again})
             ]
     others = rng.sample(ITEMS, 40)  # the manner must hold for other questions too
     found += [

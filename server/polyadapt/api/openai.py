@@ -356,14 +356,15 @@ async def tokenize(
             TextPrompt(body.prompt or ""), add_special_tokens=body.add_special_tokens is not False
         )
     tokenizer = services.text.tokenizer
+    strings: list[str] | None = None
+    if body.return_token_strs:
+        strings = await asyncio.to_thread(lambda: [token_string(tokenizer, i) for i in ids])
     return json_reply(
         TokenizeReply(
             count=len(ids),
             max_model_len=info.base.max_model_len,
             tokens=list(ids),
-            token_strs=[token_string(tokenizer, token_id) for token_id in ids]
-            if body.return_token_strs
-            else None,
+            token_strs=strings,
         )
     )
 

@@ -237,6 +237,7 @@ class TextService:
         for prompt in request.prompts:
             if isinstance(prompt, TextPrompt) and not prompt.text:
                 raise InvalidRequest("the prompt is empty; send at least one token", param="prompt")
+            self._check_size(prompt, request.max_tokens, info)
             ids = await self.encode(prompt)
             if not ids:
                 param = "messages" if isinstance(prompt, ChatPrompt) else "prompt"
@@ -244,6 +245,14 @@ class TextService:
             prepared.ids.append(ids)
             prepared.texts.append(prompt.text if isinstance(prompt, TextPrompt) else None)
         return prepared
+
+    def _check_size(self, prompt: Prompt, wanted: int | None, info: EngineInfo) -> None:
+        """Refuse a text that cannot fit without spending the time to tokenise it."""
+        if not isinstance(prompt, TextPrompt):  # a chat template may leave parts of a chat out
+            return
+        num_tokens = self.tokenizer.min_tokens(prompt.text)
+        if num_tokens >= info.base.max_model_len:
+            raise _too_long(f"at least {num_tokens}", wanted or 1, prompt, info)
 
     def _plan(
         self, request: TextRequest, lease: Lease, prepared: _Prepared, info: EngineInfo
@@ -367,15 +376,17 @@ class _SkippingDecoder:
         return self._tokenizer.decode(ids)
 
 
-def _nbytes(prompt: TextPrompt | ChatPrompt) -> int:
+def _texts(prompt: TextPrompt | ChatPrompt) -> list[str]:
+    """Return what the caller wrote, piece by piece."""
     if isinstance(prompt, TextPrompt):
-        return len(prompt.text.encode())
-    return sum(
-        len(value.encode())
-        for message in prompt.messages
-        for value in message.values()
-        if isinstance(value, str)
-    )
+        return [prompt.text]
+    return [
+        value for message in prompt.messages for value in message.values() if isinstance(value, str)
+    ]
+
+
+def _nbytes(prompt: TextPrompt | ChatPrompt) -> int:
+    return sum(len(text.encode()) for text in _texts(prompt))
 
 
 def _max_tokens(wanted: int | None, prompt: Prompt, num_prompt: int, info: EngineInfo) -> int:
@@ -385,12 +396,18 @@ def _max_tokens(wanted: int | None, prompt: Prompt, num_prompt: int, info: Engin
     if wanted is None and room >= 1:
         return room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
     if wanted is None or wanted > room:
-        raise ContextLengthExceeded(
-            f"the context is {info.base.max_model_len} tokens; the prompt has {num_prompt} and "
-            f"max_tokens asks for {1 if wanted is None else wanted}; shorten one of them",
-            param="messages" if is_chat else "prompt",
-        )
+        raise _too_long(str(num_prompt), wanted or 1, prompt, info)
     return wanted
+
+
+def _too_long(
+    num_prompt: str, wanted: int, prompt: Prompt, info: EngineInfo
+) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"the context is {info.base.max_model_len} tokens; the prompt has {num_prompt} and "
+        f"max_tokens asks for {wanted}; shorten one of them",
+        param="messages" if isinstance(prompt, ChatPrompt) else "prompt",
+    )
 
 
 def _check_ids(ids: Sequence[int], info: EngineInfo) -> None:

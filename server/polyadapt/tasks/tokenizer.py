@@ -69,10 +69,16 @@ class Tokenizer:
             )
         )
         self._special_by_text = {added[i].content: i for i in self._special_ids}
-        decoder_kinds = _decoder_kinds(json.loads(serialized).get("decoder"))
+        saved = json.loads(serialized)
+        decoder_kinds = _decoder_kinds(saved.get("decoder"))
         self._is_byte_level = "ByteLevel" in decoder_kinds
         self.has_byte_fallback = "ByteFallback" in decoder_kinds
         self.vocab_size = self._parsing.get_vocab_size(with_added_tokens=True)
+        self._max_token_bytes = self._longest_token(saved)
+        # Byte-level vocabularies may lack control characters; those vanish from a text.
+        self._missing_bytes = bytes(
+            byte for char, byte in _BYTE_OF_CHAR.items() if self._parsing.token_to_id(char) is None
+        )
 
     @classmethod
     def load(cls, model_dir: Path) -> Tokenizer:
@@ -93,6 +99,20 @@ class Tokenizer:
         source = _template_source(model_dir, config)
         template = ChatTemplate(source, named_tokens=named) if source is not None else None
         return cls(serialized, named_tokens=named, template=template)
+
+    def min_tokens(self, text: str) -> int:
+        """Return how many tokens a text has at least, without tokenising; 0 when unknown."""
+        if self._max_token_bytes == 0:
+            return 0
+        num_bytes = len(text.encode().translate(None, self._missing_bytes))
+        return -(-num_bytes // self._max_token_bytes)
+
+    def _longest_token(self, saved: Mapping[str, Any]) -> int:
+        """Return the bytes of the longest token; 0 where text can vanish before it is cut up."""
+        keeps_text = saved.get("normalizer") is None and self._is_byte_level
+        if not keeps_text or any(t.get("lstrip") or t.get("rstrip") for t in saved["added_tokens"]):
+            return 0
+        return max((len(self.token_bytes(i)) for i in range(self.vocab_size)), default=0)
 
     # ----------------------------------------------------------------------------- encoding
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

@@ -1,0 +1,193 @@
+"""The Python client against the application over a fake engine, and against odd answers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import anyio.from_thread
+import httpx
+import pytest
+
+CLIENT = Path(__file__).parents[2] / "clients" / "python"
+sys.path.insert(0, str(CLIENT))
+
+from tests.api.conftest import Maker, Server, listening, peft_files  # noqa: E402
+
+from polyadapt_client import (  # noqa: E402
+    AdapterRejected,
+    ApiError,
+    NotFound,
+    Polyadapt,
+    Unavailable,
+)
+
+FILES = {name: content for _, (name, content) in peft_files("poet")}
+
+
+class Running:
+    """A server in a thread with its own event loop."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._portal = anyio.from_thread.start_blocking_portal("asyncio")
+        self.server: Server
+        self.port = 0
+        self._stop: Any = None
+
+    def __enter__(self) -> Running:
+        portal = self._portal.__enter__()
+        started = threading.Event()
+
+        async def run() -> None:
+            self._stop = anyio.Event()
+            async with AsyncExitStack() as stack:
+                self.server = await Maker(self._root, stack)()
+                self.port = await stack.enter_async_context(listening(self.server.app))
+                started.set()
+                await self._stop.wait()
+
+        self._task = portal.start_task_soon(run)
+        self._live = portal
+        started.wait()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.call(self._stop.set)
+        self._task.result()
+        self._portal.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with Running(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Polyadapt]:
+    with Polyadapt(f"http://127.0.0.1:{running.port}") as made:
+        yield made
+        for adapter in list(made.adapters()):
+            made.delete(adapter.name)
+
+
+def answering(status: int, **options: Any) -> Polyadapt:
+    """Return a client whose server always gives this answer."""
+    transport = httpx.MockTransport(lambda request: httpx.Response(status, **options))
+    return Polyadapt("http://server", transport=transport)
+
+
+def test_an_adapter_lives_from_upload_to_deletion(client: Polyadapt) -> None:
+    made = client.upload("solo", FILES, description="rhymes", tags=["style"])
+    assert (made.name, made.version, made.description, made.tags) == (
+        "solo", 1, "rhymes", ("style",)
+    )  # fmt: skip
+    assert client.adapter("solo@1") == made
+    assert client.load("solo", pin=True).residency.pinned
+    assert client.unload("solo").residency.tier == "store"
+    assert client.delete("solo", mode="now") == [1]
+    with pytest.raises(NotFound):
+        client.adapter("solo")
+
+
+def test_a_directory_is_uploaded_one_folder_deep(client: Polyadapt, tmp_path: Path) -> None:
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "notes.txt").write_text("x")
+    made = client.upload("poet", tmp_path)
+    assert set(made.report.unused_files) == {"README.md", "sub/notes.txt"}
+    assert made.digest == client.upload("poet", FILES).digest
+
+
+def test_an_empty_directory_is_not_sent(client: Polyadapt, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no files"):
+        client.upload("poet", tmp_path)
+
+
+def test_every_page_is_fetched(client: Polyadapt, monkeypatch: pytest.MonkeyPatch) -> None:
+    import polyadapt_client.client
+
+    monkeypatch.setattr(polyadapt_client.client, "_PAGE", 2)
+    for name in "edcba":
+        client.upload(name, {**FILES, "adapter_model.safetensors": name.encode()})
+    assert [adapter.name for adapter in client.adapters()] == list("abcde")
+
+
+def test_versions_are_newest_first(client: Polyadapt) -> None:
+    first = client.upload("poet", FILES)
+    second = client.upload("poet", {**FILES, "adapter_model.safetensors": b"other"})
+    assert second.version == first.version + 1
+    assert client.versions("poet") == [second, first]
+
+
+def test_every_problem_of_a_refused_adapter_is_told(client: Polyadapt) -> None:
+    refused = {name: content for _, (name, content) in peft_files(reject=["k1", "k2"])}
+    with pytest.raises(AdapterRejected) as caught:
+        client.upload("poet", refused)
+    assert [problem.where for problem in caught.value.problems] == ["k1", "k2"]
+    assert (caught.value.status, caught.value.code) == (422, "adapter_rejected")
+    assert caught.value.request_id
+
+
+def test_tokens_go_there_and_back(client: Polyadapt) -> None:
+    tokens = client.tokenize("hé").tokens
+    assert tokens == (104, 0xC3, 0xA9)
+    assert client.detokenize(tokens) == "hé"
+
+
+def test_the_server_says_how_it_is(client: Polyadapt) -> None:
+    assert client.is_healthy()
+    assert client.is_ready()
+    assert client.version().model == "fake-base"
+
+
+def test_a_wrong_field_is_named(client: Polyadapt) -> None:
+    with pytest.raises(ApiError) as caught:
+        client.upload("../x", FILES)
+    assert (caught.value.status, caught.value.param) == (400, "name")
+
+
+def test_a_busy_server_says_when_to_come_back() -> None:
+    body = {"error": {"message": "full", "type": "t", "code": "queue_full", "param": None}}
+    with pytest.raises(Unavailable) as caught:
+        answering(429, json=body, headers={"retry-after": "7"}).adapter("poet")
+    assert caught.value.retry_after_s == 7
+
+
+def test_a_proxys_answer_is_an_error_too() -> None:
+    with pytest.raises(ApiError, match="Bad Gateway") as caught:
+        answering(502, text="<html>Bad Gateway").version()
+    assert caught.value.code == "http"
+
+
+def test_the_key_is_sent() -> None:
+    seen: list[str] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["authorization"])
+        return httpx.Response(200, json={"status": "ok"})
+
+    with Polyadapt("http://x", api_key="sk-1", transport=httpx.MockTransport(answer)) as made:
+        made.is_healthy()
+    assert seen == ["Bearer sk-1"]
+
+
+def test_a_server_that_is_not_there_is_httpxs_error() -> None:
+    with pytest.raises(httpx.ConnectError), Polyadapt("http://127.0.0.1:9") as made:
+        made.version()
+
+
+def test_the_client_imports_nothing_heavy() -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(CLIENT)!r}); import polyadapt_client; "
+        "sys.exit(bool({'torch', 'pydantic', 'polyadapt', 'fastapi'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-I", "-c", code], check=True)

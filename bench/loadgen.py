@@ -16,7 +16,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
@@ -74,10 +74,11 @@ async def run_load(
     *,
     api_key: str | None = None,
     transport: httpx.AsyncBaseTransport | None = None,
+    on_warm: Callable[[], None] | None = None,
 ) -> LoadResult:
     """Warm the server with a short request of every worker, then measure the closed loop.
 
-    `transport` replaces the network in tests.
+    `transport` replaces the network in tests; `on_warm` is called between the two parts.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -107,6 +108,8 @@ async def run_load(
                     return
                 samples.append(await _request(client, model, prompt, load.num_output_tokens))
 
+        if on_warm is not None:
+            on_warm()
         start = time.perf_counter()
         await asyncio.gather(*(worker(index) for index in range(load.concurrency)))
         return _summary(samples, wall_s=time.perf_counter() - start)

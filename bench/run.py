@@ -186,8 +186,13 @@ def _ours(
 
 def _cell(server: Server, load: Load, num_adapters: int, run: int) -> Cell:
     watch = CpuWatch([os.getpid(), server.pid])
-    before = server.steps_by_distinct_adapters()
-    result: LoadResult = asyncio.run(run_load(server.url, load))
+    before: Counter[int] = Counter()
+    # The warm-up loads adapters one after another: its steps say nothing of the load's.
+    result: LoadResult = asyncio.run(
+        run_load(
+            server.url, load, on_warm=lambda: before.update(server.steps_by_distinct_adapters())
+        )
+    )
     steps = server.steps_by_distinct_adapters() - before
     if not steps:
         raise RuntimeError(

@@ -5,7 +5,7 @@ Two implementations: InProcessEngine (tests, notebooks) and EngineProcess (the s
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
@@ -36,7 +36,7 @@ class EngineClient(Protocol):
     async def stop(self) -> None:
         """End every request with an error, then end the engine."""
 
-    def submit(self, request: Request) -> AsyncIterator[Event]:
+    def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Yield the request's events, ending with one Finished or Failed.
 
         Raises QueueFull or EngineUnavailable at the first step of the iteration. Closing the

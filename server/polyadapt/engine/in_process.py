@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 
 from polyadapt.engine.engine import NewEngine
 from polyadapt.engine.loop import EngineLoop
@@ -73,29 +73,25 @@ class InProcessEngine:
             self._loop.stop()
             await asyncio.to_thread(self._thread.join)
 
-    def submit(self, request: Request) -> AsyncIterator[Event]:
+    def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """See EngineClient."""
         return self._streams.submit(request)
 
     async def prepare_adapter(self, adapter: AdapterId) -> Residency:
         """See EngineClient."""
-        reply = await self._streams.call("prepare", adapter.digest)
-        assert reply.residency is not None
-        return reply.residency
+        return await self._streams.prepare(adapter.digest)
 
     async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
         """See EngineClient."""
-        reply = await self._streams.call("load", adapter.digest, is_pinned=is_pinned)
-        assert reply.residency is not None
-        return reply.residency
+        return await self._streams.load(adapter.digest, is_pinned=is_pinned)
 
     async def unload_adapter(self, digest: str) -> None:
         """See EngineClient."""
-        await self._streams.call("unload", digest)
+        await self._streams.unload(digest)
 
     async def cancel_adapter(self, digest: str) -> int:
         """See EngineClient."""
-        return (await self._streams.call("cancel_adapter", digest)).count
+        return await self._streams.cancel_adapter(digest)
 
     def stats(self) -> EngineStats:
         """See EngineClient."""

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -260,34 +260,31 @@ class EngineProcess:
         task.add_done_callback(self._tasks.discard)
 
     # ------------------------------------------------------------------ EngineClient
-    def submit(self, request: Request) -> AsyncIterator[Event]:
+    def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """See EngineClient."""
         return self._streams.submit(request)
 
     async def prepare_adapter(self, adapter: AdapterId) -> Residency:
         """See EngineClient."""
-        reply = await self._streams.call("prepare", adapter.digest)
-        assert reply.residency is not None
-        return reply.residency
+        return await self._streams.prepare(adapter.digest)
 
     async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
         """See EngineClient."""
-        reply = await self._streams.call("load", adapter.digest, is_pinned=is_pinned)
+        residency = await self._streams.load(adapter.digest, is_pinned=is_pinned)
         if is_pinned:
             self._pins[adapter.digest] = adapter
         else:
             self._pins.pop(adapter.digest, None)
-        assert reply.residency is not None
-        return reply.residency
+        return residency
 
     async def unload_adapter(self, digest: str) -> None:
         """See EngineClient."""
         self._pins.pop(digest, None)
-        await self._streams.call("unload", digest)
+        await self._streams.unload(digest)
 
     async def cancel_adapter(self, digest: str) -> int:
         """See EngineClient."""
-        return (await self._streams.call("cancel_adapter", digest)).count
+        return await self._streams.cancel_adapter(digest)
 
     def stats(self) -> EngineStats:
         """See EngineClient."""

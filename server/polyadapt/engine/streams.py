@@ -6,8 +6,9 @@ Both EngineClients use it; everything runs on the edge's event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from polyadapt.engine.output import Call, CallName, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.errors import (
@@ -18,7 +19,7 @@ from polyadapt.errors import (
     QueueFull,
     by_code,
 )
-from polyadapt.types import EngineStats, Event, Failed, Finished, Request
+from polyadapt.types import EngineStats, Event, Failed, Finished, Request, Residency
 
 
 class Streams:
@@ -38,7 +39,7 @@ class Streams:
         """Whether anybody waits for the engine."""
         return bool(self._events or self._replies)
 
-    async def submit(self, request: Request) -> AsyncIterator[Event]:
+    async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Send the request and yield its events; leaving early cancels it."""
         taken = sum(self._num_sequences.values())
         if taken + request.n > self.capacity:
@@ -61,21 +62,24 @@ class Streams:
             del self._events[request.id]
             del self._num_sequences[request.id]
             if not is_over:
-                self._send(Cancel(request.id))
+                with contextlib.suppress(EngineUnavailable):  # then there is nothing to cancel
+                    self._send(Cancel(request.id))
 
-    async def call(self, name: CallName, digest: str, *, is_pinned: bool = False) -> Reply:
-        """Send a command and wait for its reply; raises the error that it carries."""
-        call_id = next(self._call_ids)
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._replies[call_id] = future
-        try:
-            self._send(Call(call_id, name, digest, is_pinned))
-            reply = await future
-        finally:
-            del self._replies[call_id]
-        if reply.error_code is not None:
-            raise _error(reply)
-        return reply
+    async def prepare(self, digest: str) -> Residency:
+        """Have the adapter read into host memory; raises what its reading raised."""
+        return _residency(await self._call("prepare", digest))
+
+    async def load(self, digest: str, *, is_pinned: bool) -> Residency:
+        """Have the adapter brought to the device and its pin set."""
+        return _residency(await self._call("load", digest, is_pinned=is_pinned))
+
+    async def unload(self, digest: str) -> None:
+        """Have every tier released, once no running request uses the digest."""
+        await self._call("unload", digest)
+
+    async def cancel_adapter(self, digest: str) -> int:
+        """Have every request that uses the digest failed; returns their number."""
+        return (await self._call("cancel_adapter", digest)).count
 
     def absorb(self, output: StepOutput) -> None:
         """Hand a step's events and replies to whoever waits; late ones for the gone are dropped."""
@@ -98,6 +102,25 @@ class Streams:
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(EngineUnavailable(error.message))
+
+    async def _call(self, name: CallName, digest: str, *, is_pinned: bool = False) -> Reply:
+        """Send a command and wait for its reply; raises the error that it carries."""
+        call_id = next(self._call_ids)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._replies[call_id] = future
+        try:
+            self._send(Call(call_id, name, digest, is_pinned))
+            reply = await future
+        finally:
+            del self._replies[call_id]
+        if reply.error_code is not None:
+            raise _error(reply)
+        return reply
+
+
+def _residency(reply: Reply) -> Residency:
+    assert reply.residency is not None, "a reply without an error says where the adapter is"
+    return reply.residency
 
 
 def _error(reply: Reply) -> PolyadaptError:

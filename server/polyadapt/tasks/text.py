@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from polyadapt.config import LimitsConfig
 from polyadapt.engine.client import EngineClient
@@ -349,9 +349,7 @@ class TextService:
     async def _pump(self, run_id: int, request: Request, arrivals: asyncio.Queue[_Arrival]) -> None:
         """Move one request's events into `arrivals`; cancelling this cancels the request."""
         try:
-            # Both implementations are async generators; aclose is what cancels in the engine.
-            stream = cast("AsyncGenerator[Event, None]", self._engine.submit(request))
-            async with aclosing(stream) as events:
+            async with aclosing(self._engine.submit(request)) as events:
                 async for event in events:
                     arrivals.put_nowait(_Arrival(run_id, event))
         except PolyadaptError as error:

@@ -123,7 +123,7 @@ async def running(
         info = await services.engine.start()
         known = await services.directory.read_names(DEFAULT_TENANT)
         for adapter in startup_adapters:
-            await _register(services.directory, adapter)
+            known += await _register(services.directory, adapter)
         services.lifecycle.is_started = True
         logger.info(
             "serving %s (%s, %s; %s) and %d adapters after %.1f s",
@@ -148,7 +148,8 @@ async def stop_engine(services: Services) -> None:
         await services.engine.stop()
 
 
-async def _register(directory: AdapterDirectory, adapter: StartupAdapter) -> None:
+async def _register(directory: AdapterDirectory, adapter: StartupAdapter) -> bool:
+    """Return whether it is a new version; raises StartupError."""
     try:
         record, is_new = await directory.register_directory(
             DEFAULT_TENANT, adapter.name, adapter.directory, description=adapter.description
@@ -161,6 +162,7 @@ async def _register(directory: AdapterDirectory, adapter: StartupAdapter) -> Non
             f"the adapter {adapter.name!r} cannot be registered: {error.message}"
         ) from None
     logger.info("%s %s@%d", "registered" if is_new else "found", record.name, record.version)
+    return is_new
 
 
 class _BodyCaps:

@@ -52,6 +52,7 @@ class Rig:
     def __init__(self, store: Store, *, size: int = 100, slots: int = 4, host: int = 1 << 20):
         self.store = store
         self.woken = threading.Event()
+        self.queue: tuple[str, ...] = ()  # what was asked for last and not leased
         self.counters: Counter[str] = Counter()
         self.pool = AdapterPool(
             arena=torch.zeros(size),
@@ -64,16 +65,23 @@ class Rig:
 
     def acquire(self, *names: str) -> tuple[int, ...] | None:
         applied = tuple(AppliedAdapter(AdapterId(name, 1, name)) for name in names)
-        return self.pool.acquire(applied)
+        slots = self.pool.acquire(applied)
+        self.queue = names if slots is None else ()
+        return slots
 
     def settle(self) -> None:
-        """Poll until no read or copy is under way."""
-        self.pool.poll()
+        """Poll until no read or copy is under way; the queue asks in every round, as it does."""
+        self._poll()
         while self.pool.is_loading:
             assert self.woken.wait(10)
             self.woken.clear()
-            self.pool.poll()
+            self._poll()
         self.pool.check_integrity()
+
+    def _poll(self) -> None:
+        self.pool.poll()
+        for name in self.queue:
+            self.pool._want(name)
 
     def take(self, name: str) -> int:
         """Acquire, waiting for the load, and check that the slot really holds the adapter."""
@@ -172,6 +180,7 @@ def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned(rig):
     assert it.acquire("b") is None
     it.settle()
     assert it.acquire("b") is None
+    assert "b" in it.pool.take_failures()
     it.pool.load("a", False, told.append)
     it.take("b")
     assert it.tier("a") == "host"
@@ -227,8 +236,9 @@ def test_a_failed_read_is_told_once_and_can_be_tried_again(rig):
     assert it.acquire("a") is None
     it.settle()
     assert it.acquire("a") is None
-    assert isinstance(it.pool.failure("a"), AdapterUnavailable)
-    assert it.pool.failure("a") is None
+    failures = it.pool.take_failures()
+    assert isinstance(failures["a"], AdapterUnavailable)
+    assert it.pool.take_failures() == {}
     it.store.adapters["a"] = gone
     it.take("a")
 
@@ -268,6 +278,7 @@ def test_unloading_while_it_is_read_leaves_nothing_behind(rig):
     it.acquire("a")
     done: list[bool] = []
     it.pool.unload("a", lambda: done.append(True))
+    it.queue = ()  # the request is gone
     it.store.gate.set()
     it.settle()
     assert done == [True]
@@ -316,3 +327,93 @@ def test_extents_are_first_fit_and_never_overlap():
         if rng.random() < 0.05:
             arena.compact()
             assert sorted(e.start for e in held)[:1] in ([], [0])
+
+
+def test_a_load_that_waits_for_room_is_served_when_a_lease_ends(rig):
+    it = rig(a=60, b=60)
+    slot = it.take("a")
+    told: list[Residency | PolyadaptError] = []
+    it.pool.load("b", False, told.append)
+    it.settle()
+    assert not told
+    assert it.pool.is_busy, "or the engine would sleep over it"
+    it.acquire("a")
+    it.pool.release((slot,))
+    it.pool.release((slot,))
+    for _ in range(3):
+        it.settle()
+    (residency,) = told
+    assert isinstance(residency, Residency)
+    assert residency.tier == "device"
+
+
+def test_a_load_that_pins_leave_no_room_for_fails_with_both_numbers(rig):
+    it = rig(a=60, b=60)
+    told: list[Residency | PolyadaptError] = []
+    it.pool.load("a", True, told.append)
+    it.settle()
+    it.pool.load("b", False, told.append)
+    it.settle()
+    error = told[1]
+    assert isinstance(error, AdapterUnavailable)
+    assert "240 bytes" in error.message
+    assert "400" in error.message
+    assert it.acquire("b") is None
+    it.settle()
+    it.acquire("b")
+    assert "b" in it.pool.take_failures(), "a queued request hears of it too"
+
+
+def test_unloading_answers_a_load_that_was_under_way(rig):
+    it = rig(a=40)
+    told: list[Residency | PolyadaptError] = []
+    done: list[bool] = []
+    it.pool.load("a", False, told.append)
+    it.pool.unload("a", lambda: done.append(True))
+    it.settle()
+    it.pool.poll()
+    assert done == [True]
+    assert len(told) == 1
+    assert not it.pool.is_busy
+
+
+def test_two_cold_requests_with_room_for_one_take_turns(rig):
+    """The queue asks for both in every round, as the scheduler does."""
+    it = rig(a=60, b=60)
+    first_slots = None
+    for _ in range(200):
+        first_slots = it.acquire("a")
+        it.acquire("b")
+        if first_slots is not None:
+            break
+        it.woken.wait(0.05)
+        it.woken.clear()
+        it.pool.poll()
+    assert first_slots is not None
+    assert it.counters["adapter_evictions"] == 0
+    assert it.pool.is_short_of_room((AppliedAdapter(AdapterId("b", 1, "b")),))
+    it.pool.release(first_slots)
+    for _ in range(200):
+        if it.acquire("b") is not None:
+            break
+        it.woken.wait(0.05)
+        it.woken.clear()
+        it.pool.poll()
+    assert it.tier("b") == "device"
+    assert it.counters["adapter_loads"] == 2
+
+
+def test_a_large_newcomer_evicts_nobody_in_vain(rig):
+    it = rig(a=50, c=30, big=90)
+    slot = it.take("a")
+    it.pool.release((it.take("c"),))
+    for _ in range(5):
+        it.pool.poll()
+    assert it.acquire("big") is None
+    it.settle()
+    assert it.acquire("big") is None
+    assert it.tier("c") == "device"
+    it.pool.release((slot,))
+    for _ in range(4):
+        it.settle()
+    it.take("big")

@@ -80,7 +80,36 @@ def test_events_come_in_order_and_end_once(start, identities):
     assert len(first.logprobs[0].top) == 2
 
 
-def test_prompt_logprobs_survive_chunks_and_preemption(start):
+def test_a_fault_in_sampling_fails_its_request_alone(start, monkeypatch):
+    from polyadapt.engine import engine as engine_module
+
+    def faulty(logits, sequence, end_token_ids):
+        if sequence.group.request.id == "r1":
+            raise IndexError("injected")
+        return inner(logits, sequence, end_token_ids)
+
+    inner = engine_module.sample
+    monkeypatch.setattr(engine_module, "sample", faulty)
+    transcripts = start().run(*(greedy_request(f"r{i}", ids(i), None, 3) for i in range(3)))
+    last = transcripts["r1"].last
+    assert isinstance(last, Failed)
+    assert last.code == "internal_error"
+    assert transcripts["r0"].last == Finished("r0")
+
+
+def test_a_preemption_in_the_middle_of_a_scored_prompt_scores_it_once(start):
+    driver = start(max_num_batched_tokens=16)
+    driver.submit(greedy_request("r", ids(0, 50), None, 2, num_prompt_logprobs=0))
+    driver.step()
+    (sequence,) = driver.engine.scheduler.running
+    assert len(sequence.prompt_logprobs) == 16
+    driver.engine.scheduler._preempt(sequence)
+    driver.run()
+    (scored,) = [e for e in driver.transcripts["r"].events if isinstance(e, PromptScored)]
+    assert [p.token_id for p in scored.logprobs] == ids(0, 50)[1:]
+
+
+def test_prompt_logprobs_survive_chunks(start):
     request = greedy_request("r", ids(0, 50), None, 2, num_prompt_logprobs=0)
     whole = start().run(request)["r"].events[1]
     chunked = start(max_num_batched_tokens=16).run(request)["r"].events[1]

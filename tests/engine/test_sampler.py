@@ -144,3 +144,17 @@ def test_the_logits_are_left_unchanged():
     logits = LOGITS.clone()
     sample(logits, sequence([3], repetition_penalty=2.0, logit_bias=((1, 5.0),), min_tokens=5), END)
     assert torch.equal(logits, LOGITS)
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_p": 0.9}, {"min_p": 0.1}, {"top_k": 3}])
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6, 1e-4])
+def test_a_tiny_temperature_is_greedy_and_never_an_error(temperature, cut):
+    logits = torch.tensor([1.0, 30.0, 29.0, -50.0])
+    drawn = sample(logits, sequence(seed=3, temperature=temperature, **cut), END)
+    assert drawn is not None
+    assert drawn.token_id == 1
+
+
+def test_a_penalty_that_overflows_gives_no_token():
+    drawn = sample(torch.tensor([1.0, 2.0, 3.0]), sequence(repetition_penalty=1e-40), END)
+    assert drawn is None

@@ -20,6 +20,7 @@ class FakeSlots:
     def __init__(self, *ready: str) -> None:
         self.ready = list(ready)
         self.leases: Counter[int] = Counter()
+        self.loading: set[str] = set()  # on their way, as against short of room
         self.asked: list[str] = []
 
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
@@ -30,6 +31,10 @@ class FakeSlots:
         slots = tuple(self.ready.index(digest) for digest in digests)
         self.leases.update(slots)
         return slots
+
+    def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        digests = {applied.adapter.digest for applied in adapters}
+        return bool(digests - set(self.ready) - self.loading)
 
     def release(self, slots: tuple[int, ...]) -> None:
         self.leases.subtract(slots)
@@ -127,6 +132,21 @@ def test_a_request_passed_over_too_often_holds_the_queue_until_it_is_served():
     assert run_step(scheduler) == {}
     slots.ready.append("cold")
     assert set(run_step(scheduler)) == {"cold", "late"}
+
+
+def test_a_slow_load_and_many_sequences_of_one_request_hold_nobody_back():
+    slots = FakeSlots()
+    slots.loading.add("cold")
+    scheduler = new_scheduler(slots)
+    scheduler.add(new_group("cold", 3, "cold"))
+    for _ in range(2 * MAX_SKIPS):
+        run_step(scheduler)
+    scheduler.add(new_group("base", 3))
+    assert set(run_step(scheduler)) == {"base"}
+    crowded = new_scheduler(FakeSlots())
+    crowded.add(new_group("many", 3, "no-room", n=MAX_SKIPS + 6))
+    crowded.add(new_group("base", 3))
+    assert set(run_step(crowded)) == {"base"}, "a round counts once for a request"
 
 
 def test_the_youngest_is_preempted_when_pages_run_out_and_resumes():

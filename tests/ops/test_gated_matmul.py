@@ -136,6 +136,16 @@ def test_lanes_scales_and_gates_add_up(form):
     check(bank, uses, 33, 32, 40, torch.float32)
 
 
+def test_gates_of_two_widths_and_an_ungated_wider_neighbour(form):
+    bank = make_bank([4, 8, 16, 12], 16, 24, torch.float32)
+    short, long = np.array([1, 0, 2, 1], np.float32), np.array([1, 0] * 8, np.float32)
+    uses = [
+        RowUse(0, 2, (0, 2), (1.0, 1.0), (short, long)),
+        RowUse(2, 22, (3,), (1.0,)),  # ungated, and wider than its lane's gate
+    ]
+    check(bank, uses, 22, 16, 24, torch.float32)
+
+
 def test_a_closed_gate_keeps_a_nan_component_out(form):
     bank = make_bank([4], 8, 8, torch.float32)
     offset = int(bank.cells[0, SITE, 0])

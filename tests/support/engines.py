@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,13 +108,19 @@ class Driver:
             if isinstance(event, Tokens):
                 transcript.token_ids.setdefault(event.index, []).extend(event.token_ids)
 
+    def step_or_wait(self) -> None:
+        """Step; when nothing could be computed, wait for a load as the engine's loop does."""
+        self.step()
+        if self.rows_per_step[-1] == 0:
+            wait(self.engine.pool._jobs, timeout=10, return_when=FIRST_COMPLETED)
+
     def run(self, *requests: Request, max_steps: int = 20_000) -> dict[str, Transcript]:
         """Submit, step until nothing is left, and check the book-keeping."""
         self.submit(*requests)
         for _ in range(max_steps):
             if not self.engine.has_work:
                 break
-            self.step()
+            self.step_or_wait()
         assert not self.engine.has_work, f"still busy after {max_steps} steps"
         self.engine.check_integrity()
         for request in requests:
@@ -127,7 +134,7 @@ class Driver:
         for number, adapter in enumerate(adapters):
             self.call(Call(number, "load", adapter.digest))
         while self.engine.has_work:
-            self.step()
+            self.step_or_wait()
 
 
 class LogitsRecorder:

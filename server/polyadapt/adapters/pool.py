@@ -48,8 +48,10 @@ class _Entry:
     extent: Extent | None = None
     num_leases: int = 0
     is_pinned: bool = False
-    is_wanted: bool = False  # on the device, by a request, a load call or a pin
-    last_used: float = 0.0
+    wanted_round: int = -2  # the latest round in which a queued request asked for it
+    is_short: bool = False  # it lies on the host because nothing could be evicted for it
+    recency: float = 0.0  # monotonic seconds, for the order of eviction
+    last_used: float = 0.0  # unix seconds, for people
     load_ms: float = 0.0  # of the latest trip to the device, until the first lease reports it
     load_tier: Tier = "device"
     started: float = 0.0
@@ -79,6 +81,7 @@ class AdapterPool:
         self._arena = Arena(arena.numel())
         self._free_slots = list(range(cells.shape[0] - 1, -1, -1))
         self._entries: dict[str, _Entry] = {}
+        self._round = 0
         self._by_slot: dict[int, _Entry] = {}
         self._failures: dict[str, PolyadaptError] = {}
         self._unloading: dict[str, list[Callable[[], None]]] = {}
@@ -107,7 +110,11 @@ class AdapterPool:
             entry = self._by_slot[slot]
             assert entry.num_leases > 0, "a lease was released twice"
             entry.num_leases -= 1
-            entry.is_wanted = entry.is_pinned
+
+    def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        """Whether one of them waits for room on the device, and not for a read or a copy."""
+        entries = [self._entries.get(applied.adapter.digest) for applied in adapters]
+        return any(entry is not None and entry.is_short for entry in entries)
 
     def served(self, adapter: AdapterId) -> ServedAdapter:
         """What the reply says of an adapter that was just leased; the load is reported once."""
@@ -116,11 +123,12 @@ class AdapterPool:
         entry.load_tier, entry.load_ms = "device", 0.0
         return served
 
-    def failure(self, digest: str) -> PolyadaptError | None:
-        """Why the digest's latest load failed; handing it out forgets it, so that a retry is
-        possible.
+    def take_failures(self) -> dict[str, PolyadaptError]:
+        """Why loads failed since the last call, by digest; forgotten here, so that whoever asks
+        next tries again.
         """
-        return self._failures.pop(digest, None)
+        taken, self._failures = self._failures, {}
+        return taken
 
     def is_scalable(self, slot: int) -> bool:
         """Whether the resident adapter may be scaled by anything but 0 and 1."""
@@ -129,7 +137,6 @@ class AdapterPool:
     # ------------------------------------------------------------------ commands
     def prepare(self, digest: str, done: Done) -> None:
         """Read and check the weights into host memory, then call done once."""
-        self._failures.pop(digest, None)
         entry = self._entries.get(digest) or self._start_reading(digest)
         if entry.state is _State.READING:
             entry.on_host.append(done)
@@ -138,15 +145,17 @@ class AdapterPool:
 
     def load(self, digest: str, is_pinned: bool, done: Done) -> None:
         """Bring the adapter to the device and set its pin, then call done once."""
-        self._failures.pop(digest, None)
-        entry = self._want(digest)
-        assert entry is not None
+        for unloaded in self._unloading.pop(digest, []):  # the later command wins
+            unloaded()
+        entry = self._entries.get(digest) or self._start_reading(digest)
         entry.is_pinned = is_pinned
+        self._touch(entry)
         if entry.state is _State.DEVICE:
-            entry.is_wanted = is_pinned or entry.num_leases > 0
             done(self._residency(entry))
-        else:
-            entry.on_device.append(done)
+            return
+        entry.on_device.append(done)
+        if entry.state is _State.HOST:
+            self._place(entry)
 
     def unload(self, digest: str, done: Callable[[], None]) -> None:
         """Release every tier as soon as no lease is left, then call done once."""
@@ -154,16 +163,18 @@ class AdapterPool:
         if entry is None:
             done()
             return
-        entry.is_pinned = entry.is_wanted = False
+        entry.is_pinned = False
         self._unloading.setdefault(digest, []).append(done)
         self._finish_unloading()
 
     def poll(self) -> None:
         """Between steps: take in finished reads and copies, and place what is wanted."""
+        self._round += 1
         for future in [job for job in self._jobs if job.done()]:
             self._absorb(self._jobs.pop(future), future)
-        for entry in [e for e in self._entries.values() if e.state is _State.HOST and e.is_wanted]:
-            self._place(entry)
+        for entry in list(self._entries.values()):
+            if entry.state is _State.HOST and self._is_wanted(entry):
+                self._place(entry)
         self._finish_unloading()
         self._trim_host()
 
@@ -180,7 +191,8 @@ class AdapterPool:
     @property
     def is_busy(self) -> bool:
         """Whether a poll has something to do, now or once a job or a lease ends."""
-        return bool(self._jobs or self._unloading)
+        is_awaited = any(entry.on_device for entry in self._entries.values())
+        return bool(self._jobs or self._unloading or is_awaited)
 
     @property
     def nbytes_used(self) -> int:
@@ -208,14 +220,25 @@ class AdapterPool:
         if digest in self._failures:
             return None
         entry = self._entries.get(digest) or self._start_reading(digest)
-        entry.last_used = time.time()
-        entry.is_wanted = True
+        entry.wanted_round = self._round
+        self._touch(entry)
         if entry.state is _State.HOST:
             self._place(entry)
-        return entry
+        return None if digest in self._failures else entry
+
+    def _touch(self, entry: _Entry) -> None:
+        entry.recency, entry.last_used = time.monotonic(), time.time()
+
+    def _is_wanted(self, entry: _Entry) -> bool:
+        """Whether a pin, a load call or a queued request waits for it. The queue asks again in
+        every round, so that a request that is gone stops wanting by itself.
+        """
+        is_queued = entry.wanted_round >= self._round - 1
+        return bool(entry.is_pinned or entry.on_device or is_queued)
 
     def _start_reading(self, digest: str) -> _Entry:
-        entry = _Entry(digest, _State.READING, started=time.monotonic(), last_used=time.time())
+        entry = _Entry(digest, _State.READING, started=time.monotonic())
+        self._touch(entry)
         entry.load_tier = "store"
         self._entries[digest] = entry
         self._submit(entry, lambda: self._read(digest))
@@ -239,7 +262,7 @@ class AdapterPool:
                 self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
                 return
             entry.state = _State.HOST
-            if not entry.is_wanted:
+            if not self._is_wanted(entry):
                 entry.load_tier = "device"  # nobody waits for it: the trip that counts starts later
             self._tell(entry.on_host, self._residency(entry))
         else:
@@ -258,16 +281,20 @@ class AdapterPool:
         self.counters["adapter_load_failures"] += 1
         self._discard_slot(entry)
         del self._entries[entry.digest]
-        if entry.is_wanted:  # a queued request has to hear of it
+        if entry.wanted_round >= self._round - 1:  # a queued request has to hear of it
             self._failures[entry.digest] = error
-        self._tell(entry.on_host + entry.on_device, error)
+        self._tell(entry.on_host, error)
+        self._tell(entry.on_device, error)
 
     def _place(self, entry: _Entry) -> None:
         """Give the host copy a slot and an extent, evicting idle adapters, and start the copy."""
         assert entry.packed is not None
         packed = entry.packed
-        extent = self._make_room(packed.weights.numel(), entry)
+        extent = self._make_room(packed.weights.numel())
+        entry.is_short = extent is None
         if extent is None:
+            if not self._fits_beside_pins(entry):
+                self._fail(entry, self._crowded_out(entry))
             return  # everything resident is in use: asked again at the next poll
         entry.extent, entry.slot = extent, self._free_slots.pop()
         self._by_slot[entry.slot] = entry
@@ -281,26 +308,40 @@ class AdapterPool:
 
         self._submit(entry, copy)
 
-    def _make_room(self, size: int, newcomer: _Entry) -> Extent | None:
+    def _make_room(self, size: int) -> Extent | None:
         while True:
             extent = self._arena.allocate(size) if self._free_slots else None
             if extent is not None:
                 return extent
             if self._free_slots and self._arena.num_free >= size and self._compact():
                 continue
-            # Nobody who was asked for later than the newcomer makes room for it: two requests that
-            # wait in the queue would otherwise evict each other's adapters for ever.
+            # Whoever a queued request waits for makes no room: two requests of the queue would
+            # otherwise evict each other's adapters for ever.
             idle = [
                 entry
                 for entry in self._by_slot.values()
                 if entry.state is _State.DEVICE
                 and not entry.num_leases
-                and not entry.is_pinned
-                and entry.last_used <= newcomer.last_used
+                and not self._is_wanted(entry)
             ]
-            if not idle:
-                return None
-            self._evict(min(idle, key=lambda entry: entry.last_used))
+            reachable = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
+            if not idle or reachable < size:
+                return None  # before anybody is evicted in vain
+            self._evict(min(idle, key=lambda entry: entry.recency))
+
+    def _fits_beside_pins(self, entry: _Entry) -> bool:
+        """Whether the adapter would fit if everything that is not pinned were gone."""
+        assert entry.packed is not None
+        pinned = [e for e in self._by_slot.values() if e.is_pinned and e.extent is not None]
+        room = self._arena.size - sum(e.extent.size for e in pinned if e.extent)
+        return room >= entry.packed.weights.numel() and len(pinned) < self.cells.shape[0]
+
+    def _crowded_out(self, entry: _Entry) -> AdapterUnavailable:
+        total = self._arena.size * self.weights.element_size()
+        return AdapterUnavailable(
+            f"the adapter needs {entry.nbytes} bytes of device memory and the pinned adapters "
+            f"leave less of --max-adapter-bytes {total}; unpin one or raise the limit"
+        )
 
     def _compact(self) -> bool:
         """Close the arena's gaps; not while a copy into it is under way."""
@@ -328,7 +369,6 @@ class AdapterPool:
         self._discard_slot(entry)
         self.counters["adapter_evictions"] += 1
         entry.state = _State.HOST
-        entry.is_wanted = False
         entry.load_tier, entry.load_ms = "device", 0.0
         if entry.packed is None:
             del self._entries[entry.digest]
@@ -351,19 +391,21 @@ class AdapterPool:
                     continue
                 self._discard_slot(entry)
                 del self._entries[digest]
-            self._failures.pop(digest, None)
+                gone = AdapterUnavailable("the adapter was unloaded before its load was done")
+                self._tell(entry.on_host, gone)
+                self._tell(entry.on_device, gone)
             for done in self._unloading.pop(digest):
                 done()
 
     def _trim_host(self) -> None:
         held = [e for e in self._entries.values() if e.packed is not None]
         total = sum(e.nbytes for e in held)
-        for entry in sorted(held, key=lambda e: (e.state is not _State.DEVICE, e.last_used)):
+        for entry in sorted(held, key=lambda e: (e.state is not _State.DEVICE, e.recency)):
             if total <= self.host_bytes:
                 return
             if entry.state is _State.DEVICE:
                 entry.packed = None
-            elif entry.state is _State.HOST and not entry.is_wanted:
+            elif entry.state is _State.HOST and not self._is_wanted(entry):
                 del self._entries[entry.digest]
             else:
                 continue

@@ -171,6 +171,7 @@ class Engine:
                             param="adapters",
                         ),
                     )
+                    break
             if group.request.id in self._groups:
                 served = tuple(self.pool.served(applied.adapter) for applied in adapters)
                 self._events.append(Started(group.request.id, served))
@@ -186,13 +187,21 @@ class Engine:
             self._fail(group, InternalError("the model failed on this request; see the server log"))
             return
         is_last_chunk = rows.is_last_chunk
-        if len(logits) > 1 or (len(logits) == 1 and not is_last_chunk):
-            self._score_prompt(sequence, logits)
+        is_sampled = is_last_chunk and not sequence.is_companion
+        try:
+            if len(logits) > 1 or (len(logits) == 1 and not is_last_chunk):
+                self._score_prompt(sequence, logits)
+            sampled = (
+                sample(logits[-1], sequence, self._end_tokens(sequence)) if is_sampled else None
+            )
+        except Exception:
+            logger.exception("request %s failed while it was sampled", group.request.id)
+            self._fail(group, InternalError("sampling this request failed; see the server log"))
+            return
         sequence.num_computed += rows.num_tokens
-        if not is_last_chunk or sequence.is_companion:
+        if not is_sampled:
             return
         self._announce_scores(sequence)
-        sampled = sample(logits[-1], sequence, self._end_tokens(sequence))
         if sampled is None:
             self.counters["numerical_errors"] += 1
             self._fail(group, NumericalError("the model returned non-finite logits"))
@@ -279,12 +288,12 @@ class Engine:
 
     def _fail_unloadable(self) -> None:
         """Fail every waiting request whose adapter could not be read or does not fit."""
-        groups = list(self.scheduler.waiting_groups())
-        digests = {a.adapter.digest for group in groups for a in group.request.adapters}
-        errors = {digest: self.pool.failure(digest) for digest in digests}
-        for group in groups:
+        errors = self.pool.take_failures()
+        if not errors:
+            return
+        for group in list(self.scheduler.waiting_groups()):
             for applied in group.request.adapters:
-                error = errors[applied.adapter.digest]
+                error = errors.get(applied.adapter.digest)
                 if error is not None and group.request.id in self._groups:
                     self._fail(group, error)
 

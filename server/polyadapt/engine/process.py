@@ -181,6 +181,17 @@ class EngineProcess:
 
     # ------------------------------------------------------------------ supervision
     async def _supervise(self) -> None:
+        """Keep an engine running; whatever ends this leaves the server openly dead, not waiting."""
+        try:
+            await self._keep_running()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.critical("the engine's supervisor has failed: giving up", exc_info=True)
+            self._is_ready, self._has_given_up = False, True
+            self._streams.fail_all(EngineUnavailable("the engine has failed", retry_after_s=60))
+
+    async def _keep_running(self) -> None:
         while True:
             reason = await self._watch()
             self._is_ready = False
@@ -211,8 +222,9 @@ class EngineProcess:
             self.num_restarts += 1
             try:
                 await self._launch()
-            except StartupError as error:
-                logger.error("the engine could not be restarted: %s", error.message)
+            except (StartupError, OSError) as error:
+                logger.error("the engine could not be restarted: %s", error)
+                await self._end_process()
                 await asyncio.sleep(1.0)
             else:
                 return True

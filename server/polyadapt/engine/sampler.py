@@ -18,6 +18,8 @@ from polyadapt.types import SamplingParams, TokenLogprob
 
 # The likeliest tokens among which top-p is looked for before the whole vocabulary is sorted.
 _NUCLEUS_GUESS = 512
+# Below this a draw is the argmax in float32 whatever the logits.
+_GREEDY_BELOW = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,14 @@ def sample(
         return None
     if _is_adjusted(params, sequence):
         scores = _adjust(scores.clone(), params, sequence, end_token_ids)
-    if params.temperature == 0.0:
+        if not bool(torch.isfinite(scores.max())):
+            return None
+    if params.temperature < _GREEDY_BELOW:
         token_id = int(scores.argmax())
     else:
-        token_id = _draw(scores / params.temperature, params, _uniform(params.seed, sequence))
+        # Shifted first: divided by a small temperature, a large score would overflow.
+        scaled = (scores - scores.max()) / params.temperature
+        token_id = _draw(scaled, params, _uniform(params.seed, sequence))
     logprob = None
     if params.num_logprobs is not None:
         logprob = score(logits, token_id, params.num_logprobs)

@@ -30,6 +30,9 @@ class AdapterSlots(Protocol):
     def release(self, slots: tuple[int, ...]) -> None:
         """Give one lease of each slot back."""
 
+    def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        """Whether they wait for room on the device, and not for a read or a copy under way."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRows:
@@ -126,6 +129,7 @@ class Scheduler:
         return num_tokens
 
     def _admit(self, budget: int, picked: list[ScheduledRows]) -> None:
+        skipped: set[int] = set()
         # A companion is admitted by its leader and never on its own.
         for leader in [sequence for sequence in self.waiting if not sequence.is_companion]:
             unit = leader.unit
@@ -133,8 +137,12 @@ class Scheduler:
                 return
             slots = self.adapters.acquire(leader.group.request.adapters)
             if slots is None:
-                leader.group.num_skips += 1
-                if leader.group.num_skips > MAX_SKIPS:
+                group = leader.group
+                is_short = self.adapters.is_short_of_room(group.request.adapters)
+                if is_short and id(group) not in skipped:
+                    skipped.add(id(group))
+                    group.num_skips += 1
+                if group.num_skips > MAX_SKIPS:
                     return
                 continue
             share = budget // len(unit)
@@ -172,6 +180,8 @@ class Scheduler:
         self.adapters.release(sequence.slots)
         sequence.slots = ()
         sequence.num_computed = 0
+        if not sequence.is_scored:  # it starts over, and so do its prompt's scores
+            sequence.prompt_logprobs.clear()
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send the whole unit that holds `sequence` back to the head of the queue."""

@@ -245,6 +245,8 @@ def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> tor
         h = h * segment.scale
     if gate is None:
         return h
-    weight = gate[segment.index, : h.shape[1]].to(h.dtype)
+    width = min(gate.shape[1], h.shape[1])  # whoever is wider than the gate is ungated there
+    weight = torch.ones_like(h)
+    weight[:, :width] = gate[segment.index, :width].to(h.dtype)
     # A mask must be `where`: 0 * NaN would poison the row.
     return torch.where(weight != 0, h * weight, torch.zeros_like(h))

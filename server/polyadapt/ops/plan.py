@@ -143,6 +143,8 @@ class PlanBuffers:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
         header = np.zeros(HEADER_SIZE, np.int32)
         header[0] = len(plan.lanes)
+        widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
+        self._widen_gate(max(widths, default=0))
         segment = row = 0
         for lane_id, lane in enumerate(plan.lanes):
             stop = segment + lane.num_segments
@@ -166,12 +168,15 @@ class PlanBuffers:
         """Return to no plan: wrapped modules are exactly the base model."""
         self.header.zero_()
 
-    def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
-        width = gate.shape[1]
+    def _widen_gate(self, width: int) -> None:
+        # Before any lane is filled: what was there is gone afterwards.
         if self.gate.shape[2] < width:
             self.gate = torch.zeros(
                 MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device
             )
+
+    def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
+        width = gate.shape[1]
         # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
         self.gate[lane_id, : gate.shape[0]] = 1.0
         self.gate[lane_id, : gate.shape[0], :width] = torch.from_numpy(gate)

@@ -43,4 +43,5 @@ class AdapterReader:
             # Checked again: a store may outlive the base that it was filled for.
             plan = family.plan(config, checkpoint.header, self._base)
             modules = family.read(config, checkpoint, self._base, self._weights)
-        return pack(modules, self._base, self._dtype, is_scalable=plan.is_scalable)
+        is_scalable = family.is_scalable and plan.is_scalable
+        return pack(modules, self._base, self._dtype, is_scalable=is_scalable)

@@ -103,15 +103,13 @@ def build_engine(
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    """auto is the CPU: the adapter product and attention have no CUDA form to serve with yet."""
+    if name not in ("auto", "cpu"):
         raise StartupError(
-            f"--device {name} was asked for and torch {torch.__version__} sees no CUDA device; "
-            "use --device cpu or install a CUDA build of torch"
+            f"--device {name} is not served yet: the adapter product has no CUDA form; "
+            "use --device cpu"
         )
-    return device
+    return torch.device("cpu")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,5 +1,4 @@
-# The server with the CPU build of torch. For CUDA:
-#   docker build --build-arg TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 .
+# The server with the CPU build of torch; TORCH_INDEX_URL names another index to take it from.
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build

@@ -59,7 +59,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one.")] = None,
     home: Home = None,
-    device: Annotated[str | None, typer.Option(help="auto or cpu; cuda:N is refused for now.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto or cpu; no CUDA yet.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Register a PEFT directory.")

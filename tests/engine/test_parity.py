@@ -15,7 +15,7 @@ from polyadapt.engine import runner as runner_module
 from polyadapt.ops import gated_matmul
 from polyadapt.types import AdapterId, Request
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
+ARCHITECTURES = tiny.ARCHITECTURES
 RANKS = (1, 3, 8, 16, 64)
 NUM_TOKENS = 6
 # Long and short beside each other; the long ones reach past every window.

@@ -22,6 +22,7 @@ STRENGTH = 0.3
 # Every linear of a block, by the model type of config.json.
 _FUSED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 BLOCK_LINEARS: dict[str, tuple[str, ...]] = {
     "llama": _SEVEN,
     "qwen2": _SEVEN,
@@ -31,6 +32,10 @@ BLOCK_LINEARS: dict[str, tuple[str, ...]] = {
     "gemma3_text": _SEVEN,
     "phi3": _FUSED,
     "gpt2": ("c_attn", "c_proj", "c_fc"),
+    # The experts are one parameter a projection, not linears.
+    "mixtral": _ATTENTION,
+    "qwen2_moe": _SEVEN,  # of the shared expert
+    "qwen3_moe": _ATTENTION,
 }
 # The input embedding, by the model type.
 EMBEDDINGS = dict.fromkeys(BLOCK_LINEARS, "embed_tokens") | {"gpt2": "wte"}

@@ -108,6 +108,30 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_pdrop": 0.0,
         },
     ),
+    "mixtral": (
+        "mixtral",
+        {**_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            **_GQA,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **_GQA,
+            "head_dim": 16,
+            "moe_intermediate_size": 48,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     # Rotary embeddings that depend on the sequence's own length: serve exactly or refuse.
     "llama_dynamic_rope": (
         "llama",
@@ -137,7 +161,10 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # The families that must be served; each is exact in a mixed batch.
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
+ARCHITECTURES = (
+    "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2",
+    "mixtral", "qwen2_moe", "qwen3_moe",
+)  # fmt: skip
 # Their rotary embedding depends on how long one sequence is.
 LENGTH_DEPENDENT_ROPE = ("llama_dynamic_rope", "phi3_longrope")
 
@@ -206,5 +233,5 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
             parameter.add_(0.2 * noise + (9.0 if is_tied and is_final else 0.0))
         else:
             is_conv1d = type(model.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D"
-            fan_in = parameter.shape[0] if is_conv1d else parameter.shape[1]
+            fan_in = parameter.shape[0] if is_conv1d else parameter.shape[-1]
             parameter.copy_(noise * (1.3 / math.sqrt(fan_in)))

@@ -56,6 +56,10 @@ class LowRank:
 class BaseWeights(Protocol):
     """Row-by-row access to the resident base, for families whose checkpoints refer to it."""
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision that the base is served in."""
+
     def weight(self, site_id: int) -> torch.Tensor:
         """The site's weight [out, in] (embedding: [vocabulary, width]) as a view or copy, any
         dtype.

@@ -22,7 +22,9 @@ from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.runner import ModelRunner
 from polyadapt.engine.scheduler import Scheduler
 from polyadapt.errors import StartupError
-from polyadapt.models.load import BaseModel, load_base
+from polyadapt.models.base import BaseModel
+from polyadapt.models.fuse import fuse
+from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops.gated_matmul import strategy
 from polyadapt.ops.plan import PlanBuffers
@@ -63,7 +65,8 @@ def build_engine(
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     tokens, outputs = PlanBuffers(max_rows, device), PlanBuffers(max_rows, device)
-    wrap_sites(base.module, arena, cells, tokens, outputs, base.spec.head_path)
+    wrap_sites(base, arena, cells, tokens, outputs)
+    fused = fuse(base, config.page_size)
 
     counters: Counter[str] = Counter()
     pool = AdapterPool(
@@ -91,7 +94,7 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
-        strategy=strategy(),
+        strategy=f"{strategy()}; fused: {fused}",
     )
     runner = ModelRunner(base, tokens, outputs, config.page_size)
     logger.info(

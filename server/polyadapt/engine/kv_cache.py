@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from polyadapt.models.load import BaseModel
+from polyadapt.models.base import BaseModel
 
 
 def token_nbytes(base: BaseModel) -> int:

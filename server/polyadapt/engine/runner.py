@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from polyadapt.engine.scheduler import ScheduledRows
-from polyadapt.models.load import BaseModel
+from polyadapt.models.base import BaseModel
 from polyadapt.ops.attention import AttentionBatch, Chunk, page_slots
 from polyadapt.ops.plan import PlanBuffers, RowUse, build_plan
 

@@ -5,49 +5,69 @@ Outside a plan each is exactly the module it replaced.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from polyadapt.ops.gated_matmul import Site, gated_embedding_, gated_matmul_
+from polyadapt.ops.linear import Weight
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Outputs start..stop-1 of a linear are the site's."""
+
+    site: Site
+    start: int
+    stop: int
 
 
 class AdaptedLinear(nn.Module):
-    """y = W x + b, then each row's adapter. weight [out, in] as in nn.Linear, whatever it was
-    stored as.
+    """y = W x + b, then each row's adapter. One site, or several that share their input.
 
-    The parameters are the replaced module's own, so a tied weight stays one tensor.
+    weight [out, in], whatever it was stored as; bias [out], float32 where the weight is packed.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, site: Site) -> None:
+    def __init__(self, weight: Weight, bias: torch.Tensor | None, parts: tuple[Part, ...]) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self.site = site
+        self.parts = parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]; the leading sizes multiply to the plan's row count."""
-        y = F.linear(x, self.weight, self.bias)
-        gated_matmul_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.site)
-        return y
+        rows = x.reshape(-1, x.shape[-1])
+        y = self.weight.product(rows, self.bias)
+        if self.parts[0].site.plan.is_active:
+            for part in self.parts:
+                gated_matmul_(y[:, part.start : part.stop], rows, part.site)
+        return y.view(*x.shape[:-1], -1)
 
 
 class AdaptedEmbedding(nn.Module):
     """y = W[ids] * embed_scale, then each row's adapter, scaled alike (Gemma scales its
     embedding).
+
+    base is the replaced module, or None where only the shared weight is left of it.
     """
 
-    def __init__(self, base: nn.Embedding, site: Site) -> None:
+    def __init__(
+        self, base: nn.Embedding | None, weight: Weight, dtype: torch.dtype, site: Site
+    ) -> None:
         super().__init__()
-        self.weight = base.weight
         self.base = base
+        self.weight = weight
+        self.dtype = dtype  # of the output
         self.site = site
         scale = getattr(base, "embed_scale", None)
         self.delta_scale = None if scale is None else torch.as_tensor(scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [..., ] int64 -> [..., width]."""
-        y: torch.Tensor = self.base(ids)
+        y = self.weight.take(ids).to(self.dtype) if self.base is None else self.base(ids)
+        if not self.site.plan.is_active:
+            return y
         if self.delta_scale is None:
             self._add(y, ids)
             return y
@@ -65,12 +85,11 @@ class AdaptedBias(nn.Module):
     def __init__(self, base: nn.Module, site: Site) -> None:
         super().__init__()
         self.base = base
-        self.weight = base.weight
-        self.bias = base.bias
         self.site = site
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> [..., width]."""
         y: torch.Tensor = self.base(x)
-        gated_matmul_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.site)
+        if self.site.plan.is_active:
+            gated_matmul_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.site)
         return y

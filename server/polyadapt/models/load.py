@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from torch import nn
 
 from polyadapt.errors import StartupError
-from polyadapt.models.wrap import list_sites
-from polyadapt.ops.attention import AttentionBatch, paged_attention
+from polyadapt.models.base import AttentionOptions, BaseModel, LayerCache
+from polyadapt.models.wrap import list_blocks, list_sites
 from polyadapt.types import BaseSpec
 
 logger = logging.getLogger(__name__)
@@ -27,65 +26,6 @@ ATTENTION = "polyadapt"
 # Their frequencies depend on the longest position in the batch, so that a packed neighbour would
 # change a row's result.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Keys and values of one attention layer: kv heads, key width, value width."""
-
-    num_kv_heads: int
-    key_dim: int
-    value_dim: int
-
-
-class LayerCache:
-    """One attention layer's paged keys and values, and the step's batch that reads them."""
-
-    def __init__(self) -> None:
-        self.shape: LayerShape | None = None
-        self.k = torch.empty(0)
-        self.v = torch.empty(0)
-        self.batch: AttentionBatch | None = None
-
-    def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
-    ) -> torch.Tensor:
-        """Rows of this step in, attention output [rows, heads, dim] out."""
-        if self.shape is None:
-            self.shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
-        if self.batch is None:  # the probe at load: there is no cache yet
-            return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
-        return paged_attention(query, key, value, self.k, self.v, self.batch, **options)
-
-
-@dataclass(slots=True)
-class BaseModel:
-    """The resident base: the module, its description and its attention layers in order."""
-
-    module: nn.Module
-    spec: BaseSpec
-    layers: list[LayerCache]
-    eos_token_ids: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @property
-    def layer_shapes(self) -> list[LayerShape]:
-        """Cache shapes, layer by layer."""
-        return [layer.shape for layer in self.layers if layer.shape is not None]
-
-    def weight(self, site_id: int) -> torch.Tensor:
-        """The site's weight [out, in] (embedding: [vocabulary, width]); not a copy."""
-        weight = self.module.get_submodule(self.spec.sites[site_id].path).weight
-        assert isinstance(weight, torch.Tensor)
-        return weight
-
-    def bias(self, site_id: int) -> torch.Tensor | None:
-        """The site's base bias [out], or None."""
-        submodule = self.module.get_submodule(self.spec.sites[site_id].path)
-        bias = submodule.bias if self.spec.sites[site_id].has_bias else None
-        assert bias is None or isinstance(bias, torch.Tensor)
-        return bias
 
 
 def load_base(
@@ -151,6 +91,7 @@ def load_base(
         module=module,
         spec=spec,
         layers=_attach_caches(module),
+        blocks=list_blocks(module),
         eos_token_ids=_eos_token_ids(module, text_config),
         dtype=dtype,
         device=device,
@@ -211,15 +152,13 @@ def _attention_function(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, heads, rows, dim] in, [1, rows, heads, dim] out."""
     cache: LayerCache = module.polyadapt_cache  # type: ignore[assignment]
-    out = cache.attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+    cache.options = AttentionOptions(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,
         window=sliding_window or 0,
         sinks=s_aux,
     )
+    out = cache.attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return out.unsqueeze(0), None
 
 

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from polyadapt.models.adapted import AdaptedBias, AdaptedEmbedding, AdaptedLinear
+from polyadapt.models.adapted import AdaptedBias, AdaptedEmbedding, AdaptedLinear, Part
+from polyadapt.models.base import BaseModel, WeightBlock
 from polyadapt.ops.gated_matmul import Site
+from polyadapt.ops.linear import DenseWeight
 from polyadapt.ops.plan import PlanBuffers
 from polyadapt.types import SiteSpec
 
@@ -23,32 +25,45 @@ def list_sites(model: nn.Module) -> tuple[SiteSpec, ...]:
     return tuple(spec for spec, _ in _walk(model))
 
 
+def list_blocks(model: nn.Module) -> list[WeightBlock]:
+    """Return where each site's weight and bias lie, by site id; [out, in] whatever the module."""
+    blocks = []
+    for _, module in _walk(model):
+        weight, bias = module.weight, getattr(module, "bias", None)
+        assert isinstance(weight, torch.Tensor)
+        assert bias is None or isinstance(bias, torch.Tensor)
+        dense = DenseWeight(weight.t() if isinstance(module, Conv1D) else weight)
+        blocks.append(WeightBlock(dense, 0, dense.tensor.shape[0], bias))
+    return blocks
+
+
 def wrap_sites(
-    model: nn.Module,
+    base: BaseModel,
     arena: torch.Tensor,
     cells: torch.Tensor,
     tokens: PlanBuffers,
     outputs: PlanBuffers,
-    head_path: str,
 ) -> None:
     """Replace every site's module in place. The head sees only the rows whose logits are wanted."""
+    model = base.module
     for site_id, (spec, module) in enumerate(list(_walk(model))):
-        plan = outputs if spec.path == head_path else tokens
+        plan = outputs if spec.path == base.spec.head_path else tokens
         site = Site(site_id, arena, cells, plan)
-        parent_path, _, name = spec.path.rpartition(".")
-        setattr(model.get_submodule(parent_path), name, _wrapped(module, site))
+        set_submodule(model, spec.path, _wrapped(module, site, base.blocks[site_id]))
 
 
-def _wrapped(module: nn.Module, site: Site) -> nn.Module:
-    if isinstance(module, nn.Linear):
-        return AdaptedLinear(module.weight, module.bias, site)
-    if isinstance(module, Conv1D):
-        # GPT-2 stores [in, out]; inside there is one layout.
-        weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=False)
-        return AdaptedLinear(weight, module.bias, site)
+def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` at `path`."""
+    parent_path, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent_path), name, module)
+
+
+def _wrapped(module: nn.Module, site: Site, block: WeightBlock) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return AdaptedEmbedding(module, site)
-    return AdaptedBias(module, site)
+        return AdaptedEmbedding(module, block.weight, module.weight.dtype, site)
+    if isinstance(module, nn.LayerNorm):
+        return AdaptedBias(module, site)
+    return AdaptedLinear(block.weight, block.bias, (Part(site, 0, block.weight.shape[0]),))
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[SiteSpec, nn.Module]]:

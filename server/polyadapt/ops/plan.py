@@ -130,6 +130,7 @@ class PlanBuffers:
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
         self.device = device
+        self.is_active = False  # whether any row has an adapter
         self.header = torch.zeros(HEADER_SIZE, dtype=torch.int32, device=device)
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
         self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
@@ -163,10 +164,12 @@ class PlanBuffers:
                 self._load_gate(lane_id, lane.gate)
             segment, row = stop, row + len(lane.rows)
         self.header.copy_(torch.from_numpy(header))
+        self.is_active = bool(plan.lanes)
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
         self.header.zero_()
+        self.is_active = False
 
     def _widen_gate(self, width: int) -> None:
         # Before any lane is filled: what was there is gone afterwards.

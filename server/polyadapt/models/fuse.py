@@ -1,0 +1,396 @@
+"""Replace what a loaded model computes in many small steps by few native ones, each proved equal.
+
+Works on structure: one reference forward is traced, every candidate is run on what the module that
+it replaces was given, and it is kept only where it gives the same. What cannot be proved stays as
+transformers wrote it. At the end the whole model is compared once more.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from polyadapt.errors import StartupError
+from polyadapt.models.adapted import AdaptedEmbedding, AdaptedLinear, Part
+from polyadapt.models.base import BaseModel, LayerCache
+from polyadapt.models.wrap import set_submodule
+from polyadapt.ops import native
+from polyadapt.ops.attention import AttentionBatch, Chunk
+from polyadapt.ops.linear import DenseWeight, PackedWeight, Weight
+from polyadapt.ops.native import dense
+
+logger = logging.getLogger(__name__)
+
+_NUM_TRACED = 12  # tokens of the reference forward
+# Largest difference to the reference, of its largest element: the order of float32 sums, and of
+# bfloat16 the roundings that one fused step leaves out.
+_TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+_MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
+_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    F.silu,
+    lambda x: F.gelu(x, approximate="tanh"),
+)  # in the order of dense.ACTIVATIONS
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What one module was given in the reference forward, and what it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+class FusedNorm(nn.Module):
+    """Root mean square norm in one step. weight float32 [width]: what the last product uses."""
+
+    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., width] -> the same shape and dtype."""
+        return dense.rms_norm(x, self.weight, self.eps)
+
+
+class FusedMlp(nn.Module):
+    """down(act(gate x) * up x) with one product for gate and up, and one step between."""
+
+    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear, activation: int) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+        self.activation = activation
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., hidden] -> [..., hidden]."""
+        both = self.gate_up(x.reshape(-1, x.shape[-1]))
+        y: torch.Tensor = self.down(dense.gated_activation(both, self.activation))
+        return y.view(x.shape)
+
+
+class FusedAttention(nn.Module):
+    """Attention with one product for query, key and value, and rotary embedding in place."""
+
+    def __init__(
+        self,
+        qkv: AdaptedLinear,
+        output: AdaptedLinear,
+        norms: tuple[nn.Module, nn.Module] | None,
+        cache: LayerCache,
+        num_heads: int,
+    ) -> None:
+        super().__init__()
+        self.qkv = qkv
+        self.output = output
+        self.q_norm: nn.Module | None = norms[0] if norms else None
+        self.k_norm: nn.Module | None = norms[1] if norms else None
+        self.cache = cache
+        self.num_heads = num_heads
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """hidden_states [1, rows, hidden], cos and sin [1, rows, rotary] -> the same shape, and
+        no weights.
+        """
+        assert position_embeddings is not None, "the reference forward had them"
+        shape = self.cache.shape
+        assert shape is not None
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        rows, heads, kv_heads, dim = x.shape[0], self.num_heads, shape.num_kv_heads, shape.key_dim
+        qkv = self.qkv(x).view(rows, heads + 2 * kv_heads, dim)
+        cos, sin = position_embeddings[0][0], position_embeddings[1][0]
+        value = qkv[:, heads + kv_heads :]
+        if self.q_norm is None or self.k_norm is None:
+            dense.rope_(qkv[:, : heads + kv_heads], cos, sin)
+            query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
+        else:
+            query = self.q_norm(qkv[:, :heads])
+            key = self.k_norm(qkv[:, heads : heads + kv_heads])
+            dense.rope_(query, cos, sin)
+            dense.rope_(key, cos, sin)
+        out = self.cache.attend(query, key, value)
+        return self.output(out.view(rows, -1)).view(hidden_states.shape), None
+
+
+@torch.inference_mode()
+def fuse(base: BaseModel, page_size: int) -> str:
+    """Fuse and pack in place, and say what was done. The caches must be allocated.
+
+    Does nothing where the native kernels are off. Raises StartupError when the whole does not
+    compute what the model as loaded computes.
+    """
+    if not native.is_available() or base.device.type != "cpu":
+        return "as loaded"
+    run = _Run(base, page_size)
+    calls, expected = run.trace()
+    done: Counter[str] = Counter()
+    # Norms first: an attention module that is replaced takes its norms along.
+    for candidates in (_norm, _mlp, _attention):
+        for path, module in list(base.module.named_modules()):
+            fused = candidates(base, module, calls[path]) if path in calls else None
+            if fused is not None:
+                done[type(fused).__name__] += 1
+                set_submodule(base.module, path, fused)
+    _pack_rest(base)
+    difference = _difference(run.logits(), expected)
+    if not difference <= _MODEL_TOLERANCE[base.dtype]:
+        raise StartupError(
+            f"the fused model differs from {base.spec.architecture} as loaded by {difference:.1e} "
+            "of its largest logit; start with POLYADAPT_NATIVE=0 and report this model"
+        )
+    nbytes = sum(weight.nbytes for weight in {id(b.weight): b.weight for b in base.blocks}.values())
+    said = ", ".join(f"{num} {name}" for name, num in sorted(done.items())) or "nothing"
+    logger.info("fused %s; weights take %d MiB", said, nbytes >> 20)
+    return said
+
+
+class _Run:
+    """Forwards of a few tokens over the first pages of the caches, which nobody owns yet."""
+
+    def __init__(self, base: BaseModel, page_size: int) -> None:
+        self.base = base
+        num = min(_NUM_TRACED, base.spec.max_model_len, base.layers[0].k.shape[0])
+        step = max(1, base.spec.vocab_size // (num + 1))
+        self.ids = torch.arange(1, num + 1)[None] * step % base.spec.vocab_size
+        slots = torch.arange(num)
+        self.batch = AttentionBatch(slots, page_size=page_size, chunks=[Chunk(0, num, num, slots)])
+
+    def logits(self) -> torch.Tensor:
+        num = self.ids.shape[1]
+        for layer in self.base.layers:
+            layer.batch = self.batch
+        logits: torch.Tensor = self.base.module(
+            input_ids=self.ids,
+            position_ids=torch.arange(num)[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(num),
+        ).logits
+        return logits
+
+    def trace(self) -> tuple[dict[str, _Call], torch.Tensor]:
+        """Return every module's last call by the module's path, and the logits."""
+        calls: dict[str, _Call] = {}
+
+        def noting(path: str) -> Any:
+            def note(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+                calls[path] = _Call(_kept(args), _kept(kwargs), _kept(output))
+
+            return note
+
+        hooks = [
+            module.register_forward_hook(noting(path), with_kwargs=True)
+            for path, module in self.base.module.named_modules()
+            if path and not isinstance(module, AdaptedLinear | AdaptedEmbedding)
+        ]
+        try:
+            return calls, self.logits().clone()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _kept(value: Any) -> Any:
+    """Copies of tensors: a later in-place step must not change what was seen."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, tuple):
+        return tuple(_kept(item) for item in value)
+    if isinstance(value, dict):
+        return {key: _kept(item) for key, item in value.items()}
+    return value
+
+
+# --------------------------------------------------------------------------- candidates
+def _norm(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    is_like = isinstance(weight, torch.Tensor) and weight.dim() == 1 and isinstance(eps, float)
+    if not is_like or len(list(module.parameters())) != 1 or list(module.children()):
+        return None
+    assert isinstance(weight, torch.Tensor)
+    assert isinstance(eps, float)
+    for effective in (weight.float().clone(), 1.0 + weight.float()):
+        fused = FusedNorm(effective, eps)
+        if _is_equal(base, fused, call):
+            # Norms are also of tiny rows, where eps counts, and the model's were not.
+            tiny = replace(call, args=tuple(arg * 1e-3 for arg in call.args), kwargs=call.kwargs)
+            tiny = replace(tiny, output=module(*tiny.args, **tiny.kwargs))
+            if _is_equal(base, fused, tiny):
+                return fused
+    return None
+
+
+def _mlp(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+    linears = _plain_linears(module)
+    if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], torch.Tensor):
+        return None
+    x = call.args[0]
+    if len(linears) == 2:
+        return _half_fused_mlp(base, linears, call)
+    if len(linears) != 3:
+        return None
+    for gate, up, down in itertools.permutations(linears):
+        width, hidden = gate.weight.shape
+        if up.weight.shape != (width, hidden) or down.weight.shape != (hidden, width):
+            continue
+        if hidden != x.shape[-1]:
+            continue
+        for kind, activation in enumerate(_ACTIVATIONS):
+            y = down(activation(gate(x)) * up(x))
+            if _difference(y, call.output) <= _TOLERANCE[base.dtype]:
+                fused = FusedMlp(_joined([gate, up]), _joined([down]), kind)
+                return _proved(base, fused, call)
+    return None
+
+
+def _half_fused_mlp(base: BaseModel, linears: list[AdaptedLinear], call: _Call) -> nn.Module | None:
+    """Gate and up are one linear already (Phi-3)."""
+    for gate_up, down in itertools.permutations(linears):
+        hidden, width = down.weight.shape
+        if gate_up.weight.shape != (2 * width, hidden):
+            continue
+        for kind, activation in enumerate(_ACTIVATIONS):
+            gate, up = gate_up(call.args[0]).chunk(2, -1)
+            if _difference(down(activation(gate) * up), call.output) <= _TOLERANCE[base.dtype]:
+                fused = FusedMlp(_joined([gate_up]), _joined([down]), kind)
+                return _proved(base, fused, call)
+    return None
+
+
+def _attention(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+    cache = getattr(module, "polyadapt_cache", None)
+    if not isinstance(cache, LayerCache) or cache.shape is None or cache.options is None:
+        return None
+    inputs, output = _projections(module)
+    if output is None:
+        return None
+    shape = cache.shape
+    if shape.key_dim != shape.value_dim or not call.kwargs.get("position_embeddings"):
+        return None
+    norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
+    pair = norms if all(isinstance(norm, FusedNorm) for norm in norms) else None
+    if pair is None and norms != (None, None):
+        return None
+    qkv = _joined(inputs)
+    num_heads = qkv.weight.shape[0] // shape.key_dim - 2 * shape.num_kv_heads
+    if num_heads < 1 or output.weight.shape[1] != num_heads * shape.key_dim:
+        return None
+    fused = FusedAttention(qkv, _joined([output]), pair, cache, num_heads)  # type: ignore[arg-type]
+    return _proved(base, fused, call)
+
+
+def _projections(module: nn.Module) -> tuple[list[AdaptedLinear], AdaptedLinear | None]:
+    """The linears that make query, key and value, in this order, and the one after attention."""
+    output = getattr(module, "o_proj", None)
+    for names in (("q_proj", "k_proj", "v_proj"), ("qkv_proj",)):
+        found = [getattr(module, name, None) for name in names]
+        inputs = [linear for linear in found if isinstance(linear, AdaptedLinear)]
+        if len(inputs) == len(names) and isinstance(output, AdaptedLinear):
+            return inputs, output
+    return [], None
+
+
+# --------------------------------------------------------------------------- pieces
+def _plain_linears(module: nn.Module) -> list[AdaptedLinear]:
+    """The module's linears, when nothing else in it has weights."""
+    linears = [child for child in module.children() if isinstance(child, AdaptedLinear)]
+    others = [child for child in module.children() if not isinstance(child, AdaptedLinear)]
+    is_plain = not any(list(child.parameters()) for child in others)
+    return linears if is_plain and not list(module.parameters(recurse=False)) else []
+
+
+def _joined(linears: list[AdaptedLinear]) -> AdaptedLinear:
+    """One packed linear with the parts of all; the originals stay as they are."""
+    parts, start = [], 0
+    for linear in linears:
+        for part in linear.parts:
+            parts.append(Part(part.site, start + part.start, start + part.stop))
+        start += linear.weight.shape[0]
+    weights = [linear.weight.block(0, linear.weight.shape[0]) for linear in linears]
+    bias = None
+    if any(linear.bias is not None for linear in linears):
+        bias = torch.cat([_bias(linear) for linear in linears])
+    return AdaptedLinear(PackedWeight.pack(weights), bias, tuple(parts))
+
+
+def _bias(linear: AdaptedLinear) -> torch.Tensor:
+    if linear.bias is None:
+        return torch.zeros(linear.weight.shape[0])
+    return linear.bias.detach().float()
+
+
+def _proved(base: BaseModel, fused: nn.Module, call: _Call) -> nn.Module | None:
+    """Return the module, its sites' weights now being the packed ones, if it equals the call."""
+    if not _is_equal(base, fused, call):
+        return None
+    for linear in fused.children():
+        if isinstance(linear, AdaptedLinear):
+            _move_blocks(base, linear)
+    return fused
+
+
+def _move_blocks(base: BaseModel, linear: AdaptedLinear) -> None:
+    for part in linear.parts:
+        bias = base.blocks[part.site.id].bias
+        base.blocks[part.site.id] = type(base.blocks[part.site.id])(
+            linear.weight, part.start, part.stop, bias
+        )
+
+
+def _pack_rest(base: BaseModel) -> None:
+    """Pack the linears that stand alone; a plain embedding shares the packed weight of its head."""
+    packed: dict[int, Weight] = {}
+    for path, module in list(base.module.named_modules()):
+        if isinstance(module, AdaptedLinear) and isinstance(module.weight, DenseWeight):
+            tensor = module.weight.tensor
+            joined = _joined([module])
+            packed[id(tensor)] = joined.weight
+            _move_blocks(base, joined)
+            set_submodule(base.module, path, joined)
+    for path, module in list(base.module.named_modules()):
+        if not isinstance(module, AdaptedEmbedding) or type(module.base) is not nn.Embedding:
+            continue
+        weight = packed.get(id(module.base.weight))
+        if weight is not None:
+            alone = AdaptedEmbedding(None, weight, module.dtype, module.site)
+            set_submodule(base.module, path, alone)
+            block = base.blocks[module.site.id]
+            base.blocks[module.site.id] = replace(block, weight=weight)
+
+
+def _is_equal(base: BaseModel, fused: nn.Module, call: _Call) -> bool:
+    args, kwargs = _kept(call.args), _kept(call.kwargs)
+    try:
+        found = fused(*args, **kwargs)
+    except (TypeError, ValueError, RuntimeError) as error:
+        logger.debug("%s does not take what the model gives: %s", type(fused).__name__, error)
+        return False
+    expected = call.output
+    if isinstance(expected, tuple):
+        if not isinstance(found, tuple) or len(found) != len(expected):
+            return False
+        found, expected = found[0], expected[0]
+    return _difference(found, expected) <= _TOLERANCE[base.dtype]
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, of the largest element; infinite where shapes or dtypes differ."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return float("inf")
+    largest = float(expected.abs().max())
+    return float((found.float() - expected.float()).abs().max()) / (largest or 1.0)

@@ -1,0 +1,118 @@
+"""Fusion happens where it is proved and nowhere else; the model computes what it did before."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from tests.oracle import tiny
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from polyadapt.engine import kv_cache
+from polyadapt.errors import StartupError
+from polyadapt.models import fuse as fuse_module
+from polyadapt.models.adapted import AdaptedLinear
+from polyadapt.models.base import BaseModel
+from polyadapt.models.fuse import FusedAttention, FusedMlp, FusedNorm, fuse
+from polyadapt.models.load import load_base
+from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops import native
+from polyadapt.ops.linear import DenseWeight, PackedWeight
+from polyadapt.ops.plan import PlanBuffers
+
+pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C compiler")
+
+CPU = torch.device("cpu")
+# architecture -> (attention, mlp, norm) modules that are fused
+EXPECTED = {
+    "llama": (3, 3, 7),
+    "qwen2": (2, 2, 5),
+    "qwen3": (2, 2, 9),
+    "mistral": (2, 2, 5),
+    "gemma2": (4, 4, 17),
+    "gemma3": (4, 4, 25),
+    "phi3": (2, 2, 5),
+    "gpt2": (0, 0, 0),
+    "mixtral": (2, 0, 5),
+    "qwen2_moe": (2, 2, 5),
+    "qwen3_moe": (2, 0, 9),
+}
+
+
+def wrapped(model_dir, dtype=torch.float32) -> BaseModel:
+    base = load_base(model_dir, name="base", device=CPU, dtype=dtype, max_model_len=None)
+    kv_cache.allocate(base, 4, 16)
+    cells = torch.full((1, len(base.spec.sites), 3), -1)
+    wrap_sites(base, torch.empty(0), cells, PlanBuffers(64, CPU), PlanBuffers(64, CPU))
+    return base
+
+
+def _kinds(base: BaseModel) -> Counter[type]:
+    return Counter(type(module) for module in base.module.modules())
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_every_family_is_fused_as_far_as_it_can_be_proved(tiny_model, architecture):
+    base = wrapped(tiny_model(architecture))
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
+    weights = {site.path: base.weight(i).clone() for i, site in enumerate(base.spec.sites)}
+    said = fuse(base, 16)
+    kinds = _kinds(base)
+    found = (kinds[FusedAttention], kinds[FusedMlp], kinds[FusedNorm])
+    assert found == EXPECTED[architecture]
+    assert ("FusedNorm" in said) is (found[2] > 0)
+    linears = [module for module in base.module.modules() if isinstance(module, AdaptedLinear)]
+    assert linears
+    assert all(isinstance(linear.weight, PackedWeight) for linear in linears)
+    for i, site in enumerate(base.spec.sites):
+        assert torch.equal(base.weight(i), weights[site.path]), site.path
+    modules = dict(reference.named_modules())
+    for i, site in enumerate(base.spec.sites):
+        if site.has_bias:
+            assert torch.equal(base.bias(i), modules[site.path].bias)
+
+
+def test_a_module_that_computes_something_else_is_left_alone(tiny_model, monkeypatch):
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) * 1.001)
+    base = wrapped(tiny_model("llama"))
+    said = fuse(base, 16)
+    assert "FusedMlp" not in said
+    assert _kinds(base)[LlamaMLP] == 3
+    assert _kinds(base)[FusedAttention] == 3
+
+
+def test_a_whole_that_differs_is_refused(tiny_model, monkeypatch):
+    base = wrapped(tiny_model("llama"))
+    # Proofs of the parts that are too lenient must not go unseen.
+    monkeypatch.setattr(fuse_module, "_is_equal", lambda *_: True)
+    plain = FusedMlp.forward
+    monkeypatch.setattr(FusedMlp, "forward", lambda self, x: plain(self, x) * 1.01)
+    with pytest.raises(StartupError, match=r"POLYADAPT_NATIVE=0"):
+        fuse(base, 16)
+
+
+def test_without_native_kernels_the_model_stays_as_loaded(tiny_model, monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    base = wrapped(tiny_model("llama"))
+    assert fuse(base, 16) == "as loaded"
+    linears = [module for module in base.module.modules() if isinstance(module, AdaptedLinear)]
+    assert all(isinstance(linear.weight, DenseWeight) for linear in linears)
+    assert not _kinds(base)[FusedNorm]
+
+
+def test_a_tied_embedding_shares_the_packed_head(tiny_model):
+    base = wrapped(tiny_model("qwen2"))
+    paths = {site.path: site_id for site_id, site in enumerate(base.spec.sites)}
+    head, embedding = paths[base.spec.head_path], paths[base.spec.embedding_path]
+    fuse(base, 16)
+    assert base.blocks[head].weight is base.blocks[embedding].weight
+    assert not list(base.module.get_submodule(base.spec.embedding_path).parameters())
+
+
+def test_a_bfloat16_model_is_fused_too(tiny_model):
+    base = wrapped(tiny_model("llama"), torch.bfloat16)
+    fuse(base, 16)
+    assert _kinds(base)[FusedMlp] == 3

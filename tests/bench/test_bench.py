@@ -14,7 +14,7 @@ import torch
 from bench.loadgen import Load, run_load
 from tests.oracle import peft_oracle, tiny
 
-from bench import adapters, machine, report, run, server
+from bench import adapters, machine, overhead, overhead_edge, overhead_step, report, run, server
 
 LOAD = Load(models=("base",), concurrency=2, num_requests=5, vocab_size=384, num_output_tokens=6)
 
@@ -178,3 +178,19 @@ def test_figures_of_a_busy_machine_are_called_doubtful():
 def test_a_ratio_without_both_sides_is_not_measured():
     page = report.render(RESULT, [cell(0, 100.0)], [])
     assert page.count("not measured") == 3
+
+
+def test_the_overhead_of_a_step_is_measured_with_an_adapter_per_row():
+    timings = overhead_step.measure_step(3, 2)
+    phases = [timing.phase for timing in timings]
+    assert phases[:3] == ["schedule", "prepare", "schedule + prepare"]
+    assert {"advance", "encode", "sample, greedy"} < set(phases)
+    assert all(0 < timing.median_us <= timing.p99_us for timing in timings)
+
+
+def test_the_overhead_of_a_token_is_measured_over_streams_that_say_the_right_text(smollm2_dir):
+    costs = overhead_edge.measure_edge(smollm2_dir, 2, 30)
+    assert [cost.num_tokens for cost in costs] == [60, 60]
+    assert all(cost.edge_us > 0 for cost in costs)
+    page = overhead.render([overhead_step.Timing("schedule + prepare", 512.0, 800.0)], costs, 0.1)
+    assert "| schedule + prepare | 512 | 800 | 2.00 | 1000 |" in page

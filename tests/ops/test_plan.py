@@ -93,3 +93,66 @@ def test_the_fullest_plan_fits_the_buffers_and_a_longer_one_is_refused():
     assert buffers.header[0] == MAX_LANES
     with pytest.raises(ValueError, match="the buffers hold 8"):
         buffers.load(BatchPlan(9))
+
+
+def slow_lane(uses: list[RowUse], lane_id: int) -> tuple[list[int], list[int], list[int], list]:
+    """Rows, bounds, slots and scales of a lane, segment by segment in plain Python."""
+    segments: dict[tuple[int, float], list[int]] = {}
+    for use in uses:
+        if len(use.slots) > lane_id and use.scales[lane_id] != 0.0:
+            rows = segments.setdefault((use.slots[lane_id], use.scales[lane_id]), [])
+            rows += range(use.start, use.stop)
+    order = sorted(segments, key=lambda key: (len(segments[key]) >= GEMM_MIN_ROWS, key))
+    bounds = [0]
+    for key in order:
+        bounds.append(bounds[-1] + len(segments[key]))
+    rows = [row for key in order for row in segments[key]]
+    return rows, bounds, [slot for slot, _ in order], [scale for _, scale in order]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_the_plan_equals_one_that_is_built_row_by_row(data):
+    scales = st.sampled_from([1.0, 0.5, 0.0, -2.0])
+    lengths = data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 15, 16, 40]), max_size=20))
+    uses, start = [], 0
+    for length in lengths:
+        chosen = data.draw(st.lists(st.tuples(st.integers(0, 4), scales), max_size=MAX_LANES))
+        slots, factors = tuple(slot for slot, _ in chosen), tuple(scale for _, scale in chosen)
+        uses.append(RowUse(start, start + length, slots, factors))
+        start += length
+    plan = build_plan(uses, start)
+    expected = [slow_lane(uses, lane_id) for lane_id in range(MAX_LANES)]
+    expected = [lane for lane in expected if lane[0]]
+    assert len(plan.lanes) == len(expected)
+    for lane, (rows, bounds, slots, factors) in zip(plan.lanes, expected, strict=True):
+        assert lane.rows.tolist() == rows
+        assert lane.bounds.tolist() == bounds
+        assert lane.slots.tolist() == slots
+        assert lane.scales.tolist() == factors
+        sizes = np.diff(bounds)
+        assert lane.num_short == (sizes < GEMM_MIN_ROWS).sum()
+        kinds = (lane.rows.dtype, lane.bounds.dtype, lane.slots.dtype, lane.scales.dtype)
+        assert kinds == (np.int32, np.int32, np.int32, np.float32)
+
+
+def test_a_plan_that_is_loaded_again_is_there_again_and_another_one_replaces_it():
+    buffers = PlanBuffers(16, torch.device("cpu"))
+    plan = build_plan([RowUse(0, 2, (3,), (0.5,)), RowUse(2, 3, (1,), (1.0,))], 3)
+    other = build_plan([RowUse(0, 3, (7,), (1.0,))], 3)
+
+    def content() -> list[list[float]]:
+        tensors = (buffers.header, buffers.rows[:3], buffers.bounds[:3], buffers.slots[:2])
+        return [tensor.tolist() for tensor in (*tensors, buffers.scales[:2])]
+
+    buffers.load(plan)
+    first = content()
+    buffers.clear()
+    assert not buffers.is_active
+    buffers.load(plan)
+    assert content() == first
+    assert buffers.is_active
+    buffers.load(other)
+    assert buffers.slots[0] == 7
+    buffers.load(plan)
+    assert content() == first

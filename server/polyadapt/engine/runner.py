@@ -4,15 +4,35 @@ sampling.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from polyadapt.engine.request import Sequence
 from polyadapt.engine.scheduler import ScheduledRows
 from polyadapt.models.base import BaseModel
 from polyadapt.ops.attention import AttentionBatch, Chunk, page_slots
-from polyadapt.ops.plan import PlanBuffers, RowUse, build_plan
+from polyadapt.ops.plan import BatchPlan, PlanBuffers, Runs, plan_of
+
+
+@dataclass(frozen=True, slots=True)
+class StepLogits:
+    """The logits of one step, sequence by sequence: iterating yields tensors [k, vocabulary].
+
+    table [rows, vocabulary] holds them end to end, counts[i] rows for sequence i.
+    """
+
+    table: torch.Tensor
+    counts: list[int]
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.split(self.table, self.counts))
 
 
 class ModelRunner:
@@ -28,9 +48,12 @@ class ModelRunner:
         self.tokens = tokens
         self.outputs = outputs
         self.page_size = page_size
+        self._page_table = PageTable()
+        self._planned: tuple[object, ...] = ()  # what the plans below were made for
+        self._plans = BatchPlan(0), BatchPlan(0)
 
     @torch.inference_mode()
-    def run(self, batch: Seq[ScheduledRows]) -> list[torch.Tensor]:
+    def run(self, batch: Seq[ScheduledRows]) -> StepLogits:
         """Compute the rows, writing their keys and values; returns logits [k, vocabulary] per
         sequence.
 
@@ -38,14 +61,14 @@ class ModelRunner:
         row where prompt logprobs are wanted. The dtype is the model's.
         """
         device = self.base.device
-        starts = np.cumsum([0, *(rows.num_tokens for rows in batch)])
+        lengths = np.array([rows.num_tokens for rows in batch], np.int64)
+        starts = np.cumsum(lengths) - lengths
         ids, positions = _inputs(batch)
         attention = self._attention(batch, starts, positions)
-        wanted = [_wanted_rows(rows) for rows in batch]
-        keep = np.concatenate([start + rows for start, rows in zip(starts, wanted, strict=False)])
-        self._load_plans(batch, starts, [len(rows) for rows in wanted])
+        keep, counts = _wanted(batch, starts)
+        self._load_plans(batch, lengths, np.array(counts, np.int64))
         # A step without logits still runs the head, on one row that nobody reads.
-        indices = keep if len(keep) else starts[-1:] - 1
+        indices = keep if len(keep) else np.array([len(ids) - 1])
         for layer in self.base.layers:
             layer.batch = attention
         try:
@@ -58,66 +81,157 @@ class ModelRunner:
         finally:
             self.tokens.clear()
             self.outputs.clear()
-        if not len(keep):
-            logits = logits[:0]
-        return list(logits.split([len(rows) for rows in wanted]))
+        return StepLogits(logits[: len(keep)], counts)
 
     def _load_plans(
-        self, batch: Seq[ScheduledRows], starts: np.ndarray, num_outputs: list[int]
+        self, batch: Seq[ScheduledRows], lengths: np.ndarray, num_outputs: np.ndarray
     ) -> None:
-        token_uses, output_uses = [], []
-        out_start = 0
-        for rows, start, num in zip(batch, starts, num_outputs, strict=False):
-            slots = rows.sequence.slots
-            if slots:
-                scales = tuple(a.scale for a in rows.sequence.group.request.adapters)
-                token_uses.append(RowUse(int(start), int(start) + rows.num_tokens, slots, scales))
-                if num:
-                    output_uses.append(RowUse(out_start, out_start + num, slots, scales))
-            out_start += num
-        self.tokens.load(build_plan(token_uses, int(starts[-1])))
-        self.outputs.load(build_plan(output_uses, max(out_start, 1)))
+        """Load the plans of both row spaces; lengths and num_outputs are int64 [batch].
+
+        Decoding goes on with the same sequences for many steps, and with the same plans.
+        """
+        sequences = [rows.sequence for rows in batch]
+        slots = [sequence.slots for sequence in sequences]
+        # A sequence keeps its request and with it the scales; its slots may change.
+        planned = (sequences, slots, lengths.tobytes(), num_outputs.tobytes())
+        if planned != self._planned:
+            self._plans = _plans(sequences, lengths, num_outputs)
+            self._planned = planned
+        tokens, outputs = self._plans
+        self.tokens.load(tokens)
+        self.outputs.load(outputs)
 
     def _attention(
         self, batch: Seq[ScheduledRows], starts: np.ndarray, positions: np.ndarray
     ) -> AttentionBatch:
         device = self.base.device
         size = self.page_size
+        decodes = [rows.sequence for rows in batch if rows.num_tokens == 1]
+        num = len(decodes)
+        lasts = positions[:num].tolist()
+        pages = np.array(
+            [of.pages[at // size] for of, at in zip(decodes, lasts, strict=True)], np.int64
+        )
         write = np.empty(len(positions), np.int64)
+        write[:num] = pages * size + positions[:num] % size
         chunks = []
-        decodes = [rows for rows in batch if rows.num_tokens == 1]
-        for rows, start in zip(batch, starts, strict=False):
-            at = positions[start : start + rows.num_tokens]
+        for rows, start in zip(batch[num:], starts[num:].tolist(), strict=True):
+            stop = start + rows.num_tokens
+            at = positions[start:stop]
             pages = np.asarray(rows.sequence.pages, np.int64)
-            write[start : start + rows.num_tokens] = pages[at // size] * size + at % size
-            if rows.num_tokens > 1:
-                num_keys = rows.sequence.num_computed + rows.num_tokens
-                slots = page_slots(torch.from_numpy(pages), num_keys, size).to(device)
-                chunks.append(Chunk(int(start), int(start) + rows.num_tokens, num_keys, slots))
+            write[start:stop] = pages[at // size] * size + at % size
+            num_keys = rows.sequence.num_computed + rows.num_tokens
+            slots = page_slots(torch.from_numpy(pages), num_keys, size).to(device)
+            chunks.append(Chunk(start, stop, num_keys, slots))
         attention = AttentionBatch(
             torch.from_numpy(write).to(device), page_size=size, chunks=chunks
         )
         if decodes:
-            width = max(len(rows.sequence.pages) for rows in decodes)
-            table = np.zeros((len(decodes), width), np.int32)
-            for i, rows in enumerate(decodes):
-                table[i, : len(rows.sequence.pages)] = rows.sequence.pages
-            lens = np.asarray([rows.sequence.num_computed + 1 for rows in decodes], np.int32)
-            attention.num_decodes = len(decodes)
-            attention.page_table = torch.from_numpy(table).to(device)
+            attention.num_decodes = num
+            attention.page_table = torch.from_numpy(self._page_table.of(decodes)).to(device)
+            lens = (positions[:num] + 1).astype(np.int32)
             attention.kv_lens = torch.from_numpy(lens).to(device)
         return attention
 
 
+class PageTable:
+    """The page ids of decoding sequences in one array, of which a step rewrites what has changed.
+
+    Nobody reports changes: a row is compared with the sequence's own list.
+    """
+
+    def __init__(self) -> None:
+        self._table = np.zeros((0, 0), np.int32)
+        self._row_of: dict[Sequence, int] = {}
+        self._pages: list[list[int]] = []  # what each row of the table holds
+
+    def of(self, sequences: Seq[Sequence]) -> np.ndarray:
+        """Page ids int32 [sequences, widest], a copy; behind a sequence's last page anything."""
+        width = max(len(sequence.pages) for sequence in sequences)
+        self._fit(len(sequences), width)
+        table, held, row_of = self._table, self._pages, self._row_of
+        try:
+            rows = [row_of[sequence] for sequence in sequences]
+        except KeyError:
+            rows = self._assign(sequences)
+        for row, sequence in zip(rows, sequences, strict=True):
+            pages = sequence.pages
+            if held[row] != pages:
+                table[row, : len(pages)] = pages
+                held[row] = pages.copy()
+        return table[np.array(rows), :width]
+
+    def _fit(self, num_rows: int, width: int) -> None:
+        """Grow by doubling; nothing that the table holds is lost."""
+        has_rows, has_width = self._table.shape
+        if num_rows > has_rows or width > has_width:
+            shape = (
+                max(has_rows, 2 * num_rows if num_rows > has_rows else 0),
+                max(has_width, 2 * width if width > has_width else 0),
+            )
+            table = np.zeros(shape, np.int32)
+            table[:has_rows, :has_width] = self._table
+            self._table = table
+            self._pages += [[] for _ in range(shape[0] - has_rows)]
+
+    def _assign(self, sequences: Seq[Sequence]) -> list[int]:
+        """Give every sequence a row; the rows of those that are not here are free for newcomers."""
+        kept = {of: self._row_of[of] for of in sequences if of in self._row_of}
+        free = sorted(set(range(len(self._pages))) - set(kept.values()), reverse=True)
+        self._row_of = {of: kept[of] if of in kept else free.pop() for of in sequences}
+        return [self._row_of[of] for of in sequences]
+
+
+def _plans(
+    sequences: Seq[Sequence], lengths: np.ndarray, num_outputs: np.ndarray
+) -> tuple[BatchPlan, BatchPlan]:
+    """The plans of tokens and of outputs; lengths and num_outputs are int64 [sequences]."""
+    starts, out_starts = np.cumsum(lengths) - lengths, np.cumsum(num_outputs) - num_outputs
+    token_lanes, output_lanes = [], []
+    for lane_id in range(max(len(sequence.slots) for sequence in sequences)):
+        members = [i for i, sequence in enumerate(sequences) if len(sequence.slots) > lane_id]
+        served = [sequences[i] for i in members]
+        slots = np.array([of.slots[lane_id] for of in served], np.int64)
+        scales = np.array([of.group.request.adapters[lane_id].scale for of in served], np.float64)
+        at = np.array(members, np.int64)
+        token_lanes.append(Runs(starts[at], lengths[at], slots, scales))
+        has_output = num_outputs[at] > 0
+        out = at[has_output]
+        output_lanes.append(
+            Runs(out_starts[out], num_outputs[out], slots[has_output], scales[has_output])
+        )
+    num_rows, num_kept = int(lengths.sum()), int(num_outputs.sum())
+    tokens = plan_of(token_lanes, num_rows)
+    # Where every row has one output both row spaces are the same.
+    is_same = num_kept == num_rows == len(sequences) and bool((num_outputs == 1).all())
+    return tokens, tokens if is_same else plan_of(output_lanes, max(num_kept, 1))
+
+
 def _inputs(batch: Seq[ScheduledRows]) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and positions int64 [rows], packed in the batch's order."""
-    ids: list[int] = []
-    positions = []
-    for rows in batch:
+    """Token ids and positions int64 [rows], packed in the batch's order, decode rows first."""
+    decodes = [rows.sequence for rows in batch if rows.num_tokens == 1]
+    num = len(decodes)
+    firsts = [sequence.num_computed for sequence in decodes]
+    ids = [of.token_ids[first] for of, first in zip(decodes, firsts, strict=True)]
+    positions = [np.array(firsts, np.int64)]
+    for rows in batch[num:]:
         first = rows.sequence.num_computed
         ids += rows.sequence.token_ids[first : first + rows.num_tokens]
         positions.append(np.arange(first, first + rows.num_tokens))
-    return np.asarray(ids, np.int64), np.concatenate(positions)
+    return np.array(ids, np.int64), np.concatenate(positions)
+
+
+def _wanted(batch: Seq[ScheduledRows], starts: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Indices int64 of the rows that need logits, and how many they are per sequence."""
+    if all(
+        rows.num_tokens == 1 == rows.sequence.num_pending
+        and rows.sequence.group.request.sampling.num_prompt_logprobs is None
+        for rows in batch
+    ):
+        return starts, [1] * len(batch)
+    wanted = [_wanted_rows(rows) for rows in batch]
+    keep = np.concatenate([start + rows for start, rows in zip(starts, wanted, strict=True)])
+    return keep, [len(rows) for rows in wanted]
 
 
 def _wanted_rows(rows: ScheduledRows) -> np.ndarray:

@@ -19,6 +19,8 @@ from polyadapt.types import AppliedAdapter
 # A request that was passed over this often for want of adapter room is passed over no more: nobody
 # behind it is admitted until it is, so that a stream of newcomers cannot starve it.
 MAX_SKIPS = 64
+# Read for every row of a step: looking a member up in its Enum takes several times as long.
+_RUNNING = SequenceState.RUNNING
 
 
 class AdapterSlots(Protocol):
@@ -34,7 +36,8 @@ class AdapterSlots(Protocol):
         """Whether they wait for room on the device, and not for a read or a copy under way."""
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen, which would treble the time to make one: every row of every step is one.
+@dataclass(slots=True)
 class ScheduledRows:
     """num_tokens rows of one sequence, positions num_computed.. ; a decode row when it is 1."""
 
@@ -83,12 +86,12 @@ class Scheduler:
         num_before = self.counters["preemptions"]
         # Decode rows first: a long prompt must not hold back tokens that streams wait for.
         for sequence in sorted(self.running, key=lambda running: running.num_pending > 1):
-            if sequence.state is SequenceState.RUNNING:
+            if sequence.state is _RUNNING:
                 budget -= self._continue(sequence, budget, picked)
         # Whoever was just preempted would come straight back and be preempted again.
         if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
             self._admit(budget, picked)
-        picked = [rows for rows in picked if rows.sequence.state is SequenceState.RUNNING]
+        picked = [rows for rows in picked if rows.sequence.state is _RUNNING]
         picked.sort(key=lambda rows: rows.num_tokens > 1)
         return picked
 

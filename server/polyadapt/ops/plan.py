@@ -62,6 +62,19 @@ class BatchPlan:
     lanes: tuple[Lane, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One lane's runs of neighbouring rows as arrays [num_runs], in the order of their rows.
+
+    starts and lengths int64, slots int64, scales float64; a run of scale 0 is left out of the plan.
+    """
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    slots: np.ndarray
+    scales: np.ndarray
+
+
 def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
     """Sort the runs of each lane by (slot, scale) and cut them into segments.
 
@@ -69,44 +82,78 @@ def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
     equals the base exactly.
     """
     num_lanes = max((len(use.slots) for use in uses), default=0)
-    if num_lanes > MAX_LANES:
-        raise ValueError(
-            f"a request uses {num_lanes} adapters, at most {MAX_LANES} are served together"
-        )
-    lanes = []
+    runs, gates = [], []
     for lane_id in range(num_lanes):
-        members = [
-            (use.slots[lane_id], use.scales[lane_id], use)
-            for use in uses
-            if len(use.slots) > lane_id and use.scales[lane_id] != 0.0
-        ]
-        if members:
-            lanes.append(_build_lane(members, lane_id, num_rows))
-    return BatchPlan(num_rows, tuple(lanes))
+        members = [use for use in uses if len(use.slots) > lane_id and use.scales[lane_id] != 0.0]
+        runs.append(
+            Runs(
+                np.array([use.start for use in members], np.int64),
+                np.array([use.stop - use.start for use in members], np.int64),
+                np.array([use.slots[lane_id] for use in members], np.int64),
+                np.array([use.scales[lane_id] for use in members], np.float64),
+            )
+        )
+        gates.append(_build_gate(members, lane_id, num_rows))
+    return plan_of(runs, num_rows, gates)
 
 
-def _build_lane(members: list[tuple[int, float, RowUse]], lane_id: int, num_rows: int) -> Lane:
-    segments: dict[tuple[int, float], list[RowUse]] = {}
-    for slot, scale, use in members:
-        segments.setdefault((slot, scale), []).append(use)
-    lengths = {key: sum(u.stop - u.start for u in uses) for key, uses in segments.items()}
-    order = sorted(segments, key=lambda key: (lengths[key] >= GEMM_MIN_ROWS, key))
+def plan_of(
+    lanes: Sequence[Runs], num_rows: int, gates: Sequence[np.ndarray | None] = ()
+) -> BatchPlan:
+    """Return the plan of runs that are given as arrays, lane by lane; `gates` are the lanes'.
+
+    Raises ValueError for more than MAX_LANES lanes.
+    """
+    if len(lanes) > MAX_LANES:
+        raise ValueError(
+            f"a request uses {len(lanes)} adapters, at most {MAX_LANES} are served together"
+        )
+    built = []
+    for lane_id, runs in enumerate(lanes):
+        if not runs.scales.all():
+            runs = _only(runs, runs.scales != 0.0)
+        if len(runs.slots):
+            built.append(_build_lane(runs, gates[lane_id] if gates else None))
+    return BatchPlan(num_rows, tuple(built))
+
+
+def _build_lane(runs: Runs, gate: np.ndarray | None) -> Lane:
+    order = np.lexsort((runs.scales, runs.slots))  # stable: runs of a segment keep their order
+    slots, scales, lengths = runs.slots[order], runs.scales[order], runs.lengths[order]
+    is_first = np.ones(len(order), np.bool_)
+    is_first[1:] = (slots[1:] != slots[:-1]) | (scales[1:] != scales[:-1])
+    firsts = np.flatnonzero(is_first)
+    sizes = np.add.reduceat(lengths, firsts)  # rows of each segment
+    num_short = int(np.count_nonzero(sizes < GEMM_MIN_ROWS))
+    if num_short < len(sizes):
+        segments = np.argsort(sizes >= GEMM_MIN_ROWS, kind="stable")
+        runs_of = np.diff(firsts, append=len(order))[segments]
+        order = order[_ranges(firsts[segments], runs_of)]
+        firsts, sizes = firsts[segments], sizes[segments]
+        lengths = runs.lengths[order]
+    rows = runs.starts[order]
+    if len(rows) < sizes.sum():  # some run is longer than one row
+        rows = _ranges(rows, lengths)
+    bounds = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=bounds[1:])
     return Lane(
-        np.concatenate(
-            [np.arange(u.start, u.stop, dtype=np.int32) for key in order for u in segments[key]]
-        ),
-        np.cumsum([0, *(lengths[key] for key in order)], dtype=np.int32),
-        np.asarray([slot for slot, _ in order], np.int32),
-        np.asarray([scale for _, scale in order], np.float32),
-        sum(length < GEMM_MIN_ROWS for length in lengths.values()),
-        _build_gate(members, lane_id, num_rows),
-    )
+        rows.astype(np.int32), bounds, slots[firsts].astype(np.int32),
+        scales[firsts].astype(np.float32), num_short, gate,
+    )  # fmt: skip
 
 
-def _build_gate(
-    members: list[tuple[int, float, RowUse]], lane_id: int, num_rows: int
-) -> np.ndarray | None:
-    gated = [(use, use.gates[lane_id]) for _, _, use in members if len(use.gates) > lane_id]
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """All of start..start+length-1, range after range."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
+
+
+def _only(runs: Runs, kept: np.ndarray) -> Runs:
+    return Runs(runs.starts[kept], runs.lengths[kept], runs.slots[kept], runs.scales[kept])
+
+
+def _build_gate(members: list[RowUse], lane_id: int, num_rows: int) -> np.ndarray | None:
+    gated = [(use, use.gates[lane_id]) for use in members if len(use.gates) > lane_id]
     width = max((len(gate) for _, gate in gated if gate is not None), default=0)
     if width == 0:
         return None
@@ -137,11 +184,21 @@ class PlanBuffers:
         self.slots = torch.zeros(num, dtype=torch.int32, device=device)
         self.scales = torch.zeros(num, dtype=torch.float32, device=device)
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
+        self._loaded: BatchPlan | None = None  # what all buffers but the header hold
+        self._loaded_header = torch.zeros(HEADER_SIZE, dtype=torch.int32)
 
     def load(self, plan: BatchPlan) -> None:
-        """Copy the plan in; the previous step's content is gone afterwards."""
+        """Copy the plan in; the previous step's content is gone afterwards.
+
+        A plan that was the last to be loaded must not have been changed since.
+        """
+        if plan is self._loaded:
+            self.header.copy_(self._loaded_header)
+            self.is_active = bool(plan.lanes)
+            return
         if plan.num_rows > self.max_rows:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
+        self._loaded = None  # unless all of it is copied
         header = np.zeros(HEADER_SIZE, np.int32)
         header[0] = len(plan.lanes)
         widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
@@ -163,7 +220,8 @@ class PlanBuffers:
             if lane.gate is not None:
                 self._load_gate(lane_id, lane.gate)
             segment, row = stop, row + len(lane.rows)
-        self.header.copy_(torch.from_numpy(header))
+        self._loaded, self._loaded_header = plan, torch.from_numpy(header)
+        self.header.copy_(self._loaded_header)
         self.is_active = bool(plan.lanes)
 
     def clear(self) -> None:

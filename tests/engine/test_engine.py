@@ -88,13 +88,54 @@ def test_a_fault_in_sampling_fails_its_request_alone(start, monkeypatch):
             raise IndexError("injected")
         return inner(logits, sequence, end_token_ids)
 
+    def broken(logits, sequences):
+        raise IndexError("injected")
+
     inner = engine_module.sample
     monkeypatch.setattr(engine_module, "sample", faulty)
-    transcripts = start().run(*(greedy_request(f"r{i}", ids(i), None, 3) for i in range(3)))
+    monkeypatch.setattr(engine_module, "sample_rows", broken)
+    driver = start()
+    transcripts = driver.run(*(greedy_request(f"r{i}", ids(i), None, 3) for i in range(3)))
     last = transcripts["r1"].last
     assert isinstance(last, Failed)
     assert last.code == "internal_error"
     assert transcripts["r0"].last == Finished("r0")
+    assert driver.engine.counters["isolated_samplings"] > 0
+
+
+def test_plain_rows_are_drawn_together_and_the_others_alone(start):
+    driver = start()
+    driver.run(
+        greedy_request("a", ids(0), None, 4),
+        greedy_request("b", ids(1), None, 4, temperature=0.7, top_p=0.9),
+        greedy_request("c", ids(2), None, 4, num_logprobs=1),
+        greedy_request("d", ids(3), None, 4, num_prompt_logprobs=0),
+    )
+    drawn = driver.engine.counters["rows_drawn_together"]
+    # Behind the scored prompt of the first step nothing is drawn together.
+    assert 4 + 4 + 3 <= drawn <= 4 + 4 + 4
+
+
+def test_a_snapshot_comes_with_answers_and_before_a_rest_and_else_now_and_then(start, monkeypatch):
+    from polyadapt.engine import engine as engine_module
+    from polyadapt.engine.output import Submit
+
+    monkeypatch.setattr(engine_module, "_STATS_INTERVAL_S", 1e9)
+    engine = start().engine
+    engine.execute(Submit(greedy_request("r", ids(0), None, 4)))
+    outputs = []
+    while engine.has_work:
+        outputs.append(engine.step())
+    assert [output.stats is not None for output in outputs] == [True, False, False, True]
+    assert outputs[-1].stats.num_running == 0
+    engine.execute(Submit(greedy_request("s", ids(0), None, 4)))
+    engine.execute(Call(1, "cancel_adapter", "sha256:none"))
+    answered = engine.step()
+    assert answered.replies
+    assert answered.stats is not None
+    assert engine.step().stats is None
+    monkeypatch.setattr(engine_module, "_STATS_INTERVAL_S", 0.0)
+    assert engine.step().stats is not None
 
 
 def test_a_preemption_in_the_middle_of_a_scored_prompt_scores_it_once(start):
@@ -381,3 +422,27 @@ def test_companions_live_and_end_with_their_leader_in_the_engine(start):
     assert driver.engine.scheduler.pages.num_used == 0
     only: Request = leader.group.request
     assert driver.transcripts["r"].tokens == start().run(replace(only, id="x"))["x"].tokens
+
+
+def test_a_plan_is_kept_while_the_same_sequences_go_on_and_made_anew_for_others(
+    start, identities, monkeypatch
+):
+    from polyadapt.engine import runner as runner_module
+
+    made = []
+
+    def counted(sequences, *rest):
+        made.append(len(sequences))
+        return inner(sequences, *rest)
+
+    inner = runner_module._plans
+    monkeypatch.setattr(runner_module, "_plans", counted)
+    requests = [greedy_request(f"r{i}", ids(i), identities[i], 4 + 3 * i) for i in range(3)]
+    alone = {r.id: start().run(r)[r.id].tokens for r in requests}
+    made.clear()
+    driver = start()
+    driver.load(*identities[:3])
+    together = driver.run(*requests)
+    assert {name: transcript.tokens for name, transcript in together.items()} == alone
+    # The prompts, then three, two and one of them decoding.
+    assert made == [3, 3, 2, 1]

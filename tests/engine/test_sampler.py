@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from polyadapt.engine.request import RequestGroup, Sequence
-from polyadapt.engine.sampler import sample
+from polyadapt.engine.sampler import sample, sample_rows
 from polyadapt.types import Request, SamplingParams
 
 END = (0,)
@@ -158,3 +158,76 @@ def test_a_tiny_temperature_is_greedy_and_never_an_error(temperature, cut):
 def test_a_penalty_that_overflows_gives_no_token():
     drawn = sample(torch.tensor([1.0, 2.0, 3.0]), sequence(repetition_penalty=1e-40), END)
     assert drawn is None
+
+
+def slow_draw(logits: torch.Tensor, drawn: Sequence) -> int:
+    """The definition, over the whole vocabulary sorted, in float64."""
+    params = drawn.group.request.sampling
+    scores = logits.float().numpy()
+    if params.temperature == 0.0:
+        return int(scores.argmax())
+    scaled = (scores - scores.max()) / np.float32(params.temperature)
+    probs = np.exp(scaled).astype(np.float64)
+    cut = 0 < params.top_k < len(probs) or params.top_p < 1.0 or params.min_p > 0.0
+    ids = np.argsort(-probs, kind="stable") if cut else np.arange(len(probs))
+    probs = probs[ids]
+    if params.top_k:
+        probs[params.top_k :] = 0.0
+    probs = probs / probs.sum()
+    if params.top_p < 1.0:
+        probs[np.cumsum(probs) - probs >= params.top_p] = 0.0
+    if params.min_p > 0.0:
+        probs[probs < params.min_p * probs[0]] = 0.0
+    key = np.array([params.seed, drawn.index], np.uint64)
+    counter = np.array([drawn.num_output, 0, 0, 0], np.uint64)
+    uniform = np.random.Generator(np.random.Philox(key=key, counter=counter)).random()
+    cumulative = np.cumsum(probs)
+    return int(ids[np.searchsorted(cumulative, uniform * cumulative[-1], side="right")])
+
+
+KINDS: list[dict[str, Any]] = [
+    {"temperature": 0.0},
+    {"temperature": 1.3},
+    {"top_p": 0.9},
+    {"top_p": 0.2, "min_p": 0.01},
+    {"top_k": 40},
+    {"top_k": 700, "top_p": 0.95, "temperature": 0.7},
+    {"min_p": 0.05, "temperature": 2.0},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_vocab", [5, 256, 1000, 4097])
+def test_rows_drawn_together_are_what_each_is_alone_and_by_definition(dtype, num_vocab):
+    num = 8 * len(KINDS) + 3  # more than are widened at a time, and a rest
+    generator = torch.Generator().manual_seed(num_vocab)
+    logits = (torch.randn(num, num_vocab, generator=generator) * 3).to(dtype)
+    logits[:, 1] = float("-inf")
+    sequences = [sequence([7] * (i % 3), seed=i, **KINDS[i % len(KINDS)]) for i in range(num)]
+    together = sample_rows(logits, sequences)
+    alone = [sample(row, s, END) for row, s in zip(logits, sequences, strict=True)]
+    assert together == alone
+    slow = [slow_draw(row, s) for row, s in zip(logits, sequences, strict=True)]
+    assert [drawn.token_id for drawn in alone] == slow
+
+
+def test_a_row_that_is_not_plain_is_left_to_be_drawn_alone():
+    logits = torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 3], logits[2, 3] = float("nan"), float("inf")
+    logits[5] = float("-inf")
+    sequences = [
+        sequence(temperature=0.0),
+        sequence(temperature=0.0),
+        sequence(),
+        sequence(num_logprobs=0),
+        sequence([1], frequency_penalty=1.0),
+        sequence(),
+    ]
+    drawn = sample_rows(logits, sequences)
+    assert [row is None for row in drawn] == [False, True, True, True, True, True]
+
+
+def test_ties_at_the_last_place_of_top_k_take_the_first():
+    logits = torch.tensor([1.0, 5.0, 3.0, 3.0, 3.0, 0.0])
+    found = {sample(logits, sequence(seed=s, top_k=2), END).token_id for s in range(200)}
+    assert found == {1, 2}

@@ -16,8 +16,8 @@ import torch
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
-from polyadapt.engine.runner import ModelRunner
-from polyadapt.engine.sampler import sample, score
+from polyadapt.engine.runner import ModelRunner, StepLogits
+from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
 from polyadapt.engine.scheduler import ScheduledRows, Scheduler
 from polyadapt.errors import (
     AdapterDeleted,
@@ -44,6 +44,8 @@ from polyadapt.types import (
 
 logger = logging.getLogger(__name__)
 
+_STATS_INTERVAL_S = 0.1
+
 
 class Engine:
     """Schedules, runs and samples; `step` returns events and replies."""
@@ -66,6 +68,7 @@ class Engine:
         self._steps_by_adapters: Counter[int] = Counter()
         self._events: list[Event] = []
         self._replies: list[Reply] = []
+        self._last_news = float("-inf")
 
     # ------------------------------------------------------------------ commands
     def execute(self, command: Command) -> None:
@@ -97,12 +100,27 @@ class Engine:
         batch = self._start(batch)
         if batch:
             self._observe(batch)
-            for rows, logits in zip(batch, self._run(batch), strict=True):
-                self._advance(rows, logits)
+            outcomes = self._run(batch)
+            drawn = self._draw(batch, outcomes)
+            for rows, logits, sampled in zip(batch, outcomes, drawn, strict=True):
+                self._advance(rows, logits, sampled)
         num_rows = sum(rows.num_tokens for rows in batch)
-        output = StepOutput(self._events, self._replies, self.stats(), num_rows)
+        output = StepOutput(self._events, self._replies, None, num_rows)
         self._events, self._replies = [], []
+        output.stats = self._news(output)
         return output
+
+    def _news(self, output: StepOutput) -> EngineStats | None:
+        """A snapshot now and then: it lists every adapter in memory, which may be thousands.
+
+        Always with an answer to a call and before a rest, so that nobody is left with old figures.
+        """
+        now = time.monotonic()
+        is_due = now - self._last_news >= _STATS_INTERVAL_S or bool(output.replies)
+        if self.has_work and output.num_rows and not is_due:
+            return None
+        self._last_news = now
+        return self.stats()
 
     def stats(self) -> EngineStats:
         """A snapshot of queue, memory and counters."""
@@ -134,10 +152,10 @@ class Engine:
         assert leases == held, f"{held} leases are held for {leases} adapter uses"
 
     # ------------------------------------------------------------------ inside a step
-    def _run(self, batch: list[ScheduledRows]) -> list[torch.Tensor | None]:
+    def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""
         try:
-            return list(self.runner.run(batch))
+            return self.runner.run(batch)
         except Exception:
             # Keys and values are written by position, so that running rows again is harmless.
             logger.exception("a step of %d sequences failed; running each alone", len(batch))
@@ -150,6 +168,29 @@ class Engine:
                 logger.exception("request %s failed alone", rows.sequence.group.request.id)
                 results.append(None)
         return results
+
+    def _draw(
+        self, batch: list[ScheduledRows], outcomes: StepLogits | list[torch.Tensor | None]
+    ) -> list[Sampled | None]:
+        """What plain rows sample, drawn together; None where `_advance` must do it."""
+        drawn: list[Sampled | None] = [None] * len(batch)
+        if not isinstance(outcomes, StepLogits):
+            return drawn
+        # Decode rows come first, so that the others seldom hide a plain one.
+        sequences = []
+        for rows, count in zip(batch, outcomes.counts, strict=True):
+            if count != 1 or not rows.is_last_chunk:
+                break
+            sequences.append(rows.sequence)
+        try:
+            drawn[: len(sequences)] = sample_rows(outcomes.table[: len(sequences)], sequences)
+        except Exception:
+            # One sequence at a time shows whose fault it is.
+            logger.exception("sampling %d rows together failed; now each alone", len(sequences))
+            self.counters["isolated_samplings"] += 1
+            return [None] * len(batch)
+        self.counters["rows_drawn_together"] += len(batch) - drawn.count(None)
+        return drawn
 
     def _start(self, batch: list[ScheduledRows]) -> list[ScheduledRows]:
         """Announce requests on their first rows; refuse those whose adapters cannot be scaled
@@ -177,8 +218,13 @@ class Engine:
                 self._events.append(Started(group.request.id, served))
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
 
-    def _advance(self, rows: ScheduledRows, logits: torch.Tensor | None) -> None:
-        """Take in a sequence's logits: count its rows as computed, and sample if it is complete."""
+    def _advance(
+        self, rows: ScheduledRows, logits: torch.Tensor | None, sampled: Sampled | None
+    ) -> None:
+        """Take in a sequence's logits: count its rows as computed, and sample if it is complete.
+
+        `sampled` was drawn from them already; None: still to be drawn.
+        """
         sequence = rows.sequence
         group = sequence.group
         if sequence.state is not SequenceState.RUNNING:  # a sibling's failure ended the request
@@ -191,9 +237,8 @@ class Engine:
         try:
             if len(logits) > 1 or (len(logits) == 1 and not is_last_chunk):
                 self._score_prompt(sequence, logits)
-            sampled = (
-                sample(logits[-1], sequence, self._end_tokens(sequence)) if is_sampled else None
-            )
+            if is_sampled and sampled is None:
+                sampled = sample(logits[-1], sequence, self._end_tokens(sequence))
         except Exception:
             logger.exception("request %s failed while it was sampled", group.request.id)
             self._fail(group, InternalError("sampling this request failed; see the server log"))

@@ -8,6 +8,7 @@ neither the batch nor a preemption changes it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,10 +17,14 @@ import torch
 from polyadapt.engine.request import Sequence
 from polyadapt.types import SamplingParams, TokenLogprob
 
-# The likeliest tokens among which top-p is looked for before the whole vocabulary is sorted.
-_NUCLEUS_GUESS = 512
 # Below this a draw is the argmax in float32 whatever the logits.
 _GREEDY_BELOW = 1e-5
+# Rows that are widened to float32 at a time: they shall still be in the cache when they are read.
+_ROWS_AT_ONCE = 8
+# Tokens less likely than this part of the likeliest are looked at when the others do not suffice.
+_FIRST_FLOOR = 1e-3
+# Entries of a distribution that are summed first, to find the one block that is looked through.
+_BLOCK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +47,42 @@ def sample(
     """
     params = sequence.group.request.sampling
     scores = logits.float()
-    if not bool(torch.isfinite(scores.max())):  # max propagates NaN
+    row = scores.cpu().numpy()
+    best = _best(row)
+    if best is None:
         return None
     if _is_adjusted(params, sequence):
-        scores = _adjust(scores.clone(), params, sequence, end_token_ids)
-        if not bool(torch.isfinite(scores.max())):
+        row = _adjust(scores.clone(), params, sequence, end_token_ids).cpu().numpy()
+        best = _best(row)
+        if best is None:
             return None
-    if params.temperature < _GREEDY_BELOW:
-        token_id = int(scores.argmax())
-    else:
-        # Shifted first: divided by a small temperature, a large score would overflow.
-        scaled = (scores - scores.max()) / params.temperature
-        token_id = _draw(scaled, params, _uniform(params.seed, sequence))
+    token_id = _choose(row, best, params, sequence)
     logprob = None
     if params.num_logprobs is not None:
         logprob = score(logits, token_id, params.num_logprobs)
     return Sampled(token_id, logprob)
+
+
+@torch.inference_mode()
+def sample_rows(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | None]:
+    """Return for each sequence what `sample` returns of its row, or None where `sample` must tell.
+
+    logits [sequences, vocabulary]. None stands for logits that are not finite and for sequences
+    with penalties, bias, a minimum length or logprobs.
+    """
+    found: list[Sampled | None] = []
+    for rows in torch.split(logits, _ROWS_AT_ONCE):
+        table = rows.float().cpu().numpy()
+        bests = table.argmax(axis=1).tolist()
+        for row, best in zip(table, bests, strict=True):
+            sequence = sequences[len(found)]
+            params = sequence.group.request.sampling
+            is_plain = params.num_logprobs is None and not _is_adjusted(params, sequence)
+            if is_plain and np.isfinite(row[best]):
+                found.append(Sampled(_choose(row, best, params, sequence), None))
+            else:
+                found.append(None)
+    return found
 
 
 @torch.inference_mode()
@@ -71,6 +96,18 @@ def score(logits: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
         values, ids = logprobs.topk(num_top)
         top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token_id, float(logprobs[token_id]), top)
+
+
+def _best(row: np.ndarray) -> int | None:
+    """The first of the largest entries; None unless it is finite. NaN counts as the largest."""
+    best = int(row.argmax())
+    return best if np.isfinite(row[best]) else None
+
+
+def _choose(row: np.ndarray, best: int, params: SamplingParams, sequence: Sequence) -> int:
+    if params.temperature < _GREEDY_BELOW:
+        return best
+    return _draw(row, best, params, _uniform(params.seed, sequence))
 
 
 def _is_adjusted(params: SamplingParams, sequence: Sequence) -> bool:
@@ -113,46 +150,79 @@ def _adjust(
     return scores
 
 
-def _draw(scores: torch.Tensor, params: SamplingParams, uniform: float) -> int:
-    """Draw by inverting the distribution function, over the kept tokens in a fixed order."""
-    num_vocab = scores.shape[0]
-    is_cut = 0 < params.top_k < num_vocab
-    if not is_cut and params.top_p >= 1.0 and params.min_p <= 0.0:
-        return _invert(torch.softmax(scores, -1).double(), uniform)
-    if is_cut:
-        kept, ids = scores.topk(params.top_k)
-        probs = torch.softmax(kept, -1).double()
-    else:
-        probs, ids = _likeliest(torch.softmax(scores, -1).double(), params)
+def _draw(row: np.ndarray, best: int, params: SamplingParams, uniform: float) -> int:
+    """Draw by inverting the distribution function, over the kept tokens in a fixed order.
+
+    row float32 [vocabulary], of which `best` is a largest entry and finite.
+    """
+    num_vocab = len(row)
+    ids: np.ndarray | None = None  # None: all of them
+    if 0 < params.top_k < num_vocab:
+        ids = _largest(row, params.top_k)
+        row, best = row[ids], 0
+    # Shifted first: divided by a small temperature, a large score would overflow. What is far
+    # below the largest may, to minus infinity, whose weight is 0.
+    with np.errstate(over="ignore"):
+        weights = np.exp((row - row[best]) / np.float32(params.temperature))
+    if params.top_p >= 1.0 and params.min_p <= 0.0:
+        found = _invert(weights, uniform)
+        return found if ids is None else int(ids[found])
+    total = float(weights.sum(dtype=np.float64))
+    if ids is None:
+        ids = _likeliest(weights, total, params)
+        weights = weights[ids]
+    probs = weights.astype(np.float64) / total
     if params.top_p < 1.0:
         # Keep the smallest set whose mass reaches top_p: whoever starts below it.
-        below = torch.cumsum(probs, 0) - probs
-        probs = torch.where(below < params.top_p, probs, 0.0)
+        below = np.cumsum(probs) - probs
+        probs = np.where(below < params.top_p, probs, 0.0)
     if params.min_p > 0.0:
-        probs = torch.where(probs >= params.min_p * probs[0], probs, 0.0)
+        probs = np.where(probs >= params.min_p * probs[0], probs, 0.0)
     return int(ids[_invert(probs, uniform)])
 
 
-def _likeliest(probs: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities in falling order with their ids: as many as top_p or min_p can reach."""
-    num_vocab = probs.shape[0]
-    if num_vocab > _NUCLEUS_GUESS:
-        values, ids = probs.topk(_NUCLEUS_GUESS)
-        is_enough = params.top_p < 1.0 and float(values.sum()) >= params.top_p
-        if is_enough or (params.min_p > 0.0 and float(values[-1] / values[0]) < params.min_p):
-            return values, ids
-    return probs.sort(descending=True)
+def _likeliest(weights: np.ndarray, total: float, params: SamplingParams) -> np.ndarray:
+    """Indices in falling order of their weights: as many as top_p and min_p can reach, or more.
+
+    The largest weight is 1. Of equal ones the first comes first.
+    """
+    # Most distributions keep a few hundred tokens above the first floor. Below the second one all
+    # have together half of what top_p leaves out.
+    rest = (1.0 - params.top_p) * total / (2 * len(weights)) if params.top_p < 1.0 else 0.0
+    ids = np.flatnonzero(weights >= np.float32(max(_FIRST_FLOOR, params.min_p)))
+    is_reached = params.top_p < 1.0 and weights[ids].sum(dtype=np.float64) > params.top_p * total
+    if not is_reached and params.min_p < _FIRST_FLOOR and rest < _FIRST_FLOOR:
+        ids = np.flatnonzero(weights >= np.float32(max(rest, params.min_p)))
+    return ids[np.argsort(-weights[ids], kind="stable")]
 
 
-def _invert(probs: torch.Tensor, uniform: float) -> int:
+def _largest(row: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest entries in falling order; of equal ones the first."""
+    least = np.partition(row, len(row) - count)[len(row) - count]
+    ids = np.flatnonzero(row >= least)
+    return ids[np.argsort(-row[ids], kind="stable")][:count]
+
+
+def _invert(weights: np.ndarray, uniform: float) -> int:
     """Index of the first entry at which the cumulative sum exceeds uniform * total; never an entry
     of mass 0.
+
+    The sums are float64: of blocks first, then of the one block in which the entry lies.
     """
-    cumulative = torch.cumsum(probs, 0)
-    found = int(torch.searchsorted(cumulative, uniform * float(cumulative[-1]), right=True))
-    if found >= probs.shape[0]:  # the product rounded up to the total
-        found = int(probs.nonzero()[-1])
-    return found
+    starts = np.arange(0, len(weights), _BLOCK)
+    sums = np.add.reduceat(weights, starts, dtype=np.float64)
+    ends = np.cumsum(sums)
+    target = uniform * ends[-1]
+    block = min(int(np.searchsorted(ends, target, side="right")), len(ends) - 1)
+    while sums[block] == 0.0:  # the product rounded up to the total
+        block -= 1
+    inside = weights[starts[block] : starts[block] + _BLOCK]
+    cumulative = np.cumsum(inside, dtype=np.float64)
+    before = ends[block - 1] if block else 0.0
+    found = int(np.searchsorted(cumulative, target - before, side="right"))
+    if found >= len(inside):  # the same block's two sums may differ in the last bit
+        found = int(np.flatnonzero(inside)[-1])
+    return int(starts[block]) + found
 
 
 def _uniform(seed: int, sequence: Sequence) -> float:

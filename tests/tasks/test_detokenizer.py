@@ -21,6 +21,7 @@ class Counting:
         self._tokenizer = tokenizer
         self.is_special = tokenizer.is_special
         self.is_byte_fallback = tokenizer.is_byte_fallback
+        self.lone_text = tokenizer.lone_text
         self.num_decoded = 0
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -135,3 +136,24 @@ def test_a_long_run_of_byte_tokens_is_decoded_once() -> None:
     text = "".join([*(detokenizer.push(i) for i in ids), detokenizer.flush()])
     assert text == LLAMA.decode(ids)
     assert decoder.num_decoded <= 2 * len(ids)
+
+
+def test_text_of_whole_characters_is_never_decoded_again(real: Tokenizer) -> None:
+    text = "The quick brown fox: naïve café, 東京, and so on.\n" * 20
+    ids = real.encode(text, add_special_tokens=False)
+    whole = [i for i in ids if real.lone_text(i) is not None]
+    decoder = Counting(real)
+    detokenizer = Detokenizer(decoder)
+    assert "".join(detokenizer.push(i) for i in whole) == real.decode(whole)
+    assert decoder.num_decoded == 0
+    assert len(whole) > 0.7 * len(ids)
+
+
+def test_a_token_has_a_text_of_its_own_only_where_no_neighbour_can_change_it(
+    byte_level: Tokenizer,
+) -> None:
+    assert byte_level.lone_text(ord("a")) == "a"
+    assert byte_level.lone_text(0xC3) is None, "half a character"
+    assert byte_level.lone_text(257) is None, "a special token"
+    assert byte_level.lone_text(10**6) is None, "no token"
+    assert LLAMA.lone_text(261) is None, "its decoder strips the first token's space"

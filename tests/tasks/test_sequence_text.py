@@ -122,3 +122,19 @@ def test_the_real_tokenizer_finds_a_stop_string_across_tokens(real: Tokenizer) -
     sequence = SequenceText(0, _SkippingDecoder(real), stop=("two.\nQu",), min_tokens=0)
     deltas = [sequence.take(Tokens("r", 0, (i,))) for i in ids]
     assert text_of(deltas) == "The answer is forty-"
+
+
+def test_tokens_that_nothing_watches_have_the_same_text_as_watched_ones(
+    tokenizer: Tokenizer,
+) -> None:
+    text = "one é two 🙂 ".encode() + bytes([0xC3, 0x61, 0xFF, 256 - 1])
+    plain, watched = new(tokenizer), new(tokenizer, "\x01 is not said")
+    for tokens in (text[:3], text[3:8], text[8:9], text[9:]):
+        event = Tokens("r", 0, tuple(tokens))
+        assert plain.take(event) == watched.take(event)
+    end = Tokens("r", 0, (97, EOS), (), "stop", EOS)
+    last = plain.take(end)
+    assert last == watched.take(end)
+    assert last is not None
+    assert last.finish_reason == "stop"
+    assert plain.num_tokens == watched.num_tokens == len(text) + 2

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 
 from polyadapt.engine.output import Call, CallName, Cancel, Command, Reply, StepOutput, Submit
@@ -27,7 +28,7 @@ class Streams:
 
     def __init__(self, send: Callable[[Command], None]) -> None:
         self._send = send
-        self._events: dict[str, asyncio.Queue[Event]] = {}
+        self._events: dict[str, _Mailbox] = {}
         self._num_sequences: dict[str, int] = {}
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._call_ids = itertools.count(1)
@@ -47,16 +48,18 @@ class Streams:
                 f"{taken} sequences are running or waiting and {request.n} more would exceed the "
                 f"limit of {self.capacity}; try again later"
             )
-        events: asyncio.Queue[Event] = asyncio.Queue()
-        self._events[request.id] = events
+        mailbox = _Mailbox()
+        self._events[request.id] = mailbox
         self._num_sequences[request.id] = request.n
         is_over = False
         try:
             self._send(Submit(request))
             while not is_over:
-                event = await events.get()
+                if not mailbox.events:
+                    await mailbox.filled()
+                event = mailbox.events.popleft()
                 # Set before the yield: a caller that stops at the last event cancels nothing.
-                is_over = isinstance(event, Finished | Failed)
+                is_over = isinstance(event, (Finished, Failed))
                 yield event
         finally:
             del self._events[request.id]
@@ -83,10 +86,11 @@ class Streams:
 
     def absorb(self, output: StepOutput) -> None:
         """Hand a step's events and replies to whoever waits; late ones for the gone are dropped."""
+        mailboxes = self._events
         for event in output.events:
-            queue = self._events.get(event.request_id)
-            if queue is not None:
-                queue.put_nowait(event)
+            mailbox = mailboxes.get(event.request_id)
+            if mailbox is not None:
+                mailbox.put(event)
         for reply in output.replies:
             future = self._replies.get(reply.id)
             if future is not None and not future.done():
@@ -97,8 +101,8 @@ class Streams:
     def fail_all(self, error: EngineUnavailable) -> None:
         """End every request and call with the error, because the engine is gone."""
         self.stats = EngineStats()
-        for request_id, queue in self._events.items():
-            queue.put_nowait(Failed(request_id, error.code, error.message))
+        for request_id, mailbox in self._events.items():
+            mailbox.put(Failed(request_id, error.code, error.message))
         for future in self._replies.values():
             if not future.done():
                 future.set_exception(EngineUnavailable(error.message))
@@ -116,6 +120,31 @@ class Streams:
         if reply.error_code is not None:
             raise _error(reply)
         return reply
+
+
+class _Mailbox:
+    """One request's events that nobody has read yet; has one reader.
+
+    A reader is woken once for all that has come: asyncio.Queue does more for every token.
+    """
+
+    __slots__ = ("_waiter", "events")
+
+    def __init__(self) -> None:
+        self.events: deque[Event] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, event: Event) -> None:
+        """Add an event and wake the reader."""
+        self.events.append(event)
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    async def filled(self) -> None:
+        """Return when there is an event."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
 
 
 def _residency(reply: Reply) -> Residency:

@@ -27,6 +27,11 @@ class Decoder(Protocol):
     def is_byte_fallback(self, token_id: int) -> bool:
         """Whether the token's text depends on the byte tokens that follow it."""
 
+    def lone_text(self, token_id: int) -> str | None:
+        """Return the text that the token adds behind any complete text; None when decode must
+        tell.
+        """
+
 
 class Detokenizer:
     """The text of a growing token sequence.
@@ -46,6 +51,12 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text that has become certain; often "", never wrong."""
+        if self._num_read == len(self._window):  # the text was complete before this token
+            text = self._decoder.lone_text(token_id)
+            if text is not None:
+                self._window = [token_id]
+                self._num_read, self._num_emitted = 1, len(text)
+                return text
         if self._decoder.is_special(token_id):
             return ""
         self._window.append(token_id)

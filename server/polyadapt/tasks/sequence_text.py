@@ -50,6 +50,7 @@ class SequenceText:
         self.is_cut = False  # ended by a stop string, of which the engine knows nothing
         self._detokenizer = Detokenizer(decoder)
         self._stops = StopStrings(stop)
+        self._has_stops = bool(stop)
         self._min_tokens = min_tokens
         self._num_decoded = 0  # characters that came out of the detokenizer
         self._num_released = 0  # characters that were returned
@@ -59,6 +60,8 @@ class SequenceText:
         """Take the engine's tokens; None when the sequence has ended already."""
         if self.finish_reason is not None:
             return None
+        if event.finish_reason is None and not (self._has_stops or event.logprobs):
+            return self._take_plain(event)
         pieces: list[str] = []
         num_taken = 0
         for position, token_id in enumerate(event.token_ids):
@@ -81,6 +84,15 @@ class SequenceText:
             scored=self._take_scored(),
             finish_reason=self.finish_reason,
         )
+
+    def _take_plain(self, event: Tokens) -> TextDelta:
+        """Take tokens that nothing ends and nobody scores, which is most of them."""
+        push = self._detokenizer.push
+        text = "".join([push(token_id) for token_id in event.token_ids])
+        self.num_tokens += len(event.token_ids)
+        self._num_decoded += len(text)
+        self._num_released += len(text)
+        return TextDelta(self.index, text, event.token_ids)
 
     def _finish(self, reason: FinishReason, pieces: list[str]) -> None:
         """Release everything that was held back, unless a stop string ends in it."""

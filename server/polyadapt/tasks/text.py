@@ -295,14 +295,13 @@ class TextService:
         self, request: TextRequest, runs: list[_Run]
     ) -> AsyncGenerator[TextEvent, None]:
         """Submit every run and yield what comes until all have ended; cancels what is left."""
-        arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
-        for i, run in enumerate(runs):
-            run.pump = asyncio.create_task(self._pump(i, run.request, arrivals))
         num_open = len(runs)
         has_queued = False
-        try:
+        # A single stream needs no task of its own, which would be woken for every token.
+        source = self._events(0, runs[0].request) if len(runs) == 1 else self._merged(runs)
+        async with aclosing(source) as arrivals:
             while num_open:
-                arrival = await arrivals.get()
+                arrival = await anext(arrivals)
                 run = runs[arrival.run_id]
                 if run.is_over:
                     continue
@@ -326,20 +325,45 @@ class TextService:
                         yield delta
                 is_last = item is None or isinstance(item, Finished)
                 if run.has_ended and (is_last or run.is_cut):
-                    # When stop strings ended it, the engine is still busy: cancelled with the pump.
+                    # When stop strings ended it, the engine is still busy: closing cancels it.
                     run.is_over = True
                     num_open -= 1
-                    assert run.pump is not None
-                    run.pump.cancel()
+                    if run.pump is not None:
+                        run.pump.cancel()
                 elif isinstance(item, Finished) and item.is_cancelled:
                     raise RequestCancelled("the request was cancelled before it ended")
                 elif is_last:
                     logger.error("request %s: the engine ended it with open sequences", request.id)
                     raise InternalError("the engine ended this request early; please report it")
-            yield Completed(
-                sum(len(run.request.prompt_ids) for run in runs),
-                sum(sequence.num_tokens for run in runs for sequence in run.sequences),
-            )
+        yield Completed(
+            sum(len(run.request.prompt_ids) for run in runs),
+            sum(sequence.num_tokens for run in runs for sequence in run.sequences),
+        )
+
+    async def _events(self, run_id: int, request: Request) -> AsyncGenerator[_Arrival, None]:
+        """Yield what one request's stream brings, and how it ended; closing this cancels the
+        request.
+        """
+        end: PolyadaptError | None = None
+        try:
+            async with aclosing(self._engine.submit(request)) as events:
+                async for event in events:
+                    yield _Arrival(run_id, event)
+        except PolyadaptError as error:
+            end = error
+        except Exception:
+            logger.exception("request %s: the engine's stream broke", request.id)
+            end = InternalError("an internal error ended this request")
+        yield _Arrival(run_id, end)
+
+    async def _merged(self, runs: list[_Run]) -> AsyncGenerator[_Arrival, None]:
+        """Yield what all runs' streams bring, in the order in which it comes, without an end."""
+        arrivals: asyncio.Queue[_Arrival] = asyncio.Queue()
+        for i, run in enumerate(runs):
+            run.pump = asyncio.create_task(self._pump(i, run.request, arrivals))
+        try:
+            while True:
+                yield await arrivals.get()
         finally:
             pumps = [run.pump for run in runs if run.pump is not None]
             for pump in pumps:
@@ -347,19 +371,10 @@ class TextService:
             await asyncio.gather(*pumps, return_exceptions=True)
 
     async def _pump(self, run_id: int, request: Request, arrivals: asyncio.Queue[_Arrival]) -> None:
-        """Move one request's events into `arrivals`; cancelling this cancels the request."""
-        try:
-            async with aclosing(self._engine.submit(request)) as events:
-                async for event in events:
-                    arrivals.put_nowait(_Arrival(run_id, event))
-        except PolyadaptError as error:
-            arrivals.put_nowait(_Arrival(run_id, error))
-        except Exception:
-            logger.exception("request %s: the engine's stream broke", request.id)
-            broken = InternalError("an internal error ended this request")
-            arrivals.put_nowait(_Arrival(run_id, broken))
-        else:
-            arrivals.put_nowait(_Arrival(run_id, None))
+        """Move one request's arrivals into `arrivals`; cancelling this cancels the request."""
+        async with aclosing(self._events(run_id, request)) as events:
+            async for arrival in events:
+                arrivals.put_nowait(arrival)
 
 
 class _SkippingDecoder:
@@ -369,6 +384,7 @@ class _SkippingDecoder:
         self._tokenizer = tokenizer
         self.is_special = tokenizer.is_special
         self.is_byte_fallback = tokenizer.is_byte_fallback
+        self.lone_text = tokenizer.lone_text
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)

@@ -73,6 +73,9 @@ class Tokenizer:
         decoder_kinds = _decoder_kinds(saved.get("decoder"))
         self._is_byte_level = "ByteLevel" in decoder_kinds
         self.has_byte_fallback = "ByteFallback" in decoder_kinds
+        # Such a decoder joins the tokens' bytes and does nothing else.
+        self._is_joining = decoder_kinds == {"ByteLevel"}
+        self._lone_texts: dict[int, str | None] = {}
         self.vocab_size = self._parsing.get_vocab_size(with_added_tokens=True)
         self._max_token_bytes = self._longest_token(saved)
         # Byte-level vocabularies may lack control characters; those vanish from a text.
@@ -173,6 +176,20 @@ class Tokenizer:
             return False
         token = self._parsing.id_to_token(token_id)
         return token is not None and _BYTE_TOKEN.fullmatch(token) is not None
+
+    def lone_text(self, token_id: int) -> str | None:
+        """Return the text that the id adds wherever whole characters precede it; None when that
+        depends on its neighbours, or when it has no text.
+        """
+        try:
+            return self._lone_texts[token_id]
+        except KeyError:
+            text = self.decode([token_id]) if self._is_joining else ""
+            # At most one entry for each id that there is: others are not kept.
+            known = text if text and "\ufffd" not in text else None
+            if token_id < self.vocab_size:
+                self._lone_texts[token_id] = known
+            return known
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes of one token, with its leading space; b"" for unknown ids."""

@@ -15,6 +15,7 @@ from polyadapt.api.schemas.chat import (
     ChatRequest,
     Delta,
 )
+from polyadapt.api.stream import FrameTemplate
 from polyadapt.api.token_text import chat_logprobs, prompt_logprobs
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import Accepted, ChatPrompt, Completed, PromptScores, TextRequest
@@ -57,6 +58,8 @@ class ChatFormat:
         self._request = request
         self._head = head
         self._tokenizer = tokenizer
+        self._has_extras = bool(request.logprobs or request.return_token_ids)
+        self._templates: dict[int, FrameTemplate] = {}
 
     def reply(self, accepted: Accepted, generation: Generation) -> ChatReply:
         """Return the whole reply."""
@@ -103,6 +106,21 @@ class ChatFormat:
     def scored(self, accepted: Accepted, scores: PromptScores) -> Iterable[ChatChunk]:
         """Yield nothing: chat streams carry no prompt logprobs."""
         return ()
+
+    def plain(self, delta: TextDelta) -> bytes | None:
+        """Return the event of a delta that is nothing but text, as `piece` would be written; None
+        for others.
+        """
+        if self._has_extras or delta.finish_reason or not delta.text:
+            return None
+        template = self._templates.get(delta.index)
+        if template is None:
+            choice = ChatChunkChoice(
+                index=delta.index, delta=Delta(content=""), logprobs=None, finish_reason=None
+            )
+            template = FrameTemplate(self._chunk([choice]).model_dump_json(), "content")
+            self._templates[delta.index] = template
+        return template.frame(delta.text)
 
     def piece(self, delta: TextDelta) -> ChatChunk | None:
         """Return the chunk of a delta; None when there is nothing to say yet."""

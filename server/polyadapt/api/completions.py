@@ -12,6 +12,7 @@ from polyadapt.api.schemas.completions import (
     CompletionReply,
     CompletionRequest,
 )
+from polyadapt.api.stream import FrameTemplate
 from polyadapt.api.token_text import (
     completion_logprobs,
     joined,
@@ -54,6 +55,8 @@ class CompletionFormat:
         self._tokenizer = tokenizer
         self._n = request.n or 1
         self._echoes: list[str] = []
+        self._has_extras = request.logprobs is not None or bool(request.return_token_ids)
+        self._templates: dict[int, FrameTemplate] = {}
 
     def reply(self, accepted: Accepted, generation: Generation) -> CompletionReply:
         """Return the whole reply."""
@@ -107,6 +110,19 @@ class CompletionFormat:
         if self._request.echo and self._request.logprobs is not None:
             logprobs = self._prompt_logprobs(accepted, scores.prompt_index, scores.scores)
             yield from self._echo_chunks(scores.prompt_index, logprobs)
+
+    def plain(self, delta: TextDelta) -> bytes | None:
+        """Return the event of a delta that is nothing but text, as `piece` would be written; None
+        for others.
+        """
+        if self._has_extras or delta.finish_reason or not delta.text:
+            return None
+        template = self._templates.get(delta.index)
+        if template is None:
+            choice = CompletionChoice(index=delta.index, text="", logprobs=None, finish_reason=None)
+            template = FrameTemplate(self._chunk([choice]).model_dump_json(), "text")
+            self._templates[delta.index] = template
+        return template.frame(delta.text)
 
     def piece(self, delta: TextDelta) -> CompletionReply | None:
         """Return the event of a delta; None when there is nothing to say yet."""

@@ -79,6 +79,8 @@ class Format(Protocol[ChunkT]):
 
     def scored(self, accepted: Accepted, scores: PromptScores) -> Iterable[ChunkT]: ...
 
+    def plain(self, delta: TextDelta) -> bytes | None: ...
+
     def piece(self, delta: TextDelta) -> ChunkT | None: ...
 
     def usage(self, completed: Completed) -> ChunkT: ...
@@ -240,6 +242,12 @@ async def _frames(
             yield data_frame(chunk.model_dump_json())
         event = await first
         while True:
+            if isinstance(event, TextDelta):
+                frame = form.plain(event)
+                if frame is not None:
+                    yield frame
+                    event = await anext(events)
+                    continue
             chunks: list[Any] = []
             if isinstance(event, Queued):
                 served = event.served

@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -17,11 +18,29 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 _HEARTBEAT = b": heartbeat\n\n"
+_encode = msgspec.json.Encoder().encode
 
 
 def data_frame(payload: str) -> bytes:
     """Return one event; `payload` is JSON and therefore has no line break."""
     return b"data: " + payload.encode() + b"\n\n"
+
+
+class FrameTemplate:
+    """Events that differ in one string: made from the JSON of one whose `field` is empty.
+
+    Writes the bytes that data_frame returns for the same JSON with another string there.
+    """
+
+    def __init__(self, payload: str, field: str) -> None:
+        # Inside a JSON string the quotes would be escaped, so that this is the field itself.
+        head, tail = payload.split(f'"{field}":""')
+        self._head = f'data: {head}"{field}":'.encode()
+        self._tail = f"{tail}\n\n".encode()
+
+    def frame(self, text: str) -> bytes:
+        """Return the event with `text` in its field."""
+        return self._head + _encode(text) + self._tail
 
 
 def error_frame(error: PolyadaptError) -> bytes:

@@ -61,12 +61,15 @@ class ModelRunner:
         row where prompt logprobs are wanted. The dtype is the model's.
         """
         device = self.base.device
-        lengths = np.array([rows.num_tokens for rows in batch], np.int64)
+        sequences = [rows.sequence for rows in batch]
+        num_tokens = [rows.num_tokens for rows in batch]
+        decodes = sequences[: num_tokens.count(1)]  # they come first
+        lengths = np.array(num_tokens, np.int64)
         starts = np.cumsum(lengths) - lengths
-        ids, positions = _inputs(batch)
-        attention = self._attention(batch, starts, positions)
-        keep, counts = _wanted(batch, starts)
-        self._load_plans(batch, lengths, np.array(counts, np.int64))
+        ids, positions = _inputs(batch, decodes)
+        attention = self._attention(batch, decodes, starts, positions)
+        keep, counts = _wanted(batch, decodes, starts)
+        self._load_plans(sequences, lengths, np.array(counts, np.int64))
         # A step without logits still runs the head, on one row that nobody reads.
         indices = keep if len(keep) else np.array([len(ids) - 1])
         for layer in self.base.layers:
@@ -84,13 +87,12 @@ class ModelRunner:
         return StepLogits(logits[: len(keep)], counts)
 
     def _load_plans(
-        self, batch: Seq[ScheduledRows], lengths: np.ndarray, num_outputs: np.ndarray
+        self, sequences: list[Sequence], lengths: np.ndarray, num_outputs: np.ndarray
     ) -> None:
-        """Load the plans of both row spaces; lengths and num_outputs are int64 [batch].
+        """Load the plans of both row spaces; lengths and num_outputs are int64 [sequences].
 
         Decoding goes on with the same sequences for many steps, and with the same plans.
         """
-        sequences = [rows.sequence for rows in batch]
         slots = [sequence.slots for sequence in sequences]
         # A sequence keeps its request and with it the scales; its slots may change.
         planned = (sequences, slots, lengths.tobytes(), num_outputs.tobytes())
@@ -102,11 +104,14 @@ class ModelRunner:
         self.outputs.load(outputs)
 
     def _attention(
-        self, batch: Seq[ScheduledRows], starts: np.ndarray, positions: np.ndarray
+        self,
+        batch: Seq[ScheduledRows],
+        decodes: list[Sequence],
+        starts: np.ndarray,
+        positions: np.ndarray,
     ) -> AttentionBatch:
         device = self.base.device
         size = self.page_size
-        decodes = [rows.sequence for rows in batch if rows.num_tokens == 1]
         num = len(decodes)
         lasts = positions[:num].tolist()
         pages = np.array(
@@ -207,26 +212,25 @@ def _plans(
     return tokens, tokens if is_same else plan_of(output_lanes, max(num_kept, 1))
 
 
-def _inputs(batch: Seq[ScheduledRows]) -> tuple[np.ndarray, np.ndarray]:
+def _inputs(batch: Seq[ScheduledRows], decodes: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and positions int64 [rows], packed in the batch's order, decode rows first."""
-    decodes = [rows.sequence for rows in batch if rows.num_tokens == 1]
-    num = len(decodes)
     firsts = [sequence.num_computed for sequence in decodes]
     ids = [of.token_ids[first] for of, first in zip(decodes, firsts, strict=True)]
     positions = [np.array(firsts, np.int64)]
-    for rows in batch[num:]:
+    for rows in batch[len(decodes) :]:
         first = rows.sequence.num_computed
         ids += rows.sequence.token_ids[first : first + rows.num_tokens]
         positions.append(np.arange(first, first + rows.num_tokens))
     return np.array(ids, np.int64), np.concatenate(positions)
 
 
-def _wanted(batch: Seq[ScheduledRows], starts: np.ndarray) -> tuple[np.ndarray, list[int]]:
+def _wanted(
+    batch: Seq[ScheduledRows], decodes: list[Sequence], starts: np.ndarray
+) -> tuple[np.ndarray, list[int]]:
     """Indices int64 of the rows that need logits, and how many they are per sequence."""
-    if all(
-        rows.num_tokens == 1 == rows.sequence.num_pending
-        and rows.sequence.group.request.sampling.num_prompt_logprobs is None
-        for rows in batch
+    # Behind its prompt a sequence's only pending token is sampled from, and nothing is scored.
+    if len(decodes) == len(batch) and all(
+        len(of.token_ids) - 1 == of.num_computed >= of.num_prompt for of in decodes
     ):
         return starts, [1] * len(batch)
     wanted = [_wanted_rows(rows) for rows in batch]

@@ -85,14 +85,18 @@ class Scheduler:
         budget = self.max_num_batched_tokens
         num_before = self.counters["preemptions"]
         # Decode rows first: a long prompt must not hold back tokens that streams wait for.
-        for sequence in sorted(self.running, key=lambda running: running.num_pending > 1):
+        decodes = [of for of in self.running if len(of.token_ids) - of.num_computed <= 1]
+        is_mixed = len(decodes) < len(self.running)
+        prompts = [of for of in self.running if of.num_pending > 1] if is_mixed else []
+        for sequence in [*decodes, *prompts]:
             if sequence.state is _RUNNING:
                 budget -= self._continue(sequence, budget, picked)
         # Whoever was just preempted would come straight back and be preempted again.
         if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
             self._admit(budget, picked)
         picked = [rows for rows in picked if rows.sequence.state is _RUNNING]
-        picked.sort(key=lambda rows: rows.num_tokens > 1)
+        if is_mixed or len(picked) > len(decodes):
+            picked.sort(key=lambda rows: rows.num_tokens > 1)
         return picked
 
     def finish(self, sequence: Sequence) -> None:

@@ -89,6 +89,7 @@ class EngineConfig(_Section):
     page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
+    exact: bool = False  # answers bit-identical whatever else is in the batch, or no start
     num_threads: int | None = Field(None, ge=1, le=1024)  # None: the engine chooses
     step_timeout_s: float = Field(120.0, gt=0)  # a step that takes longer means a hung engine
 

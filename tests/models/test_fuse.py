@@ -21,10 +21,12 @@ from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops import native
 from polyadapt.ops.linear import DenseWeight, PackedWeight
 from polyadapt.ops.plan import PlanBuffers
+from polyadapt.ops.strategy import EXACT, choose
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="no C compiler")
 
 CPU = torch.device("cpu")
+PLAIN = choose(torch.float32, is_exact=False)
 # architecture -> (attention, mlp, norm) modules that are fused
 EXPECTED = {
     "llama": (3, 3, 7),
@@ -58,7 +60,7 @@ def test_every_family_is_fused_as_far_as_it_can_be_proved(tiny_model, architectu
     base = wrapped(tiny_model(architecture))
     reference = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
     weights = {site.path: base.weight(i).clone() for i, site in enumerate(base.spec.sites)}
-    said = fuse(base, 16)
+    said = fuse(base, 16, PLAIN)
     kinds = _kinds(base)
     found = (kinds[FusedAttention], kinds[FusedMlp], kinds[FusedNorm])
     assert found == EXPECTED[architecture]
@@ -78,7 +80,7 @@ def test_a_module_that_computes_something_else_is_left_alone(tiny_model, monkeyp
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) * 1.001)
     base = wrapped(tiny_model("llama"))
-    said = fuse(base, 16)
+    said = fuse(base, 16, PLAIN)
     assert "FusedMlp" not in said
     assert _kinds(base)[LlamaMLP] == 3
     assert _kinds(base)[FusedAttention] == 3
@@ -91,13 +93,13 @@ def test_a_whole_that_differs_is_refused(tiny_model, monkeypatch):
     plain = FusedMlp.forward
     monkeypatch.setattr(FusedMlp, "forward", lambda self, x: plain(self, x) * 1.01)
     with pytest.raises(StartupError, match=r"POLYADAPT_NATIVE=0"):
-        fuse(base, 16)
+        fuse(base, 16, PLAIN)
 
 
 def test_without_native_kernels_the_model_stays_as_loaded(tiny_model, monkeypatch):
     monkeypatch.setattr(native, "is_available", lambda: False)
     base = wrapped(tiny_model("llama"))
-    assert fuse(base, 16) == "as loaded"
+    assert fuse(base, 16, PLAIN) == "as loaded"
     linears = [module for module in base.module.modules() if isinstance(module, AdaptedLinear)]
     assert all(isinstance(linear.weight, DenseWeight) for linear in linears)
     assert not _kinds(base)[FusedNorm]
@@ -107,12 +109,37 @@ def test_a_tied_embedding_shares_the_packed_head(tiny_model):
     base = wrapped(tiny_model("qwen2"))
     paths = {site.path: site_id for site_id, site in enumerate(base.spec.sites)}
     head, embedding = paths[base.spec.head_path], paths[base.spec.embedding_path]
-    fuse(base, 16)
+    fuse(base, 16, PLAIN)
     assert base.blocks[head].weight is base.blocks[embedding].weight
     assert not list(base.module.get_submodule(base.spec.embedding_path).parameters())
 
 
 def test_a_bfloat16_model_is_fused_too(tiny_model):
     base = wrapped(tiny_model("llama"), torch.bfloat16)
-    fuse(base, 16)
+    fuse(base, 16, PLAIN)
     assert _kinds(base)[FusedMlp] == 3
+
+
+def test_exact_mode_is_promised_where_every_layer_is_fused_and_refused_elsewhere(tiny_model):
+    assert "FusedRotary" in fuse(wrapped(tiny_model("qwen3")), 16, EXACT)
+    with pytest.raises(StartupError, match=r"--exact cannot be promised for GPT2.*0 attention"):
+        fuse(wrapped(tiny_model("gpt2")), 16, EXACT)
+    with pytest.raises(StartupError, match=r"MLP modules have an exact"):
+        fuse(wrapped(tiny_model("mixtral")), 16, EXACT)
+
+
+def test_exact_mode_without_native_kernels_is_refused(tiny_model, monkeypatch):
+    base = wrapped(tiny_model("llama"))
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    with pytest.raises(StartupError, match="needs the native kernels"):
+        fuse(base, 16, EXACT)
+
+
+def test_a_model_whose_bits_follow_the_batch_is_refused_in_exact_mode(tiny_model, monkeypatch):
+    base = wrapped(tiny_model("llama"))
+    plain = FusedMlp.forward
+    monkeypatch.setattr(
+        FusedMlp, "forward", lambda self, x: plain(self, x) * (1 + 1e-7 * (x.shape[-2] == 1))
+    )
+    with pytest.raises(StartupError, match="one by one gave different bits"):
+        fuse(base, 16, EXACT)

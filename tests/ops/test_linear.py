@@ -197,3 +197,11 @@ def _roped(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     x = x.clone()
     dense.rope_(x, cos, sin)
     return x
+
+
+def test_many_rows_may_be_left_to_torch():
+    weight, bias = _random(40, 24).bfloat16().float(), _random(40, seed=1)
+    packed = PackedWeight.pack([weight], gemm_rows=5)
+    for rows in (4, 5):
+        x = _random(rows, 24, seed=2)
+        assert torch.allclose(packed.product(x, bias), F.linear(x, weight, bias), atol=1e-5)

@@ -34,6 +34,7 @@ class ModelWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._modules = [module for _, module in _walk(model)]
+        self.dtype = next(model.parameters()).dtype
 
     def weight(self, site_id: int) -> torch.Tensor:
         return dense_weight(self._modules[site_id])

@@ -28,6 +28,7 @@ from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops.gated_matmul import strategy
 from polyadapt.ops.plan import PlanBuffers
+from polyadapt.ops.strategy import choose
 from polyadapt.types import BaseSpec, EngineInfo
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ def build_engine(
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     tokens, outputs = PlanBuffers(max_rows, device), PlanBuffers(max_rows, device)
     wrap_sites(base, arena, cells, tokens, outputs)
-    fused = fuse(base, config.page_size)
+    chosen = choose(dtype, is_exact=config.exact)
+    fused = fuse(base, config.page_size, chosen)
 
     counters: Counter[str] = Counter()
     pool = AdapterPool(
@@ -94,9 +96,9 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
-        strategy=f"{strategy()}; fused: {fused}",
+        strategy=f"{strategy()}; {fused}",
     )
-    runner = ModelRunner(base, tokens, outputs, config.page_size)
+    runner = ModelRunner(base, tokens, outputs, config.page_size, chosen)
     logger.info(
         "serving %s on %s in %s with %d threads: %d KV pages of %d tokens, %d MiB for adapters, %s",
         base.spec.architecture, device, info.dtype, torch.get_num_threads(), num_pages,

@@ -16,6 +16,7 @@ from polyadapt.engine.scheduler import ScheduledRows
 from polyadapt.models.base import BaseModel
 from polyadapt.ops.attention import AttentionBatch, Chunk, page_slots
 from polyadapt.ops.plan import BatchPlan, PlanBuffers, Runs, plan_of
+from polyadapt.ops.strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +43,15 @@ class ModelRunner:
     """
 
     def __init__(
-        self, base: BaseModel, tokens: PlanBuffers, outputs: PlanBuffers, page_size: int
+        self,
+        base: BaseModel,
+        tokens: PlanBuffers,
+        outputs: PlanBuffers,
+        page_size: int,
+        strategy: Strategy,
     ) -> None:
         self.base = base
+        self.strategy = strategy
         self.tokens = tokens
         self.outputs = outputs
         self.page_size = page_size
@@ -97,7 +104,8 @@ class ModelRunner:
         # A sequence keeps its request and with it the scales; its slots may change.
         planned = (sequences, slots, lengths.tobytes(), num_outputs.tobytes())
         if planned != self._planned:
-            self._plans = _plans(sequences, lengths, num_outputs)
+            limit = self.strategy.adapter_gemm_rows
+            self._plans = _plans(sequences, lengths, num_outputs, limit)
             self._planned = planned
         tokens, outputs = self._plans
         self.tokens.load(tokens)
@@ -125,15 +133,25 @@ class ModelRunner:
             at = positions[start:stop]
             pages = np.asarray(rows.sequence.pages, np.int64)
             write[start:stop] = pages[at // size] * size + at % size
+            if self.strategy.is_exact:
+                continue
             num_keys = rows.sequence.num_computed + rows.num_tokens
             slots = page_slots(torch.from_numpy(pages), num_keys, size).to(device)
             chunks.append(Chunk(start, stop, num_keys, slots))
         attention = AttentionBatch(
             torch.from_numpy(write).to(device), page_size=size, chunks=chunks
         )
-        if decodes:
+        if self.strategy.is_exact:  # every row reads the cache by itself, as a decode row does
+            table = self._page_table.of([rows.sequence for rows in batch])
+            table = np.repeat(table, [rows.num_tokens for rows in batch], axis=0)
+        elif decodes:
+            table = self._page_table.of(decodes)
+        else:
+            table = np.zeros((0, 0), np.int32)
+        num = len(table)
+        if num:
             attention.num_decodes = num
-            attention.page_table = torch.from_numpy(self._page_table.of(decodes)).to(device)
+            attention.page_table = torch.from_numpy(table).to(device)
             lens = (positions[:num] + 1).astype(np.int32)
             attention.kv_lens = torch.from_numpy(lens).to(device)
         return attention
@@ -188,7 +206,7 @@ class PageTable:
 
 
 def _plans(
-    sequences: Seq[Sequence], lengths: np.ndarray, num_outputs: np.ndarray
+    sequences: Seq[Sequence], lengths: np.ndarray, num_outputs: np.ndarray, gemm_rows: int
 ) -> tuple[BatchPlan, BatchPlan]:
     """The plans of tokens and of outputs; lengths and num_outputs are int64 [sequences]."""
     starts, out_starts = np.cumsum(lengths) - lengths, np.cumsum(num_outputs) - num_outputs
@@ -206,10 +224,12 @@ def _plans(
             Runs(out_starts[out], num_outputs[out], slots[has_output], scales[has_output])
         )
     num_rows, num_kept = int(lengths.sum()), int(num_outputs.sum())
-    tokens = plan_of(token_lanes, num_rows)
+    tokens = plan_of(token_lanes, num_rows, gemm_rows=gemm_rows)
     # Where every row has one output both row spaces are the same.
     is_same = num_kept == num_rows == len(sequences) and bool((num_outputs == 1).all())
-    return tokens, tokens if is_same else plan_of(output_lanes, max(num_kept, 1))
+    return tokens, tokens if is_same else plan_of(
+        output_lanes, max(num_kept, 1), gemm_rows=gemm_rows
+    )
 
 
 def _inputs(batch: Seq[ScheduledRows], decodes: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:

@@ -26,9 +26,11 @@ from polyadapt.ops import native
 from polyadapt.ops.attention import AttentionBatch, Chunk
 from polyadapt.ops.linear import DenseWeight, PackedWeight, Weight
 from polyadapt.ops.native import dense
+from polyadapt.ops.strategy import Strategy
 
 logger = logging.getLogger(__name__)
 
+_MAX_TABLE_BYTES = 64 << 20  # of rotary angles
 _NUM_TRACED = 12  # tokens of the reference forward
 # Largest difference to the reference, of its largest element: the order of float32 sums, and of
 # bfloat16 the roundings that one fused step leaves out.
@@ -60,6 +62,24 @@ class FusedNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> the same shape and dtype."""
         return dense.rms_norm(x, self.weight, self.eps)
+
+
+class FusedRotary(nn.Module):
+    """Rotary angles from a table by position: no trigonometry in a step, and the same bits for a
+    position wherever it stands in the batch.
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        super().__init__()
+        self.cos = cos  # [positions, rotary]
+        self.sin = sin
+
+    def forward(
+        self, x: torch.Tensor, position_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """position_ids int64 [1, rows] -> cos and sin [1, rows, rotary]; x is not looked at."""
+        at = position_ids[0]
+        return self.cos[at][None], self.sin[at][None]
 
 
 class FusedMlp(nn.Module):
@@ -128,25 +148,31 @@ class FusedAttention(nn.Module):
 
 
 @torch.inference_mode()
-def fuse(base: BaseModel, page_size: int) -> str:
+def fuse(base: BaseModel, page_size: int, strategy: Strategy) -> str:
     """Fuse and pack in place, and say what was done. The caches must be allocated.
 
     Does nothing where the native kernels are off. Raises StartupError when the whole does not
-    compute what the model as loaded computes.
+    compute what the model as loaded computes, and in exact mode when a row's bits depend on other
+    rows.
     """
     if not native.is_available() or base.device.type != "cpu":
+        if strategy.is_exact:
+            raise StartupError(
+                f"--exact needs the native kernels, which are off: {native.unavailable_reason()}"
+            )
         return "as loaded"
     run = _Run(base, page_size)
     calls, expected = run.trace()
     done: Counter[str] = Counter()
     # Norms first: an attention module that is replaced takes its norms along.
-    for candidates in (_norm, _mlp, _attention):
+    for candidates in (_norm, _rotary, _mlp, _attention):
         for path, module in list(base.module.named_modules()):
             fused = candidates(base, module, calls[path]) if path in calls else None
             if fused is not None:
                 done[type(fused).__name__] += 1
                 set_submodule(base.module, path, fused)
     _pack_rest(base)
+    _set_gemm_rows(base, strategy.base_gemm_rows)
     difference = _difference(run.logits(), expected)
     if not difference <= _MODEL_TOLERANCE[base.dtype]:
         raise StartupError(
@@ -154,9 +180,34 @@ def fuse(base: BaseModel, page_size: int) -> str:
             "of its largest logit; start with POLYADAPT_NATIVE=0 and report this model"
         )
     nbytes = sum(weight.nbytes for weight in {id(b.weight): b.weight for b in base.blocks}.values())
-    said = ", ".join(f"{num} {name}" for name, num in sorted(done.items())) or "nothing"
-    logger.info("fused %s; weights take %d MiB", said, nbytes >> 20)
+    if strategy.is_exact:
+        _check_exact(base, run, done)
+    said = "fused: " + (", ".join(f"{num} {name}" for name, num in sorted(done.items())) or "none")
+    logger.info("%s; weights take %d MiB", said, nbytes >> 20)
     return said
+
+
+def _check_exact(base: BaseModel, run: _Run, done: Counter[str]) -> None:
+    """Refuse a model with a layer that still computes in torch, whose bits follow the batch."""
+    num_layers = len(base.layers)
+    if done["FusedAttention"] < num_layers or done["FusedMlp"] < num_layers:
+        raise StartupError(
+            f"--exact cannot be promised for {base.spec.architecture}: of {num_layers} layers "
+            f"{done['FusedAttention']} attention and {done['FusedMlp']} MLP modules have an exact "
+            "form; start without --exact"
+        )
+    together, alone = run.logits_by_rows([run.num]), run.logits_by_rows([1] * run.num)
+    if not torch.equal(together, alone):
+        raise StartupError(
+            f"--exact cannot be promised for {base.spec.architecture}: tokens in one step and one "
+            "by one gave different bits; start without --exact"
+        )
+
+
+def _set_gemm_rows(base: BaseModel, gemm_rows: int) -> None:
+    for module in base.module.modules():
+        if isinstance(module, AdaptedLinear) and isinstance(module.weight, PackedWeight):
+            module.weight = replace(module.weight, gemm_rows=gemm_rows)
 
 
 class _Run:
@@ -164,21 +215,40 @@ class _Run:
 
     def __init__(self, base: BaseModel, page_size: int) -> None:
         self.base = base
-        num = min(_NUM_TRACED, base.spec.max_model_len, base.layers[0].k.shape[0])
+        self.num = num = min(_NUM_TRACED, base.spec.max_model_len, base.layers[0].k.shape[0])
+        self.page_size = page_size
         step = max(1, base.spec.vocab_size // (num + 1))
         self.ids = torch.arange(1, num + 1)[None] * step % base.spec.vocab_size
-        slots = torch.arange(num)
-        self.batch = AttentionBatch(slots, page_size=page_size, chunks=[Chunk(0, num, num, slots)])
 
     def logits(self) -> torch.Tensor:
-        num = self.ids.shape[1]
+        """All tokens as one prompt's chunk."""
+        slots = torch.arange(self.num)
+        chunks = [Chunk(0, self.num, self.num, slots)]
+        return self._forward(
+            0, self.num, AttentionBatch(slots, page_size=self.page_size, chunks=chunks)
+        )
+
+    def logits_by_rows(self, sizes: list[int]) -> torch.Tensor:
+        """The tokens in steps of these sizes, every row reading the cache by itself."""
+        found, start = [], 0
+        pages = torch.arange(-(-self.num // self.page_size), dtype=torch.int32)
+        for size in sizes:
+            at = torch.arange(start, start + size)
+            batch = AttentionBatch(at, page_size=self.page_size, num_decodes=size)
+            batch.page_table = pages.expand(size, -1).contiguous()
+            batch.kv_lens = (at + 1).int()
+            found.append(self._forward(start, size, batch))
+            start += size
+        return torch.cat(found, 1)
+
+    def _forward(self, start: int, size: int, batch: AttentionBatch) -> torch.Tensor:
         for layer in self.base.layers:
-            layer.batch = self.batch
+            layer.batch = batch
         logits: torch.Tensor = self.base.module(
-            input_ids=self.ids,
-            position_ids=torch.arange(num)[None],
+            input_ids=self.ids[:, start : start + size],
+            position_ids=torch.arange(start, start + size)[None],
             use_cache=False,
-            logits_to_keep=torch.arange(num),
+            logits_to_keep=torch.arange(size),
         ).logits
         return logits
 
@@ -233,6 +303,25 @@ def _norm(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
             if _is_equal(base, fused, tiny):
                 return fused
     return None
+
+
+def _rotary(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+    is_pair = isinstance(call.output, tuple) and len(call.output) == 2
+    given = (*call.args, *call.kwargs.values())
+    if not is_pair or len(given) != 2 or not hasattr(module, "inv_freq"):
+        return None
+    positions = torch.arange(base.spec.max_model_len)[None]
+    if positions.numel() * call.output[0].shape[-1] * 8 > _MAX_TABLE_BYTES:
+        return None
+    # As the model calls it: (x, position_ids), by position or by name.
+    args, kwargs = call.args, dict(call.kwargs)
+    if len(args) == 2:
+        args = (args[0], positions)
+    else:
+        kwargs["position_ids"] = positions
+    cos, sin = module(*args, **kwargs)
+    fused = FusedRotary(cos[0].clone(), sin[0].clone())
+    return fused if _is_equal(base, fused, call) else None
 
 
 def _mlp(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
@@ -384,8 +473,12 @@ def _is_equal(base: BaseModel, fused: nn.Module, call: _Call) -> bool:
     if isinstance(expected, tuple):
         if not isinstance(found, tuple) or len(found) != len(expected):
             return False
-        found, expected = found[0], expected[0]
-    return _difference(found, expected) <= _TOLERANCE[base.dtype]
+    else:
+        found, expected = (found,), (expected,)
+    return all(
+        one is other is None or _difference(one, other) <= _TOLERANCE[base.dtype]
+        for one, other in zip(found, expected, strict=True)
+    )
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -73,9 +73,10 @@ class PackedWeight:
 
     panels: torch.Tensor  # [ceil(out / PANEL), in, PANEL] float32 or bfloat16
     num_out: int
+    gemm_rows: int = 1 << 60  # from so many rows on torch multiplies by an unpacked copy
 
     @classmethod
-    def pack(cls, parts: list[torch.Tensor]) -> PackedWeight:
+    def pack(cls, parts: list[torch.Tensor], gemm_rows: int = 1 << 60) -> PackedWeight:
         """Lay weights [out_i, in] end to end; bfloat16 when that loses nothing, else as they are.
 
         Needs room for one copy of the parts beside them.
@@ -90,7 +91,7 @@ class PackedWeight:
             rows[start : start + part.shape[0]] = part
             start += part.shape[0]
         panels = rows.view(num_panels, PANEL, num_in).transpose(1, 2).contiguous()
-        return cls(panels, num_out)
+        return cls(panels, num_out, gemm_rows)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -104,6 +105,9 @@ class PackedWeight:
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> [rows, out] by the native kernel; bias float32."""
+        if x.shape[0] >= self.gemm_rows:
+            weight = self.block(0, self.num_out).to(x.dtype)
+            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
         return dense.linear(x, self.panels, self.num_out, bias)
 
     def take(self, ids: torch.Tensor) -> torch.Tensor:

@@ -14,9 +14,8 @@ import torch
 
 MAX_LANES = 4
 
-# A segment at least this long runs as two plain GEMMs, which then beat a kernel made for few rows
-# (bench/micro_gated.py: from rank 64; below that both are alike). Fixed here and not measured at
-# start, so that a request's arithmetic is the same on every run.
+# From this many rows of one adapter on two plain GEMMs serve them at least as fast as a kernel made
+# for few rows (bench/micro_gated.py). See ops/strategy.py for who decides.
 GEMM_MIN_ROWS = 256
 
 
@@ -36,7 +35,7 @@ class Lane:
     """One adapter per row at most: rows sorted by adapter, cut into segments.
 
     rows [num_rows] int32; segment s holds rows[bounds[s]:bounds[s+1]], served by slots[s] times
-    scales[s]; the first num_short segments have fewer than GEMM_MIN_ROWS rows, the rest more.
+    scales[s]; the first num_short segments are shorter than the plan's limit for GEMMs.
     gate [num_batch_rows, width] float32 is indexed by row, not by position; None means ones.
     """
 
@@ -97,10 +96,14 @@ def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
 
 
 def plan_of(
-    lanes: Sequence[Runs], num_rows: int, gates: Sequence[np.ndarray | None] = ()
+    lanes: Sequence[Runs],
+    num_rows: int,
+    gates: Sequence[np.ndarray | None] = (),
+    gemm_rows: int = GEMM_MIN_ROWS,
 ) -> BatchPlan:
     """Return the plan of runs that are given as arrays, lane by lane; `gates` are the lanes'.
 
+    Segments of `gemm_rows` rows and more are left to GEMMs.
     Raises ValueError for more than MAX_LANES lanes.
     """
     if len(lanes) > MAX_LANES:
@@ -112,20 +115,20 @@ def plan_of(
         if not runs.scales.all():
             runs = _only(runs, runs.scales != 0.0)
         if len(runs.slots):
-            built.append(_build_lane(runs, gates[lane_id] if gates else None))
+            built.append(_build_lane(runs, gates[lane_id] if gates else None, gemm_rows))
     return BatchPlan(num_rows, tuple(built))
 
 
-def _build_lane(runs: Runs, gate: np.ndarray | None) -> Lane:
+def _build_lane(runs: Runs, gate: np.ndarray | None, gemm_rows: int) -> Lane:
     order = np.lexsort((runs.scales, runs.slots))  # stable: runs of a segment keep their order
     slots, scales, lengths = runs.slots[order], runs.scales[order], runs.lengths[order]
     is_first = np.ones(len(order), np.bool_)
     is_first[1:] = (slots[1:] != slots[:-1]) | (scales[1:] != scales[:-1])
     firsts = np.flatnonzero(is_first)
     sizes = np.add.reduceat(lengths, firsts)  # rows of each segment
-    num_short = int(np.count_nonzero(sizes < GEMM_MIN_ROWS))
+    num_short = int(np.count_nonzero(sizes < gemm_rows))
     if num_short < len(sizes):
-        segments = np.argsort(sizes >= GEMM_MIN_ROWS, kind="stable")
+        segments = np.argsort(sizes >= gemm_rows, kind="stable")
         runs_of = np.diff(firsts, append=len(order))[segments]
         order = order[_ranges(firsts[segments], runs_of)]
         firsts, sizes = firsts[segments], sizes[segments]

@@ -570,6 +570,8 @@ def _low_rank(
 
 
 def _compare_weight(read: TensorRead, copy: torch.Tensor, weights: BaseWeights) -> list[Problem]:
+    import torch
+
     current = weights.weight(read.site_id)
     # In the precision that is served, whatever narrower form the base is stored in.
     if torch.equal(copy.to(current.device, weights.dtype), current.to(weights.dtype)):

@@ -15,6 +15,8 @@ enum { PANEL = 16, VECTORS = PANEL / LANES };
 enum { MAX_ROWS = 6, MAX_PANELS = 4 };
 /* Rows of x that one task keeps in the second-level cache while panels pass, and panels of a task. */
 enum { BLOCK_BYTES = 256 << 10, MIN_BLOCK_ROWS = 4 * MAX_ROWS, TASKS_PER_THREAD = 4, MAX_TASK_PANELS = 32 };
+/* Bytes of W that several rows of x ask for in advance; fewer rows come close to the memory without it. */
+enum { AHEAD = 2048 };
 /* With fewer products than this a second thread costs more than it takes over. */
 enum { COST_TO_THREAD = 60000 };
 enum { NO_MEMORY = 1 };
@@ -58,8 +60,10 @@ INLINE void tile(const job_t *job, int64_t row, int rows, int64_t panel, int pan
   vf sums[MAX_ROWS][MAX_PANELS * VECTORS];
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < num; c++) sums[r][c] = splat(0.0f);
+#pragma GCC unroll 4
   for (int64_t k = 0; k < num_in; k++) {
     vf weights[MAX_PANELS * VECTORS];
+    if (rows > 3) __builtin_prefetch((const char *)at(w, k * PANEL, w_half) + AHEAD);
     for (int c = 0; c < num; c++)
       weights[c] = loadv(w, c / VECTORS * panel_size + k * PANEL + c % VECTORS * LANES, w_half);
     for (int r = 0; r < rows; r++) {

@@ -133,11 +133,11 @@ def test_scale_zero_equals_the_base_exactly_and_other_scales_are_linear(zoo):
 
 # --------------------------------------------------------------------------- mutations
 def _mutated_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = runner_module.RowUse
+    build = runner_module.Runs
     monkeypatch.setattr(
         runner_module,
-        "RowUse",
-        lambda start, stop, slots, scales: build(start, stop, slots, tuple(1.02 for _ in scales)),
+        "Runs",
+        lambda starts, lengths, slots, scales: build(starts, lengths, slots, 1.02 * scales),
     )
 
 

@@ -116,7 +116,9 @@ def slow_lane(uses: list[RowUse], lane_id: int) -> tuple[list[int], list[int], l
 @given(st.data())
 def test_the_plan_equals_one_that_is_built_row_by_row(data):
     scales = st.sampled_from([1.0, 0.5, 0.0, -2.0])
-    lengths = data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 15, 16, 40]), max_size=20))
+    long = GEMM_MIN_ROWS
+    length_of = st.sampled_from([1, 1, 1, 2, long // 2, long - 1, long, long + 24])
+    lengths = data.draw(st.lists(length_of, max_size=20))
     uses, start = [], 0
     for length in lengths:
         chosen = data.draw(st.lists(st.tuples(st.integers(0, 4), scales), max_size=MAX_LANES))

@@ -14,10 +14,11 @@ import torch
 
 MAX_LANES = 4
 
-# A segment at least this long runs as two plain GEMMs, which then beat a kernel made for few rows
-# (bench/micro_gated.py: from rank 64; below that both are alike). Fixed here and not measured at
-# start, so that a request's arithmetic is the same on every run.
-GEMM_MIN_ROWS = 256
+# A segment at least this long runs as two plain GEMMs, which then beat a kernel made for few rows.
+# Fixed here and not measured at start, so that a request's arithmetic is the same on every run.
+GEMM_MIN_ROWS = 16
+
+HEADER_SIZE = 1 + 3 * MAX_LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,40 +164,28 @@ def _build_gate(members: list[RowUse], lane_id: int, num_rows: int) -> np.ndarra
     return table
 
 
-@dataclass(frozen=True, slots=True)
-class LoadedLane:
-    """One lane in the buffers: bounds [num_segments + 1], slots and scales [num_segments], and its
-    gate [rows, width] or None.
-    """
-
-    bounds: torch.Tensor
-    slots: torch.Tensor
-    scales: torch.Tensor
-    num_short: int
-    num_segments: int
-    gate: torch.Tensor | None
-
-
 class PlanBuffers:
     """Fixed-size tensors that one row space's plan is copied into before each forward.
 
-    rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
-    positions in `rows`, with one extra entry per lane. gate float32 [lanes, rows, width], grown on
-    demand. `lanes` are views of one lane each.
+    header int32 [1 + 3*MAX_LANES]: number of lanes, then per lane the end of its short segments,
+    the end of its segments, and whether it is gated. rows int32, bounds int32, slots int32,
+    scales float32: all lanes end to end; bounds are positions in `rows`, with one extra entry per
+    lane. gate float32 [lanes, rows, width], grown on demand.
     """
 
     def __init__(self, max_rows: int, device: torch.device) -> None:
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
         self.device = device
-        self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
+        self.is_active = False  # whether any row has an adapter
+        self.header = torch.zeros(HEADER_SIZE, dtype=torch.int32, device=device)
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
         self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
         self.slots = torch.zeros(num, dtype=torch.int32, device=device)
         self.scales = torch.zeros(num, dtype=torch.float32, device=device)
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
-        self._loaded: BatchPlan | None = None  # what the buffers hold
-        self._loaded_lanes: tuple[LoadedLane, ...] = ()
+        self._loaded: BatchPlan | None = None  # what all buffers but the header hold
+        self._loaded_header = torch.zeros(HEADER_SIZE, dtype=torch.int32)
 
     def load(self, plan: BatchPlan) -> None:
         """Copy the plan in; the previous step's content is gone afterwards.
@@ -204,12 +193,14 @@ class PlanBuffers:
         A plan that was the last to be loaded must not have been changed since.
         """
         if plan is self._loaded:
-            self.lanes = self._loaded_lanes
+            self.header.copy_(self._loaded_header)
+            self.is_active = bool(plan.lanes)
             return
         if plan.num_rows > self.max_rows:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
         self._loaded = None  # unless all of it is copied
-        lanes = []
+        header = np.zeros(HEADER_SIZE, np.int32)
+        header[0] = len(plan.lanes)
         widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
         self._widen_gate(max(widths, default=0))
         segment = row = 0
@@ -221,25 +212,22 @@ class PlanBuffers:
             _fill(self.bounds, first_bound, lane.bounds + row)
             _fill(self.slots, segment, lane.slots)
             _fill(self.scales, segment, lane.scales)
+            header[1 + 3 * lane_id : 4 + 3 * lane_id] = (
+                segment + lane.num_short,
+                stop,
+                lane.gate is not None,
+            )
             if lane.gate is not None:
                 self._load_gate(lane_id, lane.gate)
-            lanes.append(
-                LoadedLane(
-                    self.bounds[first_bound : stop + lane_id + 1],
-                    self.slots[segment:stop],
-                    self.scales[segment:stop],
-                    lane.num_short,
-                    lane.num_segments,
-                    self.gate[lane_id] if lane.gate is not None else None,
-                )
-            )
             segment, row = stop, row + len(lane.rows)
-        self._loaded, self._loaded_lanes = plan, tuple(lanes)
-        self.lanes = self._loaded_lanes
+        self._loaded, self._loaded_header = plan, torch.from_numpy(header)
+        self.header.copy_(self._loaded_header)
+        self.is_active = bool(plan.lanes)
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
-        self.lanes = ()
+        self.header.zero_()
+        self.is_active = False
 
     def _widen_gate(self, width: int) -> None:
         # Before any lane is filled: what was there is gone afterwards.

@@ -19,7 +19,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test check bench bench-overhead clean
+.PHONY: help install serve model test check bench bench-overhead bench-peers clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ bench: $(VENV)/.dev model ## Measure the server beside PEFT and transformers (ab
 
 bench-overhead: $(VENV)/.dev model ## Measure what a step and a token cost beside the model
 	$(BIN)/python -m bench.overhead $(ARGS)
+
+bench-peers: $(VENV)/.dev model ## Install llama.cpp, mistral.rs and vLLM, and measure beside them
+	$(BIN)/python -m bench.compare $(ARGS)
 
 clean: ## Remove the environment, caches and build results (not the home with its models)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

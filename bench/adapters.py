@@ -7,32 +7,40 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
 
-def make_adapters(model_dir: Path, out_dir: Path, count: int, rank: int = 16) -> dict[str, Path]:
+def make_adapters(
+    model_dir: Path, out_dir: Path, count: int, rank: int | Sequence[int] = 16
+) -> dict[str, Path]:
     """Write `count` adapters on all seven linears of a Llama-like model; return name -> directory.
 
+    Several ranks are given to the adapters in turn.
     A ~ N(0, 1/in), B ~ N(0, (0.075 / sqrt(rank))^2), bfloat16, alpha = 2 rank: about as large as
     trained ones, so that outputs stay finite and are changed.
     """
     config = json.loads((model_dir / "config.json").read_text())
     shapes = _shapes(config)
+    ranks = (rank,) if isinstance(rank, int) else rank
     found = {}
     for index in range(count):
         name = f"bench-{index:03d}"
         directory = out_dir / name
         directory.mkdir(parents=True)
+        own_rank = ranks[index % len(ranks)]
         generator = torch.Generator().manual_seed(index)
         tensors = {}
         for layer in range(config["num_hidden_layers"]):
             for path, (fan_in, fan_out) in shapes.items():
                 key = f"base_model.model.model.layers.{layer}.{path}"
-                a = torch.randn(rank, fan_in, generator=generator) / math.sqrt(fan_in)
-                b = torch.randn(fan_out, rank, generator=generator) * (0.075 / math.sqrt(rank))
+                a = torch.randn(own_rank, fan_in, generator=generator) / math.sqrt(fan_in)
+                b = torch.randn(fan_out, own_rank, generator=generator) * (
+                    0.075 / math.sqrt(own_rank)
+                )
                 tensors[f"{key}.lora_A.weight"] = a.bfloat16()
                 tensors[f"{key}.lora_B.weight"] = b.bfloat16()
         save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -41,8 +49,8 @@ def make_adapters(model_dir: Path, out_dir: Path, count: int, rank: int = 16) ->
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": None,
             "inference_mode": True,
-            "r": rank,
-            "lora_alpha": 2 * rank,
+            "r": own_rank,
+            "lora_alpha": 2 * own_rank,
             "lora_dropout": 0.0,
             "bias": "none",
             "target_modules": [path.rpartition(".")[2] for path in shapes],

@@ -16,9 +16,10 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import httpx
 
@@ -35,6 +36,9 @@ class Load:
     num_output_tokens: int = 64
     seed: int = 0
     stop_after_s: float = math.inf  # no request starts later, so a slow machine ends in time too
+    cut_after_s: float = math.inf  # requests that are not finished then are ended
+    # What a model's requests carry, for servers that do not choose an adapter by `model` alone.
+    fields: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Sample:
     num_tokens: int = 0
     gaps_s: tuple[float, ...] = ()  # between chunks of the stream
     error: str | None = None
+    is_cut: bool = False  # ended by us: its figures are those of the part that arrived
 
     @property
     def itl_s(self) -> float:
@@ -55,7 +60,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """Figures of one cell; times in seconds, throughput in output tokens a second."""
+    """Figures of one cell; times in seconds, throughput in output tokens a second.
+
+    A request that was cut counts with the chunks that it had received (at most its tokens), and
+    one that waited for its first token until then with that wait as its time to first token.
+    """
 
     tokens_per_s: float
     wall_s: float
@@ -66,6 +75,7 @@ class LoadResult:
     itl_p99_s: float
     gap_p99_s: float
     errors: tuple[str, ...]
+    num_cut: int = 0
 
 
 async def run_load(
@@ -81,7 +91,8 @@ async def run_load(
     `transport` replaces the network in tests; `on_warm` is called between the two parts.
     """
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+    # A connection for each request: some servers close an idle one while the next request is sent.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(
         base_url=url,
         headers=headers,
@@ -90,11 +101,16 @@ async def run_load(
         transport=transport,
     ) as client:
         rng = random.Random(load.seed)
+        until = time.perf_counter() + load.cut_after_s
         warm = [
-            _request(client, load.models[worker % len(load.models)], _prompt(load, rng), 8)
+            _request(client, load, worker, _prompt(load, rng), 8, until)
             for worker in range(load.concurrency)
         ]
-        warm_errors = [s.error for s in await asyncio.gather(*warm) if s.error]
+        warm_samples = await asyncio.gather(*warm)
+        if any(sample.is_cut for sample in warm_samples):
+            late = f"the warm-up was not finished after {load.cut_after_s:.0f} s"
+            return _summary([Sample(error=late)], wall_s=1.0)
+        warm_errors = [sample.error for sample in warm_samples if sample.error]
         if warm_errors:
             return _summary([Sample(error=error) for error in warm_errors], wall_s=1.0)
 
@@ -102,15 +118,17 @@ async def run_load(
         samples: list[Sample] = []
 
         async def worker(index: int) -> None:
-            model = load.models[index % len(load.models)]
             for prompt in prompts:
-                if time.perf_counter() - start > load.stop_after_s:
+                if time.perf_counter() - start > min(load.stop_after_s, load.cut_after_s):
                     return
-                samples.append(await _request(client, model, prompt, load.num_output_tokens))
+                samples.append(
+                    await _request(client, load, index, prompt, load.num_output_tokens, cut)
+                )
 
         if on_warm is not None:
             on_warm()
         start = time.perf_counter()
+        cut = start + load.cut_after_s
         await asyncio.gather(*(worker(index) for index in range(load.concurrency)))
         return _summary(samples, wall_s=time.perf_counter() - start)
 
@@ -121,8 +139,15 @@ def _prompt(load: Load, rng: random.Random) -> list[int]:
 
 
 async def _request(
-    client: httpx.AsyncClient, model: str, prompt: list[int], num_tokens: int
+    client: httpx.AsyncClient,
+    load: Load,
+    worker: int,
+    prompt: list[int],
+    num_tokens: int,
+    until: float,
 ) -> Sample:
+    """Send one request of a worker and read its answer, at most until that time of the clock."""
+    model = load.models[worker % len(load.models)]
     body = {
         "model": model,
         "prompt": prompt,
@@ -131,12 +156,16 @@ async def _request(
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **load.fields.get(model, {}),
     }
     start = time.perf_counter()
     arrivals: list[float] = []
     counted = None
     try:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
+        async with (
+            asyncio.timeout(None if until == math.inf else until - start),
+            client.stream("POST", "/v1/completions", json=body) as response,
+        ):
             if response.status_code != 200:
                 text = (await response.aread()).decode(errors="replace")
                 return Sample(error=f"{response.status_code}: {text[:300]}")
@@ -150,6 +179,8 @@ async def _request(
                     arrivals.append(time.perf_counter() - start)
                 if chunk.get("usage"):
                     counted = chunk["usage"]["completion_tokens"]
+    except TimeoutError:
+        return _cut(arrivals, time.perf_counter() - start, num_tokens)
     except httpx.HTTPError as error:
         return Sample(error=f"{type(error).__name__}: {error}")
     if counted != num_tokens or not arrivals:
@@ -158,18 +189,30 @@ async def _request(
     return Sample(ttft_s=arrivals[0], end_s=arrivals[-1], num_tokens=counted, gaps_s=gaps)
 
 
+def _cut(arrivals: Sequence[float], waited_s: float, num_tokens: int) -> Sample:
+    """Return what is known of a request that was ended before its last token."""
+    return Sample(
+        ttft_s=arrivals[0] if arrivals else waited_s,
+        end_s=arrivals[-1] if arrivals else waited_s,
+        num_tokens=min(len(arrivals), num_tokens),
+        gaps_s=tuple(b - a for a, b in pairwise(arrivals)),
+        is_cut=True,
+    )
+
+
 def _summary(samples: Sequence[Sample], wall_s: float) -> LoadResult:
     good = [sample for sample in samples if sample.error is None]
     return LoadResult(
         tokens_per_s=sum(sample.num_tokens for sample in good) / wall_s,
         wall_s=wall_s,
-        num_requests=len(good),
+        num_requests=sum(not s.is_cut for s in good),
         ttft_p50_s=_quantile([s.ttft_s for s in good], 0.5),
         ttft_p99_s=_quantile([s.ttft_s for s in good], 0.99),
-        itl_p50_s=_quantile([s.itl_s for s in good], 0.5),
-        itl_p99_s=_quantile([s.itl_s for s in good], 0.99),
+        itl_p50_s=_quantile([s.itl_s for s in good if s.num_tokens > 1], 0.5),
+        itl_p99_s=_quantile([s.itl_s for s in good if s.num_tokens > 1], 0.99),
         gap_p99_s=_quantile([gap for s in good for gap in s.gaps_s], 0.99),
         errors=tuple(s.error for s in samples if s.error is not None),
+        num_cut=sum(s.is_cut for s in good),
     )
 
 

@@ -56,10 +56,10 @@ def render(result: dict[str, Any], ours: Sequence[Cell], peers: Sequence[PeerCel
         "streams (at least 4). Peers: one batch in one process, no HTTP. Adapters: "
         f"{method['adapters']}. Order: {method['order']}.",
         "",
-        *_table(
+        *table(
             ["ratio", "target", "is", ""],
             [
-                [name, f">= {target}", _number(value), _verdict(value, target, is_quiet)]
+                [name, f">= {target}", number(value), _verdict(value, target, is_quiet)]
                 for name, target, value in targets(ours, peers)
             ],
         ),
@@ -69,17 +69,17 @@ def render(result: dict[str, Any], ours: Sequence[Cell], peers: Sequence[PeerCel
         "`x peer`: to the peer's batch of the same size. Distinct: median of distinct adapters per "
         "step. Other: cores busy with unrelated work meanwhile.",
         "",
-        *_table(
+        *table(
             _OUR_HEAD,
             _our_rows(ours, peers),
         ),
         "",
         "Peers:",
         "",
-        *_table(
+        *table(
             ["peer", "adapters", "batch", "tokens/s", "other"],
             [
-                [PEER_NAMES[p.kind], p.num_adapters, p.batch, _number(p.tokens_per_s), _cores(p)]
+                [PEER_NAMES[p.kind], p.num_adapters, p.batch, number(p.tokens_per_s), _cores(p)]
                 for p in peers
             ],
         ),
@@ -94,9 +94,9 @@ def targets(
     """Return (what, at least, the ratio or None when a side is missing) for each target."""
     mixed, base = _mean(ours, 32, 32), _mean(ours, 0, 32)
     return [
-        ("32 distinct adapters to our base, 32 streams", 0.4, _ratio(mixed, base)),
-        ("32 distinct adapters to PEFT's mixed batch", 5.0, _ratio(mixed, _peer(peers, 32, 32))),
-        ("base to transformers' generate, 32 streams", 1.0, _ratio(base, _peer(peers, 0, 32))),
+        ("32 distinct adapters to our base, 32 streams", 0.4, ratio(mixed, base)),
+        ("32 distinct adapters to PEFT's mixed batch", 5.0, ratio(mixed, _peer(peers, 32, 32))),
+        ("base to transformers' generate, 32 streams", 1.0, ratio(base, _peer(peers, 0, 32))),
     ]
 
 
@@ -127,9 +127,9 @@ def _our_rows(ours: Sequence[Cell], peers: Sequence[PeerCell]) -> list[list[obje
             [
                 num_adapters or "base",
                 concurrency,
-                *(_number(by_run[r].result.tokens_per_s) if r in by_run else "-" for r in (1, 2)),
-                _number(_ratio(mean, _mean(ours, 0, concurrency))),
-                _number(_ratio(mean, _peer(peers, num_adapters, concurrency))),
+                *(number(by_run[r].result.tokens_per_s) if r in by_run else "-" for r in (1, 2)),
+                number(ratio(mean, _mean(ours, 0, concurrency))),
+                number(ratio(mean, _peer(peers, num_adapters, concurrency))),
                 min(cell.median_distinct_adapters for cell in cells),
                 f"{last.result.ttft_p50_s:.2f}",
                 f"{1000 * last.result.itl_p50_s:.0f}",
@@ -158,7 +158,8 @@ def _peer(peers: Sequence[PeerCell], num_adapters: int, batch: int) -> float | N
     return found[0] if found else None
 
 
-def _ratio(a: float | None, b: float | None) -> float | None:
+def ratio(a: float | None, b: float | None) -> float | None:
+    """Return a / b; None when a side is missing or b is 0."""
     return a / b if a is not None and b else None
 
 
@@ -169,7 +170,8 @@ def _verdict(value: float | None, target: float, is_quiet: bool) -> str:
     return verdict if is_quiet else f"{verdict}, doubtful"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Return a figure with two or three digits that mean something; `-` for None."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -179,6 +181,7 @@ def _cores(cell: Cell | PeerCell) -> str:
     return f"{cell.other_cores:.2f}" + ("!" if cell.other_cores >= QUIET_CORES else "")
 
 
-def _table(head: list[str], rows: list[list[object]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     return text + ["| " + " | ".join(map(str, row)) + " |" for row in rows]

@@ -13,14 +13,11 @@ import asyncio
 import datetime
 import json
 import os
-import select
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +25,7 @@ from typing import Any
 from bench.adapters import make_adapters
 from bench.loadgen import Load, LoadResult, run_load
 from bench.machine import CpuWatch, describe
+from bench.peer_process import measure_in_process
 from bench.report import Cell, PeerCell, render, targets
 from bench.server import Server, running_server
 
@@ -74,7 +72,7 @@ def main() -> int:
     machine = describe()
     dtype = machine.dtype if args.dtype == "auto" else args.dtype
     threads = args.threads or machine.num_cores
-    model = args.model or _default_model()
+    model = args.model or default_model()
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
         root = Path(scratch)
@@ -139,7 +137,8 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _default_model() -> Path:
+def default_model() -> Path:
+    """Return the directory of SmolLM2, fetched into the home when it is not there."""
     from polyadapt.config import default_home
     from polyadapt.models.fetch import fetch_model
 
@@ -181,11 +180,12 @@ def _ours(
                 seed=1000 * concurrency + num_adapters,
                 stop_after_s=MAX_CELL_S,
             )
-            done.append(_cell(server, load, num_adapters, run))
+            done.append(measure_cell(server, load, num_adapters, run))
     return done, about
 
 
-def _cell(server: Server, load: Load, num_adapters: int, run: int) -> Cell:
+def measure_cell(server: Server, load: Load, num_adapters: int, run: int) -> Cell:
+    """Run one cell's load against our server; valid if it had no errors and was really mixed."""
     watch = CpuWatch([os.getpid(), server.pid])
     before: Counter[int] = Counter()
     # The warm-up loads adapters one after another: its steps say nothing of the load's.
@@ -235,46 +235,18 @@ def _peers(
     settings: Settings, cells: list[tuple[str, int, int]], *, until: float
 ) -> tuple[list[PeerCell], dict[str, str]]:
     """Measure the peers in their own process; it is ended when `until` of the time has passed."""
-    command = [sys.executable, "-m", "bench.peers", "--model", str(settings.model)]
-    command += ["--adapters", str(settings.adapters_root), "--cells", json.dumps(cells)]
-    command += ["--dtype", settings.dtype, "--threads", str(settings.threads)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    done: list[PeerCell] = []
-    versions: dict[str, str] = {}
     limit = max(_limit(settings, until), time.monotonic() + MIN_PEERS_S)
-    try:
-        for line in _lines_until(process, limit):
-            row = json.loads(line)
-            if "versions" in row:
-                versions = row["versions"]
-                continue
-            done.append(PeerCell(**row))
-            _say(
-                f"peer {row['kind']} {row['num_adapters']}@{row['batch']}: "
-                f"{row['tokens_per_s']:.1f} tokens/s, {row['other_cores']} other cores"
-            )
-        if process.poll() is None and len(done) < len(cells):
-            _say(f"peers: {len(cells) - len(done)} cells skipped, out of time")
-    finally:
-        process.kill()
-        process.wait()
-    if process.returncode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"the peers' process ended with {process.returncode}")
+    done, versions = measure_in_process(
+        settings.model,
+        settings.adapters_root,
+        cells,
+        dtype=settings.dtype,
+        threads=settings.threads,
+        limit=limit,
+    )
+    if len(done) < len(cells):
+        _say(f"peers: {len(cells) - len(done)} cells skipped, out of time")
     return done, versions
-
-
-def _lines_until(process: subprocess.Popen[str], limit: float) -> Iterator[str]:
-    """Yield the process' lines until its output ends or the time has passed."""
-    assert process.stdout is not None
-    while (left := limit - time.monotonic()) > 0:
-        # One line is printed at a time, minutes apart: nothing stays behind in the text buffer.
-        if not select.select([process.stdout], [], [], left)[0]:
-            return
-        line = process.stdout.readline()
-        if not line:
-            process.wait()
-            return
-        yield line
 
 
 def _limit(settings: Settings, part: float) -> float:

@@ -87,7 +87,7 @@ def running_server(
     `options` are further arguments of the command. Raises RuntimeError with the end of its log
     when it does not become ready.
     """
-    port = _free_port()
+    port = free_port()
     command = [sys.executable, "-m", "polyadapt", "serve", "--model", str(model)]
     command += ["--home", str(home), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", dtype, "--num-threads", str(threads), *options]
@@ -104,7 +104,7 @@ def running_server(
         _stop(process)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

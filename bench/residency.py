@@ -41,6 +41,7 @@ from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
 
 ROOT = Path(__file__).parents[1]
+PARTS = ("many", "cold", "registered")
 RANK = 8  # on all seven linears
 NUM_FITTING, NUM_REQUESTS, CONCURRENCY = 8, 32, 4
 NUM_COLD_LOADS, NUM_ALONE_TOKENS = 100, 120
@@ -91,9 +92,12 @@ def main() -> int:
     parts: list[Part] = []
     with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
         bench = Bench(args.model or _default_model(), Path(scratch), machine, args.threads)
-        parts += asyncio.run(bench.many())
-        parts += asyncio.run(bench.cold())
-        parts += bench.registered(REGISTERED)
+        if "many" in args.parts:
+            parts += asyncio.run(bench.many())
+        if "cold" in args.parts:
+            parts += asyncio.run(bench.cold())
+        if "registered" in args.parts:
+            parts += bench.registered(REGISTERED)
     text = render(parts)
     print(text)
     out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
@@ -410,6 +414,7 @@ class Bench:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a Llama-like transformers directory")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, help="of the engine")
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     return parser.parse_args()

@@ -446,6 +446,8 @@ def test_a_plan_is_kept_while_the_same_sequences_go_on_and_made_anew_for_others(
     assert {name: transcript.tokens for name, transcript in together.items()} == alone
     # The prompts, then three, two and one of them decoding.
     assert made == [3, 3, 2, 1]
+
+
 def test_a_prepared_adapter_is_in_the_very_next_step(start, identities):
     driver = start()
     driver.call(Call(1, "prepare", identities[0].digest))
@@ -468,3 +470,17 @@ def test_a_step_says_nothing_of_adapters_that_merely_lie_there(start, identities
     assert [[r.digest for r in each] for each in told] == [
         [identities[3].digest], [], [], [identities[3].digest]
     ]  # fmt: skip
+
+
+def test_a_full_batch_does_not_keep_the_queues_adapters_cold(start, identities):
+    driver = start(max_num_seqs=1)
+    driver.load(identities[0])
+    driver.submit(greedy_request("runs", ids(1), identities[0], 400))
+    driver.submit(greedy_request("waits", ids(2), identities[1], 2))
+    while identities[1].digest not in driver.residencies or (
+        driver.residencies[identities[1].digest].tier != "device"
+    ):
+        driver.step_or_wait()
+        assert Finished("runs") not in driver.transcripts["runs"].events, "too late"
+    assert not driver.transcripts["waits"].events
+    driver.run()

@@ -138,6 +138,14 @@ class AdapterPool:
             slots.append(entry.slot)
         return tuple(slots)
 
+    def prefetch(self, adapters: tuple[AppliedAdapter, ...]) -> None:
+        """Start bringing the adapters to the device for a request that cannot be admitted yet; no
+        step waits for their copies.
+        """
+        self._patience_s = 0.0
+        for applied in adapters:
+            self._want(applied.adapter.digest)
+
     def release(self, slots: tuple[int, ...]) -> None:
         """Give one lease of each slot back."""
         for slot in slots:

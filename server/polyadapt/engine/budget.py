@@ -56,7 +56,8 @@ def share(
             f"--kv-cache-bytes {kv_bytes} holds fewer than two pages of {needs.page_nbytes} bytes; "
             "raise it"
         )
-    return Budget(kv_bytes // needs.page_nbytes, adapter_bytes)
+    # A ByteSize of the config is no plain int, and does not cross the process border.
+    return Budget(int(kv_bytes // needs.page_nbytes), int(adapter_bytes))
 
 
 def _split(

@@ -6,6 +6,7 @@ request alone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -49,6 +50,7 @@ _STATS_INTERVAL_S = 0.1
 # A copy that is waited for is in the batch one step earlier; running streams wait with it. So much
 # of a decode step they may, as long as the next token is then no 1.3 times later than usual.
 _PATIENCE = 0.2
+_NUM_PREFETCHED = 8  # sequences at the head of the queue
 _IDLE_PATIENCE_S = 0.25  # nobody runs; commands are taken in between
 
 
@@ -101,13 +103,16 @@ class Engine:
     # ------------------------------------------------------------------ the step
     def step(self) -> StepOutput:
         """Move loads on, run at most one forward, and return everything that happened."""
-        started = time.monotonic()
         self.pool.poll(self._patience_s())
         self._expire()
         batch = self.scheduler.schedule()
+        # A full batch admits nobody; the next in the queue need not find their adapters cold.
+        for sequence in itertools.islice(self.scheduler.waiting, _NUM_PREFETCHED):
+            self.pool.prefetch(sequence.group.request.adapters)
         self._fail_unloadable()
         batch = self._start(batch)
         self._pace.is_shared = bool(batch)
+        started = time.monotonic()
         if batch:
             self._observe(batch)
             outcomes = self._run(batch)

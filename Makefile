@@ -19,10 +19,10 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test check bench bench-overhead bench-peers clean
+.PHONY: help install serve model test check bench bench-overhead bench-peers bench-residency clean
 
 help: ## List these targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "Variables: PYTHON VENV MODEL HOST PORT ARGS, and TORCH_INDEX=URL for a CPU build of torch"
 
 install: $(VENV)/.dev ## Install the package and the development tools into .venv
@@ -49,6 +49,9 @@ bench-overhead: $(VENV)/.dev model ## Measure what a step and a token cost besid
 
 bench-peers: $(VENV)/.dev model ## Install llama.cpp, mistral.rs and vLLM, and measure beside them
 	$(BIN)/python -m bench.compare $(ARGS)
+
+bench-residency: $(VENV)/.dev model ## Measure what loading and evicting costs (about 4 minutes)
+	$(BIN)/python -m bench.residency $(ARGS)
 
 clean: ## Remove the environment, caches and build results (not the home with its models)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

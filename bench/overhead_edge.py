@@ -99,6 +99,10 @@ class Wired:
     def stats(self) -> EngineStats:
         return self._streams.stats
 
+    def residencies(self) -> dict[str, Residency]:
+        """See EngineClient."""
+        return self._streams.residencies
+
     def deliver(self, message: bytes) -> None:
         """Take one message as EngineProcess takes it from its socket."""
         output = wire.decode_output(message)

@@ -85,6 +85,7 @@ class EngineConfig(_Section):
     max_num_seqs: int = Field(64, ge=1, le=4096)  # rows of one step
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)  # tokens of one step
     max_waiting: int = Field(1024, ge=1)  # queued requests; more are refused with 429
+    memory_bytes: ByteSize | None = None  # KV pages and adapters together; None: each its own
     kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory
     page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen

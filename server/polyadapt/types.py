@@ -214,7 +214,6 @@ class EngineStats:
     num_used_pages: int = 0
     num_pages: int = 0
     adapter_bytes_used: int = 0
-    resident: tuple[Residency, ...] = ()  # device and host tiers
     waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for
     counters: dict[str, int] = field(default_factory=dict)  # event -> how often
     steps_by_adapters: dict[int, int] = field(default_factory=dict)  # distinct adapters -> steps

@@ -6,9 +6,12 @@ import random
 import threading
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from polyadapt.adapters.arena import Arena
 from polyadapt.adapters.packing import PackedAdapter
@@ -49,11 +52,20 @@ class Store:
 class Rig:
     """A pool over a store, with what it told its callers."""
 
-    def __init__(self, store: Store, *, size: int = 100, slots: int = 4, host: int = 1 << 20):
+    def __init__(
+        self,
+        store: Store,
+        *,
+        size: int = 100,
+        slots: int = 4,
+        host: int = 1 << 20,
+        **options: Any,
+    ):
         self.store = store
         self.woken = threading.Event()
         self.queue: tuple[str, ...] = ()  # what was asked for last and not leased
         self.counters: Counter[str] = Counter()
+        self.known: dict[str, Residency] = {}
         self.pool = AdapterPool(
             arena=torch.zeros(size),
             cells=torch.zeros(slots, NUM_SITES, 3, dtype=torch.int64),
@@ -61,6 +73,7 @@ class Rig:
             host_bytes=host,
             counters=self.counters,
             wake=self.woken.set,
+            **options,
         )
 
     def acquire(self, *names: str) -> tuple[int, ...] | None:
@@ -72,7 +85,7 @@ class Rig:
     def settle(self) -> None:
         """Poll until no read or copy is under way; the queue asks in every round, as it does."""
         self._poll()
-        while self.pool.is_loading:
+        while self.pool._jobs:
             assert self.woken.wait(10)
             self.woken.clear()
             self._poll()
@@ -100,8 +113,16 @@ class Rig:
         assert torch.equal(self.pool.weights[offset : offset + len(weights)], weights)
 
     def tier(self, name: str) -> str | None:
-        found = [r.tier for r in self.pool.residencies() if r.digest == name]
-        return found[0] if found else None
+        found = self.residencies().get(name)
+        return found.tier if found else None
+
+    def residencies(self) -> dict[str, Residency]:
+        """What the edge knows: every change since the beginning, put together."""
+        residencies, gone = self.pool.take_changes()
+        self.known |= {residency.digest: residency for residency in residencies}
+        for digest in gone:
+            self.known.pop(digest, None)
+        return self.known
 
 
 @pytest.fixture
@@ -109,7 +130,8 @@ def rig(request: pytest.FixtureRequest):
     made: list[Rig] = []
 
     def make(**kwargs) -> Rig:
-        options = {key: kwargs.pop(key) for key in ("size", "slots", "host") if key in kwargs}
+        names = ("size", "slots", "host", "keeps_host_copies", "clock")
+        options = {key: kwargs.pop(key) for key in names if key in kwargs}
         made.append(Rig(Store(**kwargs), **options))
         return made[-1]
 
@@ -224,7 +246,7 @@ def test_the_host_budget_sends_adapters_back_to_the_store(rig):
     for name in names * 2:
         it.pool.release((it.take(name),))
         it.pool.poll()
-        held = [r for r in it.pool.residencies() if r.tier == "host"]
+        held = [r for r in it.residencies().values() if r.tier == "host"]
         assert sum(r.nbytes for r in held) <= 80
     assert it.counters["host_evictions"] > 0
     assert it.store.reads.total() > len(names)
@@ -282,7 +304,7 @@ def test_unloading_while_it_is_read_leaves_nothing_behind(rig):
     it.store.gate.set()
     it.settle()
     assert done == [True]
-    assert not it.pool.residencies()
+    assert not it.residencies()
 
 
 def test_several_adapters_of_one_request_are_leased_all_or_none(rig):
@@ -292,7 +314,7 @@ def test_several_adapters_of_one_request_are_leased_all_or_none(rig):
     it.settle()
     slots = it.acquire("a", "b")
     assert slots is not None
-    leases = {r.digest: r.num_leases for r in it.pool.residencies()}
+    leases = {r.digest: r.num_leases for r in it.residencies().values()}
     assert leases == {"a": 2, "b": 1}
 
 
@@ -308,7 +330,7 @@ def test_a_thousand_loads_and_unloads_leave_the_pool_as_it_was(rig):
     for name in names:
         it.pool.unload(name, lambda: None)
     it.settle()
-    assert not it.pool.residencies()
+    assert not it.residencies()
     assert it.pool.nbytes_used == 0
 
 
@@ -417,3 +439,243 @@ def test_a_large_newcomer_evicts_nobody_in_vain(rig):
     for _ in range(4):
         it.settle()
     it.take("big")
+
+
+def test_without_host_copies_the_weights_lie_in_memory_once(rig):
+    it = rig(a=60, b=60, keeps_host_copies=False)
+    it.pool.release((it.take("a"),))
+    assert it.pool._host_nbytes == 0
+    it.pool.release((it.take("b"),))
+    assert it.tier("a") is None, "evicted, and the store is what is left"
+    it.take("a")
+    assert it.store.reads["a"] == 2
+
+
+def test_what_has_a_host_copy_makes_room_before_what_must_be_read_again(rig):
+    it = rig(a=40, b=40, c=40)
+    for name in "ba":
+        it.pool.release((it.take(name),))
+    entries = it.pool._entries
+    it.pool._drop_host_copy(entries["b"])  # b was used longer ago and would have to be read
+    for _ in range(3):
+        it.pool.poll()
+    it.take("c")
+    assert (it.tier("a"), it.tier("b")) == ("host", "device")
+
+
+def test_a_queue_of_thousands_reads_only_what_has_room_in_the_queues_order(rig):
+    names = [f"n{number:05d}" for number in range(10_000)]
+    it = rig(size=100, slots=8, **dict.fromkeys(names, 25))
+    it.take(names[-1])  # now a size is known; it stays leased
+    it.store.reads.clear()
+    it.store.gate.clear()
+    for _ in range(5):
+        it.pool.poll()
+        for name in names[:-1]:
+            it.acquire(name)
+    it.store.gate.set()
+    it.queue = ()
+    it.settle()
+    assert list(it.store.reads) == names[:5], "room for three and two ahead"
+    for name in names[:3]:
+        it.pool.poll()
+        it.take(name)
+
+
+def test_before_any_size_is_known_three_are_read(rig):
+    names = [f"n{number}" for number in range(9)]
+    it = rig(size=1000, slots=16, **dict.fromkeys(names, 10))
+    it.store.gate.clear()
+    for name in [name for name in names for _ in range(3)]:
+        it.acquire(name)
+    it.store.gate.set()
+    it.queue = ()
+    it.settle()
+    assert list(it.store.reads) == names[:3]
+
+
+def test_the_hosts_budget_bounds_what_is_read_ahead(rig):
+    names = [f"n{number}" for number in range(50)]
+    it = rig(size=1000, slots=60, host=250, **dict.fromkeys(names, 25))
+    it.pool.release((it.take(names[-1]),))
+    it.store.reads.clear()
+    it.store.gate.clear()
+    it.pool.poll()
+    for name in names[:-1]:
+        it.acquire(name)
+    it.store.gate.set()
+    it.queue = ()
+    it.settle()
+    assert list(it.store.reads) == names[:2]
+
+
+def test_the_head_of_the_queue_is_read_whatever_waits_behind_it(rig):
+    it = rig(a=100, b=100, c=100, d=100, e=100, head=100)
+    it.pool.release((it.take("a"),))
+    it.pool.poll()
+    for name in "bcde":
+        it.acquire(name)
+    it.pool.poll()
+    it.acquire("head")
+    assert it.tier("head") == "store", "under way"
+
+
+def test_reads_that_nobody_wants_any_more_are_given_up(rig):
+    it = rig(a=10, b=10, c=10)
+    it.store.gate.clear()
+    for name in "abc":
+        it.acquire(name)
+    it.queue = ()
+    for _ in range(200):
+        it.pool.poll()
+    it.store.gate.set()
+    it.settle()
+    assert set(it.store.reads) == {"a"}, "it had begun"
+    assert it.tier("b") is None
+    assert set(it.residencies()) == {"a"}
+
+
+def test_a_short_copy_is_waited_for_and_a_long_one_overlaps(rig):
+    clock = FakeClock()
+    it = rig(a=10, b=10, c=10, clock=clock)
+    for name in "abc":
+        it.pool.prepare(name, lambda _: None)
+    it.settle()
+    copy_s = clock.step_s = it.pool._copy_estimate.seconds(40)  # as long as was guessed
+    it.pool.poll(copy_s * 1.01)
+    assert it.acquire("a") is not None, "on the device in the same round"
+    assert it.counters["adapter_loads_waited"] == 1
+    it.pool.poll(copy_s * 1.9)  # the second copy finds too little left
+    assert it.acquire("b") is not None
+    assert it.acquire("c") is None
+    assert it.counters["adapter_loads_overlapped"] == 1
+    it.settle()
+    it.take("c")
+    assert it.counters["adapter_loads_waited"] == 2
+
+
+def test_a_host_copy_is_placed_while_a_read_is_held_up(rig):
+    it = rig(a=10, b=10)
+    it.pool.prepare("a", lambda _: None)
+    it.settle()
+    it.store.gate.clear()
+    it.acquire("b")
+    it.acquire("a")
+    while it.tier("a") != "device":
+        assert it.woken.wait(10)
+        it.woken.clear()
+        it.pool.poll()
+    assert it.tier("b") == "store"
+
+
+def test_nothing_is_told_of_adapters_that_nothing_happened_to(rig):
+    names = [f"n{number}" for number in range(100)]
+    it = rig(size=5000, slots=128, **dict.fromkeys(names, 10))
+    for name in names:
+        it.pool.release((it.take(name),))
+    assert len(it.residencies()) == 100
+    it.pool.poll()
+    assert it.pool.take_changes() == ([], [])
+    slots = it.acquire("n7")
+    (changed,), gone = it.pool.take_changes()
+    assert (changed.digest, changed.num_leases, gone) == ("n7", 1, [])
+    it.pool.release(slots)
+    (changed,), _ = it.pool.take_changes()
+    assert changed.num_leases == 0
+
+
+def test_pins_may_fill_the_device_and_an_unpinned_one_makes_room_again(rig):
+    it = rig(a=50, b=50, c=50)
+    told: list[Residency | PolyadaptError] = []
+    it.pool.load("a", True, told.append)
+    it.pool.load("b", True, told.append)
+    it.settle()
+    it.pool.load("c", True, told.append)
+    it.settle()
+    assert [type(each) for each in told] == [Residency, Residency, AdapterUnavailable]
+    assert "c" not in it.residencies(), "a refused pin leaves nothing behind"
+    it.pool.load("a", False, told.append)
+    it.pool.load("c", True, told.append)
+    it.settle()
+    assert isinstance(told[-1], Residency)
+    assert told[-1].is_pinned
+    tiers = {r.digest: r.tier for r in it.residencies().values()}
+    assert tiers == {"a": "host", "b": "device", "c": "device"}
+    done: list[bool] = []
+    it.pool.unload("b", lambda: done.append(True))
+    it.pool.poll()
+    assert done == [True], "a pin does not outlive its adapter"
+    it.take("a")
+
+
+class FakeClock:
+    """Advances by step_s at every look."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.step_s = 0.0
+
+    def __call__(self) -> float:
+        self.now += self.step_s
+        return self.now
+
+
+NAMES = ("a", "b", "c", "d", "e", "missing", "huge")
+ACTIONS = st.one_of(
+    st.tuples(st.just("acquire"), st.lists(st.sampled_from(NAMES), min_size=1, max_size=2)),
+    st.tuples(st.sampled_from(["prepare", "load", "pin", "unload"]), st.sampled_from(NAMES)),
+    st.tuples(st.sampled_from(["release", "poll", "wait"]), st.none()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(actions=st.lists(ACTIONS, max_size=40), keeps=st.booleans(), host=st.sampled_from([0, 150]))
+def test_no_order_of_commands_breaks_the_books_or_forgets_a_waiter(actions, keeps, host):
+    sizes = {"a": 20, "b": 30, "c": 40, "d": 50, "e": 60, "huge": 101}
+    it = Rig(Store(**sizes), slots=3, host=host, keeps_host_copies=keeps)
+    asked = 0
+    told: list[object] = []
+    leases: list[tuple[int, ...]] = []
+
+    def tell(outcome: object = None) -> None:
+        told.append(outcome)
+
+    def check() -> None:
+        it.pool.check_integrity()
+        assert sum(map(len, leases)) == it.pool.num_leases
+        for slots in leases:
+            for slot in slots:
+                it.check(it.pool._by_slot[slot].digest, slot)
+
+    try:
+        for action, subject in actions:
+            if action == "acquire":
+                slots = it.acquire(*dict.fromkeys(subject))
+                leases += [slots] if slots else []
+            elif action == "release" and leases:
+                it.pool.release(leases.pop(0))
+            elif action == "poll":
+                it.pool.take_failures()
+                it.pool.poll(patience_s=1.0)
+            elif action == "wait":
+                it.settle()
+            elif action in ("prepare", "load", "pin", "unload"):
+                asked += 1
+                if action == "prepare":
+                    it.pool.prepare(subject, tell)
+                elif action == "unload":
+                    it.pool.unload(subject, tell)
+                else:
+                    it.pool.load(subject, action == "pin", tell)
+            check()
+        it.queue = ()
+        while leases:
+            it.pool.release(leases.pop())
+        for _ in range(4):
+            it.settle()
+        check()
+        assert len(told) == asked, "every command is answered once"
+        assert not it.pool.is_busy
+        assert set(it.residencies()) == set(it.pool._entries)
+    finally:
+        it.pool.close()

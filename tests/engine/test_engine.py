@@ -231,7 +231,7 @@ def test_cancel_frees_pages_and_leases_at_the_next_step(start, identities):
     driver.step()
     stats = driver.engine.stats()
     assert stats.num_used_pages < used
-    assert [r.num_leases for r in stats.resident] == [0]
+    assert [r.num_leases for r in driver.residencies.values()] == [0]
     assert driver.transcripts["gone"].last == Finished("gone", is_cancelled=True)
     driver.run()
     assert driver.transcripts["stays"].last == Finished("stays")
@@ -352,7 +352,7 @@ def test_unload_lets_running_requests_finish_and_cancel_adapter_ends_them(start,
     replies = {r.id: r for r in driver.replies if r.id >= 100}
     assert replies[102].count == 1
     assert set(replies) == {100, 101, 102}
-    assert not driver.engine.stats().resident
+    assert not driver.residencies
 
 
 def test_a_rejected_adapter_tells_every_problem_to_whoever_prepares_it(start, tmp_path, tiny_model):
@@ -446,3 +446,41 @@ def test_a_plan_is_kept_while_the_same_sequences_go_on_and_made_anew_for_others(
     assert {name: transcript.tokens for name, transcript in together.items()} == alone
     # The prompts, then three, two and one of them decoding.
     assert made == [3, 3, 2, 1]
+
+
+def test_a_prepared_adapter_is_in_the_very_next_step(start, identities):
+    driver = start()
+    driver.call(Call(1, "prepare", identities[0].digest))
+    while driver.engine.has_work:
+        driver.step_or_wait()
+    driver.submit(greedy_request("cold", ids(1), identities[0], 2))
+    driver.step()
+    assert driver.rows_per_step[-1] == 12, "the copy was waited for"
+    assert driver.engine.counters["adapter_loads_waited"] == 1
+    driver.run()
+    assert driver.engine.counters["adapter_loads_overlapped"] == 0
+
+
+def test_a_step_says_nothing_of_adapters_that_merely_lie_there(start, identities):
+    driver = start()
+    driver.load(*identities)
+    assert len(driver.residencies) == NUM_ADAPTERS
+    driver.submit(greedy_request("r", ids(1), identities[3], 4))
+    told = [driver.engine.step().residencies for _ in range(4)]
+    assert [[r.digest for r in each] for each in told] == [
+        [identities[3].digest], [], [], [identities[3].digest]
+    ]  # fmt: skip
+
+
+def test_a_full_batch_does_not_keep_the_queues_adapters_cold(start, identities):
+    driver = start(max_num_seqs=1)
+    driver.load(identities[0])
+    driver.submit(greedy_request("runs", ids(1), identities[0], 400))
+    driver.submit(greedy_request("waits", ids(2), identities[1], 2))
+    while identities[1].digest not in driver.residencies or (
+        driver.residencies[identities[1].digest].tier != "device"
+    ):
+        driver.step_or_wait()
+        assert Finished("runs") not in driver.transcripts["runs"].events, "too late"
+    assert not driver.transcripts["waits"].events
+    driver.run()

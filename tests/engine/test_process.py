@@ -97,7 +97,7 @@ async def test_both_clients_give_the_same_answers(model_dir, blob_root, identity
             assert (pinned.tier, pinned.is_pinned) == ("device", True)
             assert await engine.cancel_adapter(identity.digest) == 0
             await engine.unload_adapter(identity.digest)
-            assert engine.stats().resident == ()
+            assert not engine.residencies()
             with pytest.raises(Exception, match="cannot be read"):
                 await engine.prepare_adapter(AdapterId("x", 1, "sha256:" + "1" * 64))
             answers.append((info, results))
@@ -135,7 +135,7 @@ async def test_a_killed_engine_fails_its_streams_comes_back_and_keeps_its_pins(
         tokens, last = await _collect(engine, greedy_request("again", [1, 2, 3], identity, 3))
         assert len(tokens) == 3
         assert last == Finished("again")
-        while not any(r.is_pinned for r in engine.stats().resident):
+        while not any(r.is_pinned for r in engine.residencies().values()):
             await asyncio.sleep(0.05)
     finally:
         await engine.stop()
@@ -264,7 +264,9 @@ def test_every_message_survives_the_wire():
             Reply(1, Residency("d", "device", True, 2, 1.0, 3)),
             Reply(2, problems=(("a", "b", None),)),
         ],
-        EngineStats(3, 1, 2, resident=(Residency("d", "host"),), counters={"steps": 3}),
+        [Residency("d", "host")],
+        ["e"],
+        EngineStats(3, 1, 2, counters={"steps": 3}),
         5,
     )
     assert wire.decode_output(wire.encode_output(output)) == output

@@ -21,6 +21,7 @@ from polyadapt.types import (
     Failed,
     Finished,
     Request,
+    Residency,
     SamplingParams,
     Tokens,
 )
@@ -86,6 +87,7 @@ class Driver:
         self.transcripts: dict[str, Transcript] = {}
         self.replies: list[Reply] = []
         self.rows_per_step: list[int] = []
+        self.residencies: dict[str, Residency] = {}
 
     def submit(self, *requests: Request) -> None:
         for request in requests:
@@ -102,6 +104,9 @@ class Driver:
         output = self.engine.step()
         self.replies += output.replies
         self.rows_per_step.append(output.num_rows)
+        self.residencies |= {r.digest: r for r in output.residencies}
+        for digest in output.gone:
+            self.residencies.pop(digest, None)
         for event in output.events:
             transcript = self.transcripts[event.request_id]
             transcript.events.append(event)

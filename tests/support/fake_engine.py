@@ -218,9 +218,11 @@ class FakeEngine:
             num_used_pages=16,
             num_pages=64,
             adapter_bytes_used=100 * len(self.resident),
-            resident=tuple(self.resident.values()),
             counters={"preemptions": 3},
         )
+
+    def residencies(self) -> dict[str, Residency]:
+        return self.resident
 
     def _touch(self, digest: str) -> None:
         self.resident.setdefault(

@@ -21,12 +21,8 @@ class Arena:
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self.num_used = 0  # elements that belong to an extent
         self._extents: list[Extent] = []  # sorted by start, never overlapping
-
-    @property
-    def num_used(self) -> int:
-        """Elements that belong to an extent."""
-        return sum(extent.size for extent in self._extents)
 
     @property
     def num_free(self) -> int:
@@ -34,12 +30,16 @@ class Arena:
         return self.size - self.num_used
 
     def allocate(self, size: int) -> Extent | None:
-        """Return an extent, or None when no gap is large enough."""
+        """Return the lowest extent that fits, or None when no gap is large enough.
+
+        Low addresses first: memory that was never touched costs nothing yet.
+        """
         start = 0
         for index, extent in enumerate([*self._extents, Extent(self.size, 0)]):
             if extent.start - start >= size:
                 found = Extent(start, size)
                 self._extents.insert(index, found)
+                self.num_used += size
                 return found
             start = extent.start + extent.size
         return None
@@ -47,6 +47,7 @@ class Arena:
     def release(self, extent: Extent) -> None:
         """Give the extent back; it must be one that allocate returned."""
         self._extents.remove(extent)
+        self.num_used -= extent.size
 
     def compact(self) -> list[tuple[Extent, int]]:
         """Close all gaps; returns (extent, old start) in the order in which the owner must copy

@@ -45,9 +45,14 @@ def pack(
         a = module.a.t() if site.kind == "embedding" else module.a
         blocks = [a, module.b.t()] + ([] if module.bias is None else [module.bias])
         cells[site_id] = torch.tensor([offset, rank, int(module.bias is not None)])
-        for block in blocks:
-            parts.append(block.to(dtype).reshape(-1))
-            offset += block.numel()
-    weights = torch.cat(parts) if parts else torch.zeros(0, dtype=dtype)
+        parts += blocks
+        offset += sum(block.numel() for block in blocks)
+    # Filled block by block: one concatenation would need the bytes twice, and take every core.
+    weights = torch.empty(offset, dtype=dtype)
+    start = 0
+    for block in parts:
+        stop = start + block.numel()
+        weights[start:stop].view(block.shape).copy_(block)
+        start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
     return PackedAdapter(weights, cells, is_scalable, rank)

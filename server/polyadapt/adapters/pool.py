@@ -2,9 +2,11 @@
 behind.
 
     store (files) --read--> host copy --place--> device slot
-Reading and copying happen in a loader thread; slots, extents and the cell table change only here,
-on the thread that steps the engine, between steps. An adapter that is leased or pinned is never
-evicted. Everything is keyed by digest.
+Reading happens in one thread and copying in another, so that a host copy never waits behind a
+read; a short copy is made at once. Slots, extents and the cell table change only here, on the
+thread that steps the engine, between steps. An adapter that is leased or pinned is never evicted.
+Where the device's memory is the host's, a host copy is dropped once it is placed. Everything is
+keyed by digest; no step looks at an adapter that nothing happens to.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 
 from polyadapt.adapters.arena import Arena, Extent
+from polyadapt.adapters.eviction import EvictionOrder, Standing
+from polyadapt.adapters.load_estimate import LoadEstimate
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
 from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter, Tier
@@ -29,6 +33,12 @@ logger = logging.getLogger(__name__)
 Read = Callable[[str], PackedAdapter]  # digest -> weights; raises PolyadaptError
 Done = Callable[["Residency | PolyadaptError"], None]
 
+# Rounds: a full batch asks for nobody in the queue for a while, and asks again.
+_ABANDONED_AFTER = 100
+_NUM_AHEAD = 2  # adapters read for the queue beyond what the device has room for now
+# torch copies so few elements on the calling thread: a copy under way takes one core, not all.
+_COPY_CHUNK = 32_768
+
 
 class _State(enum.Enum):
     READING = enum.auto()
@@ -37,7 +47,7 @@ class _State(enum.Enum):
     DEVICE = enum.auto()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Entry:
     digest: str
     state: _State
@@ -50,11 +60,13 @@ class _Entry:
     is_pinned: bool = False
     wanted_round: int = -2  # the latest round in which a queued request asked for it
     is_short: bool = False  # it lies on the host because nothing could be evicted for it
-    recency: float = 0.0  # monotonic seconds, for the order of eviction
+    on_device_standing: Standing = field(default_factory=Standing)
+    on_host_standing: Standing = field(default_factory=Standing)
     last_used: float = 0.0  # unix seconds, for people
     load_ms: float = 0.0  # of the latest trip to the device, until the first lease reports it
     load_tier: Tier = "device"
     started: float = 0.0
+    read_s: float = 0.0  # what its own read took
     on_host: list[Done] = field(default_factory=list)
     on_device: list[Done] = field(default_factory=list)
 
@@ -71,28 +83,49 @@ class AdapterPool:
         host_bytes: int,
         counters: Counter[str],
         wake: Callable[[], None],
+        keeps_host_copies: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
+        need not be read again after an eviction.
+        """
         self.weights = arena  # [num_elements], on the device
         self.cells = cells  # int64 [num_slots, num_sites, 3], on the host
         self.host_bytes = host_bytes
         self.counters = counters
+        self.keeps_host_copies = keeps_host_copies
         self._read = read
         self._wake = wake
+        self._clock = clock
         self._arena = Arena(arena.numel())
         self._free_slots = list(range(cells.shape[0] - 1, -1, -1))
         self._entries: dict[str, _Entry] = {}
-        self._round = 0
         self._by_slot: dict[int, _Entry] = {}
+        self._commanded: dict[str, _Entry] = {}  # a pin or a load call wants them on the device
+        self._changed: dict[str, None] = {}  # digests whose residency is to be told
         self._failures: dict[str, PolyadaptError] = {}
         self._unloading: dict[str, list[Callable[[], None]]] = {}
         self._jobs: dict[Future[PackedAdapter | None], _Entry] = {}
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="adapter-loader")
+        self._host_nbytes = 0  # of all host copies
+        self._device_order, self._host_order = EvictionOrder(), EvictionOrder()
+        # Guesses of an ordinary machine, until something was loaded.
+        self._read_estimate = LoadEstimate(5e-3, 1e-8)
+        self._copy_estimate = LoadEstimate(1e-4, 1e-9)
+        self._round = 0
+        self._patience_s = 0.0  # what copies may still delay the next step by
+        self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
+        self._has_deferred = False  # whoever comes later in the round is read later
+        self._no_room_from: int | None = None  # extents so large were refused since room was made
+        self._mean_nbytes = 0.0  # of the adapters that were read lately
+        # One reader: reading is Python for the most part, and two would share one interpreter.
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
         self.cells[:, :, 0] = -1
 
     # ------------------------------------------------------------------ leases
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
         """Lease every adapter's slot; None when one is not on the device yet (then it is under
-        way).
+        way, or its turn to be read has not come: see _may_read).
         """
         entries = [self._want(applied.adapter.digest) for applied in adapters]
         if any(entry is None or entry.state is not _State.DEVICE for entry in entries):
@@ -101,8 +134,17 @@ class AdapterPool:
         for entry in entries:
             assert entry is not None
             entry.num_leases += 1
+            self._use(entry)
             slots.append(entry.slot)
         return tuple(slots)
+
+    def prefetch(self, adapters: tuple[AppliedAdapter, ...]) -> None:
+        """Start bringing the adapters to the device for a request that cannot be admitted yet; no
+        step waits for their copies.
+        """
+        self._patience_s = 0.0
+        for applied in adapters:
+            self._want(applied.adapter.digest)
 
     def release(self, slots: tuple[int, ...]) -> None:
         """Give one lease of each slot back."""
@@ -110,6 +152,8 @@ class AdapterPool:
             entry = self._by_slot[slot]
             assert entry.num_leases > 0, "a lease was released twice"
             entry.num_leases -= 1
+            self._no_room_from = None
+            self._changed[entry.digest] = None
 
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         """Whether one of them waits for room on the device, and not for a read or a copy."""
@@ -138,6 +182,7 @@ class AdapterPool:
     def prepare(self, digest: str, done: Done) -> None:
         """Read and check the weights into host memory, then call done once."""
         entry = self._entries.get(digest) or self._start_reading(digest)
+        self._use(entry)
         if entry.state is _State.READING:
             entry.on_host.append(done)
         else:
@@ -149,11 +194,12 @@ class AdapterPool:
             unloaded()
         entry = self._entries.get(digest) or self._start_reading(digest)
         entry.is_pinned = is_pinned
-        self._touch(entry)
+        self._use(entry)
         if entry.state is _State.DEVICE:
             done(self._residency(entry))
             return
         entry.on_device.append(done)
+        self._commanded[digest] = entry
         if entry.state is _State.HOST:
             self._place(entry)
 
@@ -164,34 +210,39 @@ class AdapterPool:
             done()
             return
         entry.is_pinned = False
+        self._changed[digest] = None
         self._unloading.setdefault(digest, []).append(done)
         self._finish_unloading()
 
-    def poll(self) -> None:
-        """Between steps: take in finished reads and copies, and place what is wanted."""
+    def poll(self, patience_s: float = 0.0) -> None:
+        """Between steps: take in finished reads and copies, and place what is wanted.
+
+        Copies that are expected to take less than patience_s together are waited for, here and in
+        the acquires that follow; longer ones are made while the engine steps.
+        """
         self._round += 1
+        self._patience_s = patience_s
+        self._num_cold = self._cold_nbytes = 0
+        self._has_deferred, self._no_room_from = False, None
         for future in [job for job in self._jobs if job.done()]:
             self._absorb(self._jobs.pop(future), future)
-        for entry in list(self._entries.values()):
-            if entry.state is _State.HOST and self._is_wanted(entry):
+        for entry in list(self._commanded.values()):
+            if entry.state is _State.HOST:
                 self._place(entry)
+        self._forget_unwanted_reads()
         self._finish_unloading()
         self._trim_host()
 
     def close(self) -> None:
-        """Stop the loader thread; nothing is usable afterwards."""
-        self._loader.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads; nothing is usable afterwards."""
+        for executor in (self._reader, self._copier):
+            executor.shutdown(wait=True, cancel_futures=True)
 
     # ------------------------------------------------------------------ what it says of itself
     @property
-    def is_loading(self) -> bool:
-        """Whether a read or a copy is under way."""
-        return bool(self._jobs)
-
-    @property
     def is_busy(self) -> bool:
         """Whether a poll has something to do, now or once a job or a lease ends."""
-        is_awaited = any(entry.on_device for entry in self._entries.values())
+        is_awaited = any(entry.on_device for entry in self._commanded.values())
         return bool(self._jobs or self._unloading or is_awaited)
 
     @property
@@ -199,9 +250,19 @@ class AdapterPool:
         """Device bytes that belong to an adapter."""
         return self._arena.num_used * self.weights.element_size()
 
-    def residencies(self) -> tuple[Residency, ...]:
-        """Every adapter on the device or the host."""
-        return tuple(self._residency(entry) for entry in self._entries.values())
+    @property
+    def num_leases(self) -> int:
+        """Leases that are held now."""
+        return sum(entry.num_leases for entry in self._by_slot.values())
+
+    def take_changes(self) -> tuple[list[Residency], list[str]]:
+        """Where the adapters are that something happened to since the last call, and the digests
+        that left every tier.
+        """
+        changed, self._changed = self._changed, {}
+        known = [self._entries[digest] for digest in changed if digest in self._entries]
+        gone = [digest for digest in changed if digest not in self._entries]
+        return [self._residency(entry) for entry in known], gone
 
     def check_integrity(self) -> None:
         """Assert the book-keeping of slots, extents and cells."""
@@ -209,6 +270,14 @@ class AdapterPool:
         assert {e.slot for e in on_device} == set(self._by_slot)
         assert sorted([*self._by_slot, *self._free_slots]) == list(range(self.cells.shape[0]))
         assert sum(e.extent.size for e in on_device if e.extent) == self._arena.num_used
+        copies = [e.packed for e in self._entries.values() if e.packed is not None]
+        assert sum(packed.nbytes for packed in copies) == self._host_nbytes
+        assert all(self._entries[e.digest] is e for e in self._commanded.values())
+        working = set(self._jobs.values())
+        for entry in self._entries.values():
+            is_working = entry.state in (_State.READING, _State.PLACING)
+            assert is_working == (entry in working), "a state without its job"
+            assert not entry.on_device or entry.digest in self._commanded, "a load left alone"
         free = self.cells[self._free_slots, :, 0]
         assert bool((free == -1).all()), "a free slot still has cells"
 
@@ -219,15 +288,48 @@ class AdapterPool:
         """
         if digest in self._failures:
             return None
-        entry = self._entries.get(digest) or self._start_reading(digest)
+        entry = self._entries.get(digest)
+        if entry is None:
+            self._has_deferred = self._has_deferred or not self._may_read()
+            if self._has_deferred:
+                return None
+            entry = self._start_reading(digest)
+        is_first_time = entry.wanted_round < self._round
         entry.wanted_round = self._round
-        self._touch(entry)
         if entry.state is _State.HOST:
             self._place(entry)
-        return None if digest in self._failures else entry
+        if digest in self._failures:
+            return None
+        if is_first_time and entry.state in (_State.READING, _State.HOST):
+            self._num_cold += 1
+            self._cold_nbytes += entry.nbytes or int(self._mean_nbytes)
+        return entry
 
-    def _touch(self, entry: _Entry) -> None:
-        entry.recency, entry.last_used = time.monotonic(), time.time()
+    def _may_read(self) -> bool:
+        """Whether the queue's next cold adapter is read already now.
+
+        The first of a round always is. The others, in the queue's order, as long as what is cold
+        before them and they fit into the host's memory and into the device's that is free or
+        idle, and _NUM_AHEAD more: beyond that they would only push each other out.
+        """
+        if self._num_cold == 0:
+            return True
+        if self._mean_nbytes == 0.0:  # nothing was read yet: no size is known
+            return self._num_cold <= _NUM_AHEAD
+        nbytes = self._cold_nbytes + self._mean_nbytes
+        if nbytes > self.host_bytes:
+            return False
+        idle = [entry for entry in self._by_slot.values() if self._is_idle(entry)]
+        if self._num_cold >= len(self._free_slots) + len(idle) + _NUM_AHEAD:
+            return False
+        room = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
+        return nbytes <= room * self.weights.element_size() + _NUM_AHEAD * self._mean_nbytes
+
+    def _use(self, entry: _Entry) -> None:
+        self._device_order.use(entry.on_device_standing)
+        self._host_order.use(entry.on_host_standing)
+        entry.last_used = time.time()
+        self._changed[entry.digest] = None
 
     def _is_wanted(self, entry: _Entry) -> bool:
         """Whether a pin, a load call or a queued request waits for it. The queue asks again in
@@ -237,16 +339,28 @@ class AdapterPool:
         return bool(entry.is_pinned or entry.on_device or is_queued)
 
     def _start_reading(self, digest: str) -> _Entry:
-        entry = _Entry(digest, _State.READING, started=time.monotonic())
-        self._touch(entry)
+        entry = _Entry(digest, _State.READING, started=self._clock(), last_used=time.time())
         entry.load_tier = "store"
         self._entries[digest] = entry
-        self._submit(entry, lambda: self._read(digest))
+        self._changed[digest] = None
+
+        def read() -> PackedAdapter:
+            started = self._clock()
+            packed = self._read(digest)
+            entry.read_s = self._clock() - started
+            return packed
+
+        self._submit(self._reader, entry, read)
         self.counters["adapter_reads"] += 1
         return entry
 
-    def _submit(self, entry: _Entry, work: Callable[[], PackedAdapter | None]) -> None:
-        future: Future[PackedAdapter | None] = self._loader.submit(work)
+    def _submit(
+        self,
+        executor: ThreadPoolExecutor,
+        entry: _Entry,
+        work: Callable[[], PackedAdapter | None],
+    ) -> None:
+        future: Future[PackedAdapter | None] = executor.submit(work)
         self._jobs[future] = entry
         future.add_done_callback(lambda _: self._wake())
 
@@ -255,22 +369,38 @@ class AdapterPool:
         if error is not None:
             self._fail(entry, error)
         elif entry.state is _State.READING:
-            entry.packed = future.result()
-            assert entry.packed is not None
-            entry.nbytes, entry.is_scalable = entry.packed.nbytes, entry.packed.is_scalable
-            if entry.packed.weights.numel() > self._arena.size:
+            packed = future.result()
+            assert packed is not None
+            entry.nbytes, entry.is_scalable = packed.nbytes, packed.is_scalable
+            if packed.weights.numel() > self._arena.size:
                 self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
                 return
-            entry.state = _State.HOST
+            self._read_estimate.observe(entry.nbytes, entry.read_s)
+            self._mean_nbytes += (entry.nbytes - self._mean_nbytes) * (
+                0.1 if self._mean_nbytes else 1.0
+            )
+            entry.packed, entry.state = packed, _State.HOST
+            self._host_nbytes += entry.nbytes
+            self._host_order.use(entry.on_host_standing)
+            self._changed[entry.digest] = None
             if not self._is_wanted(entry):
                 entry.load_tier = "device"  # nobody waits for it: the trip that counts starts later
             self._tell(entry.on_host, self._residency(entry))
         else:
-            entry.state = _State.DEVICE
-            entry.load_ms = (time.monotonic() - entry.started) * 1e3
-            self._bind(entry)
-            self.counters["adapter_loads"] += 1
-            self._tell(entry.on_device, self._residency(entry))
+            self._land(entry)
+
+    def _land(self, entry: _Entry) -> None:
+        """The weights are in their extent: the adapter can be leased from now on."""
+        entry.state = _State.DEVICE
+        entry.load_ms = (self._clock() - entry.started) * 1e3
+        self._bind(entry)
+        if not self.keeps_host_copies:
+            self._drop_host_copy(entry)
+        self._device_order.use(entry.on_device_standing)
+        self.counters["adapter_loads"] += 1
+        self._commanded.pop(entry.digest, None)
+        self._changed[entry.digest] = None
+        self._tell(entry.on_device, self._residency(entry))
 
     def _fail(self, entry: _Entry, error: BaseException) -> None:
         if not isinstance(error, PolyadaptError):
@@ -279,8 +409,7 @@ class AdapterPool:
                 "the adapter's weights could not be read; see the server log"
             )
         self.counters["adapter_load_failures"] += 1
-        self._discard_slot(entry)
-        del self._entries[entry.digest]
+        self._forget(entry)
         if entry.wanted_round >= self._round - 1:  # a queued request has to hear of it
             self._failures[entry.digest] = error
         self._tell(entry.on_host, error)
@@ -290,9 +419,14 @@ class AdapterPool:
         """Give the host copy a slot and an extent, evicting idle adapters, and start the copy."""
         assert entry.packed is not None
         packed = entry.packed
-        extent = self._make_room(packed.weights.numel())
+        size = packed.weights.numel()
+        if self._no_room_from is not None and size >= self._no_room_from:
+            entry.is_short = True
+            return
+        extent = self._make_room(size)
         entry.is_short = extent is None
         if extent is None:
+            self._no_room_from = size if self._free_slots else 0
             if not self._fits_beside_pins(entry):
                 self._fail(entry, self._crowded_out(entry))
             return  # everything resident is in use: asked again at the next poll
@@ -300,13 +434,26 @@ class AdapterPool:
         self._by_slot[entry.slot] = entry
         entry.state = _State.PLACING
         if entry.load_tier == "device":
-            entry.load_tier, entry.started = "host", time.monotonic()
+            entry.load_tier, entry.started = "host", self._clock()
+        self._changed[entry.digest] = None
         target = self.weights[extent.start : extent.start + extent.size]
+        started = self._clock()
+        if self._copy_estimate.seconds(entry.nbytes) <= self._patience_s:
+            target.copy_(packed.weights)
+            took = self._clock() - started
+            self._patience_s -= took
+            self._copy_estimate.observe(entry.nbytes, took)
+            self.counters["adapter_loads_waited"] += 1
+            self._land(entry)
+            return
 
         def copy() -> None:
-            target.copy_(packed.weights)
+            for start in range(0, size, _COPY_CHUNK):
+                part = slice(start, min(start + _COPY_CHUNK, size))
+                target[part].copy_(packed.weights[part])
 
-        self._submit(entry, copy)
+        self._submit(self._copier, entry, copy)
+        self.counters["adapter_loads_overlapped"] += 1
 
     def _make_room(self, size: int) -> Extent | None:
         while True:
@@ -315,19 +462,29 @@ class AdapterPool:
                 return extent
             if self._free_slots and self._arena.num_free >= size and self._compact():
                 continue
-            # Whoever a queued request waits for makes no room: two requests of the queue would
-            # otherwise evict each other's adapters for ever.
-            idle = [
-                entry
-                for entry in self._by_slot.values()
-                if entry.state is _State.DEVICE
-                and not entry.num_leases
-                and not self._is_wanted(entry)
-            ]
+            idle = [entry for entry in self._by_slot.values() if self._is_idle(entry)]
             reachable = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
             if not idle or reachable < size:
                 return None  # before anybody is evicted in vain
-            self._evict(min(idle, key=lambda entry: entry.recency))
+            victim = min(idle, key=self._device_score)
+            self._device_order.evicted(self._device_score(victim))
+            self._evict(victim)
+
+    def _is_idle(self, entry: _Entry) -> bool:
+        """Whether it may leave the device. Whoever a queued request waits for may not: two
+        requests of the queue would otherwise evict each other's adapters for ever.
+        """
+        return entry.state is _State.DEVICE and not entry.num_leases and not self._is_wanted(entry)
+
+    def _device_score(self, entry: _Entry) -> tuple[float, int]:
+        return_s = self._copy_estimate.seconds(entry.nbytes)
+        if entry.packed is None:
+            return_s += self._read_estimate.seconds(entry.nbytes)
+        return self._device_order.score(entry.on_device_standing, return_s, entry.nbytes)
+
+    def _host_score(self, entry: _Entry) -> tuple[float, int]:
+        return_s = self._read_estimate.seconds(entry.nbytes)
+        return self._host_order.score(entry.on_host_standing, return_s, entry.nbytes)
 
     def _fits_beside_pins(self, entry: _Entry) -> bool:
         """Whether the adapter would fit if everything that is not pinned were gone."""
@@ -366,12 +523,27 @@ class AdapterPool:
         self.cells[entry.slot] = cells
 
     def _evict(self, entry: _Entry) -> None:
-        self._discard_slot(entry)
         self.counters["adapter_evictions"] += 1
-        entry.state = _State.HOST
-        entry.load_tier, entry.load_ms = "device", 0.0
         if entry.packed is None:
-            del self._entries[entry.digest]
+            self._forget(entry)
+            return
+        self._discard_slot(entry)
+        self._changed[entry.digest] = None
+        entry.state, entry.on_device_standing = _State.HOST, Standing()
+        entry.load_tier, entry.load_ms = "device", 0.0
+
+    def _forget(self, entry: _Entry) -> None:
+        """Release every tier."""
+        self._discard_slot(entry)
+        self._drop_host_copy(entry)
+        self._commanded.pop(entry.digest, None)
+        self._changed[entry.digest] = None
+        del self._entries[entry.digest]
+
+    def _drop_host_copy(self, entry: _Entry) -> None:
+        if entry.packed is not None:
+            self._host_nbytes -= entry.nbytes
+            entry.packed = None
 
     def _discard_slot(self, entry: _Entry) -> None:
         if entry.slot < 0:
@@ -380,6 +552,7 @@ class AdapterPool:
         self.cells[entry.slot, :, 0] = -1
         self._arena.release(entry.extent)
         self._free_slots.append(entry.slot)
+        self._no_room_from = None
         del self._by_slot[entry.slot]
         entry.slot, entry.extent = -1, None
 
@@ -389,27 +562,42 @@ class AdapterPool:
             if entry is not None:
                 if entry.num_leases or entry.state in (_State.READING, _State.PLACING):
                     continue
-                self._discard_slot(entry)
-                del self._entries[digest]
+                self._forget(entry)
                 gone = AdapterUnavailable("the adapter was unloaded before its load was done")
                 self._tell(entry.on_host, gone)
                 self._tell(entry.on_device, gone)
             for done in self._unloading.pop(digest):
                 done()
 
+    def _forget_unwanted_reads(self) -> None:
+        """Give up reads that have not begun and that nobody waits for any more."""
+        for future, entry in list(self._jobs.items()):
+            is_awaited = (
+                self._is_wanted(entry)
+                or entry.on_host
+                or entry.digest in self._unloading
+                or entry.wanted_round >= self._round - _ABANDONED_AFTER
+            )
+            if entry.state is _State.READING and not is_awaited and future.cancel():
+                del self._jobs[future]
+                self._forget(entry)
+
     def _trim_host(self) -> None:
-        held = [e for e in self._entries.values() if e.packed is not None]
-        total = sum(e.nbytes for e in held)
-        for entry in sorted(held, key=lambda e: (e.state is not _State.DEVICE, e.recency)):
-            if total <= self.host_bytes:
+        """Drop host copies until the rest is within its budget: first those behind the device."""
+        if self._host_nbytes <= self.host_bytes:
+            return
+        held = [entry for entry in self._entries.values() if entry.packed is not None]
+        held.sort(key=lambda e: (e.state is not _State.DEVICE, self._host_score(e)))
+        for entry in held:
+            if self._host_nbytes <= self.host_bytes:
                 return
             if entry.state is _State.DEVICE:
-                entry.packed = None
+                self._drop_host_copy(entry)
             elif entry.state is _State.HOST and not self._is_wanted(entry):
-                del self._entries[entry.digest]
+                self._host_order.evicted(self._host_score(entry))
+                self._forget(entry)
             else:
                 continue
-            total -= entry.nbytes
             self.counters["host_evictions"] += 1
 
     def _residency(self, entry: _Entry) -> Residency:

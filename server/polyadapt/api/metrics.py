@@ -19,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from polyadapt.engine.client import EngineClient
 from polyadapt.tasks.directory import AdapterDirectory
-from polyadapt.types import AdapterId, EngineInfo, EngineStats
+from polyadapt.types import AdapterId, EngineInfo, EngineStats, Residency
 
 MAX_LISTED_ADAPTERS = 256  # names in one label
 _METHODS = frozenset({"GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"})
@@ -146,10 +146,10 @@ class _EngineCollector(Collector):
         )
         config.add_metric([str(info.page_size), str(info.num_pages)], 1.0)
         yield config
-        running = [r.digest for r in stats.resident if r.tier == "device"]
+        resident = [r for r in self._engine.residencies().values() if r.tier == "device"]
         labels = (
-            str(_num_fitting(stats, info)),
-            ",".join(self._names(running)),
+            str(_num_fitting(resident, info)),
+            ",".join(self._names(r.digest for r in resident)),
             ",".join(self._names(stats.waiting_digests)),
         )
         if labels != self._adapters:
@@ -176,12 +176,12 @@ class _EngineCollector(Collector):
         return sorted(names)[:MAX_LISTED_ADAPTERS]
 
 
-def _num_fitting(stats: EngineStats, info: EngineInfo) -> int:
+def _num_fitting(resident: Iterable[Residency], info: EngineInfo) -> int:
     """Return how many adapters fit on the device, judged by the size of those that are there.
 
     The pool is bounded in bytes; the protocol wants a number.
     """
-    sizes = [r.nbytes for r in stats.resident if r.tier == "device" and r.nbytes > 0]
+    sizes = [r.nbytes for r in resident if r.nbytes > 0]
     if not sizes:
         return info.max_num_seqs
     mean = sum(sizes) / len(sizes)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.adapters.reader import AdapterReader
 from polyadapt.config import EngineConfig
 from polyadapt.engine import kv_cache
+from polyadapt.engine.budget import Budget, Needs, share
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.runner import ModelRunner
@@ -34,8 +36,6 @@ from polyadapt.types import BaseSpec, EngineInfo
 logger = logging.getLogger(__name__)
 
 _MAX_SLOTS = 1024  # resident adapters; the cell table costs 24 bytes per slot and site
-_KV_SHARE, _KV_CAP = 0.25, 4 << 30  # of the free memory, when --kv-cache-bytes is not given
-_ADAPTER_SHARE, _ADAPTER_CAP = 0.15, 2 << 30
 
 
 def build_engine(
@@ -54,13 +54,11 @@ def build_engine(
     base = load_base(
         model_dir, name=name, device=device, dtype=dtype, max_model_len=config.max_model_len
     )
-    num_pages = _num_pages(config, base)
+    budget = _budget(config, base, dtype)
+    num_pages, adapter_bytes = budget.num_pages, budget.adapter_bytes
     base.spec = _limited(base.spec, num_pages * config.page_size, config.max_model_len)
     kv_cache.allocate(base, num_pages, config.page_size)
 
-    adapter_bytes = int(
-        config.max_adapter_bytes or min(_ADAPTER_CAP, int(_free_bytes(device) * _ADAPTER_SHARE))
-    )
     # Not zeroed: no cell points anywhere yet, and untouched memory costs nothing.
     arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device)
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
@@ -71,13 +69,17 @@ def build_engine(
     fused = fuse(base, config.page_size, chosen)
 
     counters: Counter[str] = Counter()
+    pace = Pace()
     pool = AdapterPool(
         arena=arena,
         cells=cells,
-        read=AdapterReader(blob_root, base.spec, base, dtype),
+        read=AdapterReader(blob_root, base.spec, base, dtype, pace),
         host_bytes=int(config.host_adapter_bytes),
         counters=counters,
         wake=wake,
+        # On the CPU a copy would be the same bytes in the same memory: the blob's file in the
+        # page cache takes the place of the host tier.
+        keeps_host_copies=device.type != "cpu",
     )
     scheduler = Scheduler(
         PageAllocator(num_pages, config.page_size),
@@ -104,7 +106,9 @@ def build_engine(
         base.spec.architecture, device, info.dtype, torch.get_num_threads(), num_pages,
         config.page_size, adapter_bytes >> 20, info.strategy,
     )  # fmt: skip
-    return Engine(info=info, scheduler=scheduler, runner=runner, pool=pool, counters=counters)
+    return Engine(
+        info=info, scheduler=scheduler, runner=runner, pool=pool, pace=pace, counters=counters
+    )
 
 
 def _device(name: str) -> torch.device:
@@ -143,20 +147,22 @@ def _free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def _num_pages(config: EngineConfig, base: BaseModel) -> int:
+def _budget(config: EngineConfig, base: BaseModel, dtype: torch.dtype) -> Budget:
     page_nbytes = kv_cache.token_nbytes(base) * config.page_size
-    if config.kv_cache_bytes is not None:
-        budget = int(config.kv_cache_bytes)
-    else:
-        budget = min(_KV_CAP, int(_free_bytes(base.device) * _KV_SHARE))
-        # More than every row at full length is never used.
-        longest = -(-base.spec.max_model_len // config.page_size)
-        budget = min(budget, longest * config.max_num_seqs * page_nbytes)
-    if budget < 2 * page_nbytes:
-        raise StartupError(
-            f"--kv-cache-bytes {budget} holds fewer than two pages of {page_nbytes} bytes; raise it"
-        )
-    return budget // page_nbytes
+    longest = -(-base.spec.max_model_len // config.page_size)
+    linears = [site for site in base.spec.sites if site.kind == "linear"]
+    needs = Needs(
+        page_nbytes=page_nbytes,
+        most_pages=longest * config.max_num_seqs,
+        adapter_nbytes=sum(s.in_features + s.out_features for s in linears) * dtype.itemsize,
+    )
+    return share(
+        needs,
+        memory_bytes=config.memory_bytes,
+        kv_cache_bytes=config.kv_cache_bytes,
+        max_adapter_bytes=config.max_adapter_bytes,
+        free_bytes=_free_bytes(base.device),
+    )
 
 
 def _limited(spec: BaseSpec, num_tokens: int, asked: int | None) -> BaseSpec:

@@ -5,7 +5,7 @@ Two implementations: InProcessEngine (tests, notebooks) and EngineProcess (the s
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Protocol
 
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
@@ -61,3 +61,8 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats:
         """The newest snapshot that has arrived; never waits."""
+
+    def residencies(self) -> Mapping[str, Residency]:
+        """Digest -> where its weights are, as known from the newest step; an adapter in no tier of
+        the engine is not listed. Never waits, and changes as steps arrive.
+        """

@@ -6,6 +6,7 @@ request alone.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -13,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
@@ -45,6 +47,11 @@ from polyadapt.types import (
 logger = logging.getLogger(__name__)
 
 _STATS_INTERVAL_S = 0.1
+# A copy that is waited for is in the batch one step earlier; running streams wait with it. So much
+# of a decode step they may, as long as the next token is then no 1.3 times later than usual.
+_PATIENCE = 0.2
+_NUM_PREFETCHED = 8  # sequences at the head of the queue
+_IDLE_PATIENCE_S = 0.25  # nobody runs; commands are taken in between
 
 
 class Engine:
@@ -57,18 +64,21 @@ class Engine:
         scheduler: Scheduler,
         runner: ModelRunner,
         pool: AdapterPool,
+        pace: Pace,
         counters: Counter[str],
     ) -> None:
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
         self.pool = pool
+        self._pace = pace
         self.counters = counters
         self._groups: dict[str, RequestGroup] = {}
         self._steps_by_adapters: Counter[int] = Counter()
         self._events: list[Event] = []
         self._replies: list[Reply] = []
         self._last_news = float("-inf")
+        self._decode_s = 0.0  # a step of decode rows alone takes about so long
 
     # ------------------------------------------------------------------ commands
     def execute(self, command: Command) -> None:
@@ -93,11 +103,16 @@ class Engine:
     # ------------------------------------------------------------------ the step
     def step(self) -> StepOutput:
         """Move loads on, run at most one forward, and return everything that happened."""
-        self.pool.poll()
+        self.pool.poll(self._patience_s())
         self._expire()
         batch = self.scheduler.schedule()
+        # A full batch admits nobody; the next in the queue need not find their adapters cold.
+        for sequence in itertools.islice(self.scheduler.waiting, _NUM_PREFETCHED):
+            self.pool.prefetch(sequence.group.request.adapters)
         self._fail_unloadable()
         batch = self._start(batch)
+        self._pace.is_shared = bool(batch)
+        started = time.monotonic()
         if batch:
             self._observe(batch)
             outcomes = self._run(batch)
@@ -105,13 +120,17 @@ class Engine:
             for rows, logits, sampled in zip(batch, outcomes, drawn, strict=True):
                 self._advance(rows, logits, sampled)
         num_rows = sum(rows.num_tokens for rows in batch)
-        output = StepOutput(self._events, self._replies, None, num_rows)
+        if batch and num_rows == len(batch):
+            took = time.monotonic() - started
+            self._decode_s += (took - self._decode_s) * (0.2 if self._decode_s else 1.0)
+        residencies, gone = self.pool.take_changes()
+        output = StepOutput(self._events, self._replies, residencies, gone, None, num_rows)
         self._events, self._replies = [], []
         output.stats = self._news(output)
         return output
 
     def _news(self, output: StepOutput) -> EngineStats | None:
-        """A snapshot now and then: it lists every adapter in memory, which may be thousands.
+        """A snapshot now and then; where adapters are is told as it changes.
 
         Always with an answer to a call and before a rest, so that nobody is left with old figures.
         """
@@ -137,7 +156,6 @@ class Engine:
             num_used_pages=pages.num_used,
             num_pages=pages.num_pages,
             adapter_bytes_used=self.pool.nbytes_used,
-            resident=self.pool.residencies(),
             waiting_digests=tuple(dict.fromkeys(waiting)),
             counters=dict(self.counters),
             steps_by_adapters=dict(self._steps_by_adapters),
@@ -148,10 +166,16 @@ class Engine:
         self.scheduler.check_integrity()
         self.pool.check_integrity()
         leases = sum(len(sequence.slots) for sequence in self.scheduler.running)
-        held = sum(residency.num_leases for residency in self.pool.residencies())
+        held = self.pool.num_leases
         assert leases == held, f"{held} leases are held for {leases} adapter uses"
 
     # ------------------------------------------------------------------ inside a step
+    def _patience_s(self) -> float:
+        """How long copies to the device may hold up the next step."""
+        if not self.scheduler.running:
+            return _IDLE_PATIENCE_S
+        return _PATIENCE * self._decode_s
+
     def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""
         try:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 
 from polyadapt.engine.engine import NewEngine
 from polyadapt.engine.loop import EngineLoop
@@ -96,6 +96,10 @@ class InProcessEngine:
     def stats(self) -> EngineStats:
         """See EngineClient."""
         return self._streams.stats
+
+    def residencies(self) -> Mapping[str, Residency]:
+        """See EngineClient."""
+        return self._streams.residencies
 
     def _send(self, command: Command) -> None:
         if self._loop is None or not self.is_ready:

@@ -52,6 +52,8 @@ class StepOutput:
 
     events: list[Event] = field(default_factory=list)
     replies: list[Reply] = field(default_factory=list)
+    residencies: list[Residency] = field(default_factory=list)  # of adapters that have changed
+    gone: list[str] = field(default_factory=list)  # digests that left every tier
     stats: EngineStats | None = None
     num_rows: int = 0  # rows of the forward; 0 when there was none
 

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,10 @@ class EngineProcess:
     def stats(self) -> EngineStats:
         """See EngineClient."""
         return self._streams.stats
+
+    def residencies(self) -> Mapping[str, Residency]:
+        """See EngineClient."""
+        return self._streams.residencies
 
     def _send(self, command: Command) -> None:
         if not self._is_ready or self._commands is None:

@@ -34,6 +34,7 @@ class Streams:
         self._call_ids = itertools.count(1)
         self.capacity = 0  # sequences that may run and wait; set when the engine is ready
         self.stats = EngineStats()
+        self.residencies: dict[str, Residency] = {}  # by digest; the engine tells what changes
 
     @property
     def is_busy(self) -> bool:
@@ -95,12 +96,17 @@ class Streams:
             future = self._replies.get(reply.id)
             if future is not None and not future.done():
                 future.set_result(reply)
+        for residency in output.residencies:
+            self.residencies[residency.digest] = residency
+        for digest in output.gone:
+            self.residencies.pop(digest, None)
         if output.stats is not None:
             self.stats = output.stats
 
     def fail_all(self, error: EngineUnavailable) -> None:
         """End every request and call with the error, because the engine is gone."""
         self.stats = EngineStats()
+        self.residencies.clear()
         for request_id, mailbox in self._events.items():
             mailbox.put(Failed(request_id, error.code, error.message))
         for future in self._replies.values():

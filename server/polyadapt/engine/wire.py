@@ -16,6 +16,7 @@ from polyadapt.types import (
     Failed,
     Finished,
     PromptScored,
+    Residency,
     Started,
     Tokens,
 )
@@ -38,6 +39,8 @@ class _Envelope(msgspec.Struct):
     finished: list[Finished] = []
     failed: list[Failed] = []
     replies: list[Reply] = []
+    residencies: list[Residency] = []
+    gone: list[str] = []
     stats: EngineStats | None = None
     num_rows: int = 0
     info: EngineInfo | None = None
@@ -78,6 +81,8 @@ def encode_output(output: StepOutput) -> bytes:
         "stats": output.stats,
         "num_rows": output.num_rows,
     }
+    if output.residencies or output.gone:
+        body |= {"residencies": output.residencies, "gone": output.gone}
     for event in output.events:
         body.setdefault(_KINDS[type(event)], []).append(event)
     return _ENCODER.encode(body)
@@ -107,4 +112,11 @@ def decode_output(message: bytes) -> StepOutput | EngineInfo | str:
         *envelope.finished,
         *envelope.failed,
     ]
-    return StepOutput(events, envelope.replies, envelope.stats, envelope.num_rows)
+    return StepOutput(
+        events,
+        envelope.replies,
+        envelope.residencies,
+        envelope.gone,
+        envelope.stats,
+        envelope.num_rows,
+    )

@@ -25,6 +25,9 @@ from polyadapt.errors import StartupError
 logger = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
+# Python's 5 ms are longer than many a whole step: a step takes the interpreter back from the thread
+# that reads an adapter hundreds of times.
+_SWITCH_INTERVAL_S = 5e-5
 
 
 def main() -> int:
@@ -36,6 +39,7 @@ def main() -> int:
         stream=sys.stderr,
     )
     _die_with_parent(setup["parent_pid"])
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the edge's to handle
     context = zmq.Context()
     commands = context.socket(zmq.PULL)

@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -314,16 +314,9 @@ class AdapterDirectory:
     def residency(self, record: AdapterRecord) -> Residency:
         """Return where the adapter's weights are, with the leases that this edge counts."""
         uses = self.num_uses(record.adapter_id)
-        for found in self._engine.stats().resident:
-            if found.digest == record.digest:
-                return Residency(
-                    digest=found.digest,
-                    tier=found.tier,
-                    is_pinned=found.is_pinned,
-                    num_leases=max(found.num_leases, uses),
-                    last_used=found.last_used,
-                    nbytes=found.nbytes,
-                )
+        found = self._engine.residencies().get(record.digest)
+        if found is not None:
+            return replace(found, num_leases=max(found.num_leases, uses))
         return Residency(digest=record.digest, tier="store", num_leases=uses)
 
     async def load(self, tenant: str, name: str, *, is_pinned: bool) -> AdapterRecord:

@@ -87,6 +87,7 @@ class EngineConfig(_Section):
     max_waiting: int = Field(1024, ge=1)  # queued requests; more are refused with 429
     kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory
     page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
+    prefix_cache: bool = True  # keep full KV pages for requests that begin alike
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
     num_threads: int | None = Field(None, ge=1, le=1024)  # None: the engine chooses

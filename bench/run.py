@@ -159,7 +159,8 @@ def _ours(
         settings.log,
         dtype=settings.dtype,
         threads=settings.threads,
-        options=list(settings.server_options),
+        # The peers have no prefix cache either: every token of every prompt is computed.
+        options=["--no-prefix-cache", *settings.server_options],
     ) as server:
         about = server.version()
         if run == 1:

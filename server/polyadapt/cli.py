@@ -94,6 +94,13 @@ def serve(
         str | None, typer.Option(help="Memory for KV pages, such as 512MiB.")
     ] = None,
     page_size: Annotated[int | None, typer.Option(help="Tokens of one KV page.")] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Keep KV pages for requests that begin alike.  [default: prefix-cache]",
+        ),
+    ] = None,
     max_adapter_bytes: Annotated[
         str | None, typer.Option(help="Device memory for adapters, such as 1GiB.")
     ] = None,

@@ -88,6 +88,7 @@ class EngineConfig(_Section):
     memory_bytes: ByteSize | None = None  # KV pages and adapters together; None: each its own
     kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory
     page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
+    prefix_cache: bool = True  # keep full KV pages for requests that begin alike
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
     exact: bool = False  # answers bit-identical whatever else is in the batch, or no start

@@ -108,6 +108,7 @@ class Request:
     adapters: tuple[AppliedAdapter, ...] = ()
     n: int = 1
     timeout_s: float | None = None
+    cache_salt: tuple[str, ...] = ()  # only requests with an equal one share cached prefixes
 
 
 # --------------------------------------------------------------------------- events
@@ -124,10 +125,14 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """The request was admitted: its adapters are on the device and leased."""
+    """The request was admitted: its adapters are on the device and leased.
+
+    num_cached_tokens of its prompt were not computed: their keys and values were there.
+    """
 
     request_id: str
     served: tuple[ServedAdapter, ...] = ()
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +217,7 @@ class EngineStats:
     num_running: int = 0
     num_waiting: int = 0
     num_used_pages: int = 0
+    num_cached_pages: int = 0  # owned by nobody, kept for whoever has the same prefix
     num_pages: int = 0
     adapter_bytes_used: int = 0
     waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -155,6 +156,15 @@ def test_acquire_waits_for_the_load_and_reports_it_once(rig):
     assert first.load_ms > 0
     again = it.pool.served(AdapterId("a", 1, "a"))
     assert (again.tier, again.load_ms) == ("device", 0.0)
+
+
+def test_a_leased_adapter_says_what_it_is_to_keys_and_values(rig):
+    it = rig(a=10, b=10)
+    it.store.adapters["b"] = replace(it.store.adapters["b"], is_kv_neutral=True)
+    it.take("a")
+    it.take("b")
+    applied = tuple(AppliedAdapter(AdapterId(f"named-{name}", 1, name)) for name in "bab")
+    assert it.pool.kv_identities(applied) == ("", "a", "")
 
 
 def test_a_prepared_adapter_comes_from_the_host(rig):

@@ -12,6 +12,7 @@ from tests.support.fake_engine import EOS, say
 
 from polyadapt.api.schemas.chat import ChatChunk, ChatReply, ChatRequest
 from polyadapt.api.schemas.completions import CompletionReply, CompletionRequest
+from polyadapt.tasks.directory import DEFAULT_TENANT
 
 pytestmark = pytest.mark.anyio
 
@@ -45,6 +46,26 @@ async def test_a_chat_reply_has_openais_shape(server: Server) -> None:
     assert body.usage.total_tokens == body.usage.prompt_tokens + body.usage.completion_tokens
     assert body.adapters == []
     assert "x-adapter-digest" not in reply.headers
+
+
+async def test_the_usage_says_how_much_of_the_prompts_was_found(server: Server) -> None:
+    server.engine.num_cached_tokens = 16
+    assert (await chat(server)).json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    stream = chunks(await chat(server, stream=True, stream_options={"include_usage": True}))
+    assert stream[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}
+    reply = await complete(server, prompt=["one", "two"])
+    assert reply.json()["usage"]["prompt_tokens_details"] == {"cached_tokens": 32}
+
+
+@pytest.mark.parametrize("ask", [chat, complete])
+async def test_a_salt_parts_the_prefixes_of_its_tenant_alone(server: Server, ask: Any) -> None:
+    tenant = DEFAULT_TENANT
+    for salt in (None, "mine", tenant):
+        reply = await ask(server, cache_salt=salt)
+        assert reply.status_code == 200, reply.text
+    salts = [request.cache_salt for request in server.engine.requests]
+    assert salts == [(tenant,), (tenant, "mine"), (tenant, tenant)]
+    assert (await ask(server, cache_salt="")).status_code == 400
 
 
 async def test_an_adapter_is_named_in_body_and_header(server: Server) -> None:

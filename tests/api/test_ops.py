@@ -128,6 +128,8 @@ async def test_the_engines_counters_are_shown(server: Server) -> None:
     assert found["polyadapt_engine_events_total", '{"event": "preemptions"}'] == 3
     assert found["polyadapt_engine_steps_total", "{}"] == 7
     assert found["polyadapt_ready", "{}"] == 1
+    assert found["polyadapt_kv_pages_used", "{}"] == 16
+    assert found["polyadapt_kv_pages_cached", "{}"] == 8
 
 
 async def test_failures_are_counted_by_code(server: Server) -> None:

@@ -248,13 +248,14 @@ def test_every_message_survives_the_wire():
         greedy_request("r", [1, 2], adapter, 3, logit_bias=((1, 0.5),), num_logprobs=2),
         n=2,
         timeout_s=1.5,
+        cache_salt=("tenant", "ä"),
     )
     for command in (Submit(request), Cancel("r"), Call(7, "load", adapter.digest, True)):
         assert wire.decode_command(wire.encode_command(command)) == command
     scored = TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0)))
     output = StepOutput(
         [
-            Started("r", (ServedAdapter(adapter, "host", 1.5),)),
+            Started("r", (ServedAdapter(adapter, "host", 1.5),), 16),
             PromptScored("r", 0, (scored,)),
             Tokens("r", 1, (3,), (scored,), "stop", 3),
             Finished("r"),

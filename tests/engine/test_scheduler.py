@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyadapt.engine.pages import PageAllocator
+from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
-from polyadapt.engine.scheduler import MAX_SKIPS, Scheduler
+from polyadapt.engine.scheduler import MAX_SKIPS, ScheduledRows, Scheduler
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
 
@@ -21,6 +22,7 @@ class FakeSlots:
         self.ready = list(ready)
         self.leases: Counter[int] = Counter()
         self.loading: set[str] = set()  # on their way, as against short of room
+        self.neutral: set[str] = set()  # they leave keys and values as the base's
         self.asked: list[str] = []
 
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
@@ -36,6 +38,11 @@ class FakeSlots:
         digests = {applied.adapter.digest for applied in adapters}
         return bool(digests - set(self.ready) - self.loading)
 
+    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
+        digests = [applied.adapter.digest for applied in adapters]
+        assert all(self.leases[self.ready.index(digest)] for digest in digests)
+        return tuple("" if digest in self.neutral else digest for digest in digests)
+
     def release(self, slots: tuple[int, ...]) -> None:
         self.leases.subtract(slots)
         assert all(count >= 0 for count in self.leases.values())
@@ -48,13 +55,16 @@ def new_scheduler(
     page_size: int = 4,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
+    has_prefix_cache: bool = False,
 ) -> Scheduler:
+    keys = PageKeys(base_digest="sha256:base", kv_dtype="float32", page_size=page_size)
     return Scheduler(
         PageAllocator(num_pages, page_size),
         slots or FakeSlots(),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         counters=Counter(),
+        page_keys=keys if has_prefix_cache else None,
     )
 
 
@@ -184,6 +194,242 @@ def test_finishing_frees_pages_and_leases_wherever_the_sequence_is():
     assert slots.leases[0] == 0
 
 
+# --------------------------------------------------------------------------- the prefix cache
+class Memory:
+    """What every KV slot holds: who computed it, and the tokens up to there."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slots: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}
+        self.num_rows: Counter[str] = Counter()  # computed, by request
+
+    def step(self) -> dict[str, int]:
+        """Schedule and compute; every row must find what its own sequence alone would have."""
+        size = self.scheduler.pages.page_size
+        batch = self.scheduler.schedule()
+        self.scheduler.check_integrity()
+        for rows in batch:
+            for at in range(rows.sequence.num_computed, self._end(rows)):
+                self.slots[rows.sequence.pages[at // size], at % size] = self._own(rows, at)
+        for rows in batch:
+            for at in range(self._end(rows)):
+                found = self.slots[rows.sequence.pages[at // size], at % size]
+                assert found == self._own(rows, at)
+        for rows in batch:
+            is_last = rows.is_last_chunk
+            rows.sequence.num_computed += rows.num_tokens
+            if is_last:
+                rows.sequence.token_ids.append(7)
+            self.num_rows[rows.sequence.group.request.id] += rows.num_tokens
+        self.scheduler.check_integrity()
+        return {rows.sequence.group.request.id: rows.num_tokens for rows in batch}
+
+    @staticmethod
+    def _end(rows: ScheduledRows) -> int:
+        return rows.sequence.num_computed + rows.num_tokens
+
+    @staticmethod
+    def _own(rows: ScheduledRows, at: int) -> tuple[str, tuple[int, ...]]:
+        adapters = rows.sequence.group.request.adapters
+        who = adapters[0].adapter.digest if adapters else "base"
+        return who, tuple(rows.sequence.token_ids[: at + 1])
+
+
+def _finish_all(scheduler: Scheduler) -> None:
+    for sequence in [*scheduler.running, *scheduler.waiting]:
+        scheduler.finish(sequence)
+
+
+def test_a_prompt_that_was_computed_before_runs_only_behind_its_full_pages():
+    scheduler = new_scheduler(FakeSlots("x", "y"), has_prefix_cache=True)
+    memory = Memory(scheduler)
+    for name, adapter in (("first", "x"), ("again", "x"), ("other", "y"), ("base", None)):
+        scheduler.add(new_group(name, 11, adapter))
+        memory.step()
+        _finish_all(scheduler)
+    assert memory.num_rows == {"first": 11, "again": 3, "other": 11, "base": 11}
+    assert scheduler.counters["prefix_query_tokens"] == 44
+    assert scheduler.counters["prefix_hit_tokens"] == 8
+
+
+def test_the_newest_token_always_runs_and_never_into_a_shared_page():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    memory = Memory(scheduler)
+    for name in ("first", "again"):
+        scheduler.add(new_group(name, 8))
+        memory.step()
+    assert memory.num_rows == {"first": 9, "again": 4}
+
+
+def test_what_was_generated_is_found_by_the_next_turn():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    memory = Memory(scheduler)
+    first = new_group("first", 6)
+    scheduler.add(first)
+    for _ in range(7):
+        memory.step()
+    (sequence,) = first.sequences
+    request = Request("turn", (*sequence.token_ids, 5, 5), SamplingParams(9))
+    scheduler.finish(sequence)
+    assert len(request.prompt_ids) == 15
+    scheduler.add(RequestGroup.of(request, 0.0))
+    assert memory.step() == {"turn": 3}
+
+
+def test_a_neutral_adapter_and_scale_zero_share_with_the_base():
+    slots = FakeSlots("x", "n")
+    slots.neutral.add("n")
+    scheduler = new_scheduler(slots, has_prefix_cache=True)
+    scheduler.add(new_group("base", 9))
+    run_step(scheduler)
+    scheduler.add(new_group("neutral", 9, "n"))
+    zero = new_group("zero", 9, "x").request
+    zero = replace(zero, adapters=(replace(zero.adapters[0], scale=0.0),))
+    scheduler.add(RequestGroup.of(zero, 0.0))
+    scheduler.add(new_group("x", 9, "x"))
+    assert run_step(scheduler) == {"base": 1, "neutral": 1, "zero": 1, "x": 9}
+
+
+def test_samples_of_one_prompt_wait_for_nobody_and_use_what_the_first_has_computed():
+    scheduler = new_scheduler(max_num_batched_tokens=40, has_prefix_cache=True)
+    memory = Memory(scheduler)
+    scheduler.add(new_group("many", 33, n=4))
+    memory.step()
+    assert memory.num_rows["many"] == 40, "the second sample began beside the first"
+    memory.step()
+    assert memory.num_rows["many"] == 40 + 4, "one row each: the rest was there"
+    assert scheduler.pages.num_used == 8 + 4
+
+
+def test_equal_prompts_of_one_step_end_up_on_the_same_pages():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    memory = Memory(scheduler)
+    for name in ("one", "two"):
+        scheduler.add(new_group(name, 9))
+    memory.step()
+    assert scheduler.pages.num_used == 6
+    memory.step()
+    assert scheduler.pages.num_used == 4
+
+
+def test_only_what_was_computed_is_found():
+    """A step that failed, or was accepted in part, leaves num_computed where it stands."""
+    scheduler = new_scheduler(has_prefix_cache=True)
+    broken = new_group("broken", 12)
+    scheduler.add(broken)
+    scheduler.schedule()
+    broken.sequences[0].num_computed = 7  # of 12 rows
+    scheduler.finish(broken.sequences[0])
+    scheduler.add(new_group("next", 12))
+    assert run_step(scheduler) == {"next": 8}
+
+
+def test_what_is_distrusted_is_found_no_more():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    first, second = new_group("first", 9), new_group("second", 9)
+    scheduler.add(first)
+    run_step(scheduler)
+    scheduler.add(second)
+    assert run_step(scheduler) == {"first": 1, "second": 1}
+    scheduler.distrust(second)
+    scheduler.finish(second.sequences[0])
+    scheduler.check_integrity()
+    scheduler.add(new_group("third", 9))
+    assert run_step(scheduler) == {"first": 1, "third": 9}
+
+
+def test_a_prompt_whose_logprobs_are_wanted_runs_whole_and_is_found_by_others():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    for name in ("first", "second"):
+        request = new_group(name, 9).request
+        scored = replace(request, sampling=replace(request.sampling, num_prompt_logprobs=0))
+        scheduler.add(RequestGroup.of(scored, 0.0))
+        assert run_step(scheduler)[name] == 9
+    scheduler.add(new_group("third", 9))
+    assert run_step(scheduler)["third"] == 1
+
+
+def test_a_preempted_sequence_finds_its_pages_again():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    memory = Memory(scheduler)
+    group = new_group("r", 10)
+    scheduler.add(group)
+    for _ in range(4):
+        memory.step()
+    scheduler._preempt(group.sequences[0])
+    scheduler.check_integrity()
+    assert memory.step() == {"r": 2}
+
+
+def test_a_request_that_finds_its_prefix_but_no_room_leaves_it_cached():
+    scheduler = new_scheduler(num_pages=6, page_size=4, has_prefix_cache=True)
+    memory = Memory(scheduler)
+    scheduler.add(new_group("first", 9))
+    memory.step()
+    _finish_all(scheduler)
+    big = new_group("big", 14)
+    big.sequences[0].token_ids[0] = 99  # begins otherwise
+    scheduler.add(big)
+    scheduler.add(new_group("again", 12))
+    assert memory.step() == {"big": 14}
+    assert scheduler.pages.num_cached == 2
+    assert scheduler.counters["prefix_hit_tokens"] == 0
+    scheduler.finish(big.sequences[0])
+    assert memory.step() == {"again": 4}
+
+
+def test_companions_neither_find_nor_leave_pages():
+    scheduler = new_scheduler(has_prefix_cache=True)
+    for _ in range(2):
+        group, _ = _coupled(9)
+        scheduler.add(group)
+        batch = scheduler.schedule()
+        assert [rows.num_tokens for rows in batch] == [9, 9]
+        for rows in batch:
+            rows.sequence.num_computed += 9
+        scheduler.finish(group.sequences[0])
+        scheduler.check_integrity()
+    assert scheduler.pages.num_cached == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 2), st.integers(1, 24), st.booleans(), st.integers(1, 3)),
+        min_size=2,
+        max_size=12,
+    ),
+    num_pages=st.integers(10, 40),
+    budget=st.integers(1, 40),
+    outputs=st.integers(1, 10),
+    cancelled=st.sets(st.integers(0, 30)),
+)
+def test_no_row_ever_reads_what_another_prefix_wrote(
+    prompts, num_pages, budget, outputs, cancelled
+):
+    slots = FakeSlots("x")
+    scheduler = new_scheduler(
+        slots, num_pages=num_pages, max_num_batched_tokens=budget, has_prefix_cache=True
+    )
+    memory = Memory(scheduler)
+    for number, (branch, length, has_adapter, n) in enumerate(prompts):
+        tokens = tuple(at if at < 9 else branch for at in range(length))
+        request = new_group(str(number), 1, "x" if has_adapter else None, n).request
+        scheduler.add(RequestGroup.of(replace(request, prompt_ids=tokens), 0.0))
+    for step in range(5000):
+        if not scheduler.has_work:
+            break
+        assert sum(memory.step().values()) <= scheduler.max_num_batched_tokens
+        if step in cancelled and scheduler.running:
+            scheduler.finish(scheduler.running[-1])
+        for sequence in list(scheduler.running):
+            if sequence.num_output >= outputs:
+                scheduler.finish(sequence)
+    assert not scheduler.has_work
+    assert scheduler.pages.num_used == 0
+    assert slots.leases.total() == 0
+
+
 # --------------------------------------------------------------------------- companions
 def _coupled(num_prompt: int, adapter: str | None = None) -> tuple[RequestGroup, Sequence]:
     """A group whose one sequence has a companion, as a probe pass beside its main pass has."""
@@ -257,15 +503,3 @@ def test_every_request_ends_whatever_the_budgets(lengths, num_pages, budget, max
     assert sorted(ended) == sorted(str(number) for number in range(len(lengths)))
     assert scheduler.pages.num_used == 0
     assert slots.leases.total() == 0
-
-
-def test_pages_refuse_to_overdraw_and_notice_a_double_owner():
-    pages = PageAllocator(4, 16)
-    owned: list[int] = []
-    assert pages.extend(owned, 33)
-    assert len(owned) == 3
-    assert not pages.extend([], 17)
-    assert pages.num_free == 1
-    pages.check_integrity([owned])
-    with pytest.raises(AssertionError, match="two owners"):
-        pages.check_integrity([owned, owned[:1]])

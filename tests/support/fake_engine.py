@@ -75,6 +75,7 @@ class FakeEngine:
     reply: Reply = name_the_adapter
     model: EngineInfo = field(default_factory=make_info)
     gate: asyncio.Semaphore | None = None  # one permit a step
+    num_cached_tokens: int = 0  # that every prompt finds
     refusal: PolyadaptError | None = None  # raised by the first step of submit
     failure: tuple[int, str, str] | None = None  # after so many tokens: code, message
     crash: Exception | None = None  # a bug in the engine's client
@@ -132,7 +133,7 @@ class FakeEngine:
         for applied in request.adapters:
             self._touch(applied.adapter.digest)
         served = tuple(ServedAdapter(a.adapter, "device", 1.5) for a in request.adapters)
-        yield Started(request.id, served)
+        yield Started(request.id, served, self.num_cached_tokens)
         if request.sampling.num_prompt_logprobs is not None:
             for index in range(request.n):
                 yield PromptScored(
@@ -216,6 +217,7 @@ class FakeEngine:
             num_running=len(self.running),
             num_waiting=2,
             num_used_pages=16,
+            num_cached_pages=8,
             num_pages=64,
             adapter_bytes_used=100 * len(self.resident),
             counters={"preemptions": 3},

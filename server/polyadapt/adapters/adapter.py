@@ -5,8 +5,9 @@ Knows no family, no file format and no device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
 from polyadapt.types import BaseSpec
@@ -36,6 +37,9 @@ class AdapterPlan:
     reads: tuple[TensorRead, ...]
     notes: tuple[str, ...] = ()  # config keys that were read and have no effect when serving
     is_scalable: bool = True  # False: this checkpoint replaces something that no scale can multiply
+    # The base's keys and values are its own, at any scale and in every layer, so that their cached
+    # pages are shared. `keeps_keys_and_values` proves it for a family that only adds at its sites.
+    is_kv_neutral: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,65 @@ class LowRank:
     a: torch.Tensor
     b: torch.Tensor
     bias: torch.Tensor | None = None
+
+
+# Last components of the paths of linears, as transformers' decoders name them. A layer computes
+# its keys and values from its own input by these:
+_KEY_AND_VALUE = (
+    frozenset({"k_proj", "v_proj"}),
+    frozenset({"qkv_proj"}),
+    frozenset({"query_key_value"}),
+    frozenset({"c_attn"}),
+    frozenset({"Wqkv"}),
+)
+# and neither key nor value depends on the same layer's results of these.
+_BESIDE_OR_BEHIND = frozenset(
+    {"q_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "gate_up_proj"}
+    | {"c_fc", "c_proj", "fc1", "fc2", "dense_h_to_4h", "dense_4h_to_h"}
+)
+_STACKS = frozenset({"layers", "h"})
+_FINAL_NORMS = frozenset({"norm", "ln_f", "final_layernorm", "final_layer_norm"})
+
+
+def keeps_keys_and_values(site_ids: Iterable[int], base: BaseSpec) -> bool:
+    """Whether additions at these sites provably leave every layer's keys and values as the base's.
+
+    True only for sites behind the last layer's k and v: its queries, its attention's output, its
+    MLP, the final norm, the head. The base must be one stack of numbered layers, each run once and
+    in order of its number, whose last one names its k and v; everything unknown is False.
+    """
+    placed = [_layer_of(site.path) for site in base.sites]
+    stacks = {layer[0] for layer in placed if layer is not None}
+    if len(stacks) != 1:
+        return False
+    (stack,) = stacks
+    last = max(layer[1] for layer in placed if layer is not None)
+    names = {
+        site.path.rpartition(".")[2]
+        for site, layer in zip(base.sites, placed, strict=True)
+        if layer is not None and layer[1] == last
+    }
+    if not any(required <= names for required in _KEY_AND_VALUE):
+        return False
+    parent = stack.rpartition(".")[0]
+
+    def is_behind(site_id: int) -> bool:
+        path, layer = base.sites[site_id].path, placed[site_id]
+        owner, _, name = path.rpartition(".")
+        if layer is not None:
+            return layer[1] == last and name in _BESIDE_OR_BEHIND
+        return path == base.head_path or (owner == parent and name in _FINAL_NORMS)
+
+    return all(map(is_behind, site_ids))
+
+
+def _layer_of(path: str) -> tuple[str, int] | None:
+    """The path of the stack that holds a module, and the number of its layer there; or None."""
+    parts = path.split(".")
+    for at, (part, number) in enumerate(pairwise(parts)):
+        if part in _STACKS and number.isdecimal():
+            return ".".join(parts[: at + 1]), int(number)
+    return None
 
 
 class BaseWeights(Protocol):

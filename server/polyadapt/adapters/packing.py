@@ -24,6 +24,7 @@ class PackedAdapter:
     cells: torch.Tensor
     is_scalable: bool
     rank: int
+    is_kv_neutral: bool = False  # see AdapterPlan
 
     @property
     def nbytes(self) -> int:
@@ -32,7 +33,12 @@ class PackedAdapter:
 
 
 def pack(
-    modules: Mapping[int, LowRank], base: BaseSpec, dtype: torch.dtype, *, is_scalable: bool
+    modules: Mapping[int, LowRank],
+    base: BaseSpec,
+    dtype: torch.dtype,
+    *,
+    is_scalable: bool,
+    is_kv_neutral: bool = False,
 ) -> PackedAdapter:
     """Lay the modules end to end in site order, cast once to the arena's dtype."""
     cells = torch.zeros(len(base.sites), 3, dtype=torch.int64)
@@ -55,4 +61,4 @@ def pack(
         weights[start:stop].view(block.shape).copy_(block)
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
-    return PackedAdapter(weights, cells, is_scalable, rank)
+    return PackedAdapter(weights, cells, is_scalable, rank, is_kv_neutral)

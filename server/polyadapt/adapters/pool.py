@@ -53,6 +53,7 @@ class _Entry:
     state: _State
     nbytes: int = 0
     is_scalable: bool = True
+    is_kv_neutral: bool = False
     packed: PackedAdapter | None = None  # the host copy
     slot: int = -1
     extent: Extent | None = None
@@ -177,6 +178,13 @@ class AdapterPool:
     def is_scalable(self, slot: int) -> bool:
         """Whether the resident adapter may be scaled by anything but 0 and 1."""
         return self._by_slot[slot].is_scalable
+
+    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
+        """What each adapter is to keys and values while it is leased: its digest, or "" when it
+        leaves all of them as the base's.
+        """
+        digests = (applied.adapter.digest for applied in adapters)
+        return tuple("" if self._entries[d].is_kv_neutral else d for d in digests)
 
     # ------------------------------------------------------------------ commands
     def prepare(self, digest: str, done: Done) -> None:
@@ -372,6 +380,7 @@ class AdapterPool:
             packed = future.result()
             assert packed is not None
             entry.nbytes, entry.is_scalable = packed.nbytes, packed.is_scalable
+            entry.is_kv_neutral = packed.is_kv_neutral
             if packed.weights.numel() > self._arena.size:
                 self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
                 return

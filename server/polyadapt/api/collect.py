@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
-from polyadapt.api.schemas.base import ServedObject, Usage
+from polyadapt.api.schemas.base import PromptTokensDetails, ServedObject, Usage
 from polyadapt.tasks.sequence_text import ScoredToken, TextDelta
 from polyadapt.tasks.text import Accepted, Completed, PromptScores, Queued, TextEvent
 from polyadapt.types import FinishReason, ServedAdapter, TokenLogprob
@@ -63,6 +63,7 @@ def usage_of(completed: Completed) -> Usage:
         prompt_tokens=completed.num_prompt_tokens,
         completion_tokens=completed.num_completion_tokens,
         total_tokens=completed.num_prompt_tokens + completed.num_completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=completed.num_cached_tokens),
     )
 
 

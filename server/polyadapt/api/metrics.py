@@ -117,6 +117,11 @@ class _EngineCollector(Collector):
             "polyadapt_engine_steps", "Steps of the present engine", value=float(stats.num_steps)
         )
         yield _gauge("polyadapt_kv_pages_used", "KV pages in use", stats.num_used_pages)
+        yield _gauge(
+            "polyadapt_kv_pages_cached",
+            "KV pages not in use that are kept for requests that begin alike",
+            stats.num_cached_pages,
+        )
         yield _gauge("polyadapt_kv_pages", "KV pages there are", stats.num_pages)
         yield _gauge(
             "polyadapt_adapter_bytes_used", "Device bytes of adapters", stats.adapter_bytes_used

@@ -21,6 +21,7 @@ from polyadapt.engine import kv_cache
 from polyadapt.engine.budget import Budget, Needs, share
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.pages import PageAllocator
+from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.runner import ModelRunner
 from polyadapt.engine.scheduler import Scheduler
 from polyadapt.errors import StartupError
@@ -81,18 +82,23 @@ def build_engine(
         # page cache takes the place of the host tier.
         keeps_host_copies=device.type != "cpu",
     )
+    kv_dtype = str(dtype).removeprefix("torch.")
+    page_keys = PageKeys(
+        base_digest=base.spec.digest, kv_dtype=kv_dtype, page_size=config.page_size
+    )
     scheduler = Scheduler(
         PageAllocator(num_pages, config.page_size),
         pool,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
         counters=counters,
+        page_keys=page_keys if config.prefix_cache else None,
     )
     info = EngineInfo(
         base=base.spec,
         eos_token_ids=base.eos_token_ids,
         device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=kv_dtype,
         num_pages=num_pages,
         page_size=config.page_size,
         max_num_seqs=config.max_num_seqs,

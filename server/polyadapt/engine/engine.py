@@ -154,6 +154,7 @@ class Engine:
             num_running=len(self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_used_pages=pages.num_used,
+            num_cached_pages=pages.num_cached,
             num_pages=pages.num_pages,
             adapter_bytes_used=self.pool.nbytes_used,
             waiting_digests=tuple(dict.fromkeys(waiting)),
@@ -239,7 +240,9 @@ class Engine:
                     break
             if group.request.id in self._groups:
                 served = tuple(self.pool.served(applied.adapter) for applied in adapters)
-                self._events.append(Started(group.request.id, served))
+                # None of its rows has run yet: what counts as computed was found in the cache.
+                num_cached = rows.sequence.num_computed
+                self._events.append(Started(group.request.id, served, num_cached))
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
 
     def _advance(
@@ -273,6 +276,8 @@ class Engine:
         self._announce_scores(sequence)
         if sampled is None:
             self.counters["numerical_errors"] += 1
+            # What made the logits so may lie in its keys and values: nobody else shall read them.
+            self.scheduler.distrust(group)
             self._fail(group, NumericalError("the model returned non-finite logits"))
             return
         sequence.token_ids.append(sampled.token_id)

@@ -24,6 +24,7 @@ class Sequence:
     """One row of the batch over time.
 
     num_computed tokens have keys and values in `pages`; the rest of token_ids is still to be run.
+    The first num_shareable of the pages are full and lie under their keys in the prefix cache.
     `companions` are sequences coupled to this one: they are admitted, preempted and freed with it.
     """
 
@@ -39,6 +40,8 @@ class Sequence:
     is_companion: bool = False
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1..
     is_scored: bool = False  # the prompt's logprobs are complete
+    page_keys: list[bytes] = field(default_factory=list)  # of the first full pages of token_ids
+    num_shareable: int = 0
 
     @property
     def unit(self) -> tuple[Sequence, ...]:
@@ -65,6 +68,7 @@ class RequestGroup:
     sequences: list[Sequence] = field(default_factory=list)
     is_started: bool = False
     num_skips: int = 0  # scheduling rounds in which its adapters had no room
+    root_key: bytes | None = None  # what every page's key of the request hangs on, once admitted
 
     @property
     def deadline(self) -> float | None:

@@ -89,6 +89,7 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     adapters: tuple[AdapterRef, ...] | None = None  # replaces what `model` would choose
+    cache_salt: str | None = None  # parts the tenant's cached prefixes
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +122,7 @@ class Completed:
 
     num_prompt_tokens: int
     num_completion_tokens: int
+    num_cached_tokens: int = 0  # of the prompts'
 
 
 TextEvent = Accepted | Queued | PromptScores | TextDelta | Completed
@@ -134,6 +136,7 @@ class _Run:
     sequences: list[SequenceText]
     is_scored: bool = False
     is_started: bool = False
+    num_cached_tokens: int = 0
     is_over: bool = False
     pump: asyncio.Task[None] | None = None
 
@@ -278,6 +281,8 @@ class TextService:
                 adapters=lease.applied,
                 n=request.n,
                 timeout_s=self._limits.request_timeout_s,
+                # The tenant first: no salt of a caller's reaches another tenant's prefixes.
+                cache_salt=(request.tenant, *((request.cache_salt,) if request.cache_salt else ())),
             )
             sequences = [
                 SequenceText(
@@ -312,6 +317,7 @@ class TextService:
                     raise by_code(item.code, item.message)
                 if isinstance(item, Started):
                     run.is_started = True
+                    run.num_cached_tokens = item.num_cached_tokens
                     if not has_queued:
                         has_queued = True
                         yield Queued(item.served)
@@ -338,6 +344,7 @@ class TextService:
         yield Completed(
             sum(len(run.request.prompt_ids) for run in runs),
             sum(sequence.num_tokens for run in runs for sequence in run.sequences),
+            sum(run.num_cached_tokens for run in runs),
         )
 
     async def _events(self, run_id: int, request: Request) -> AsyncGenerator[_Arrival, None]:

@@ -125,6 +125,24 @@ def test_llama_equals_peft(name: str, tmp_path: Path) -> None:
     assert_equals_merged(base, modules, merged(base, tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("pattern", "is_kv_neutral"),
+    [
+        (r".*layers\.1\.(self_attn\.[qo]_proj|mlp\..*_proj)", True),
+        (r".*layers\.1\.self_attn\.(o|k)_proj", False),
+        (r".*layers\.0\.mlp\..*_proj", False),
+        ("lm_head", True),
+    ],
+)
+def test_keys_and_values_are_the_bases_when_nothing_before_them_changes(
+    pattern: str, is_kv_neutral: bool, tmp_path: Path
+) -> None:
+    base = tiny_llama()
+    save(peft_model(base, LoraConfig(r=4, target_modules=pattern)), tmp_path)
+    plan, _ = load(tmp_path, base)
+    assert plan.is_kv_neutral == is_kv_neutral
+
+
 GPT2_CONFIGS = {
     "Conv1D": LoraConfig(r=4, lora_alpha=6, target_modules=["c_attn", "c_proj", "c_fc"]),
     "fan_in_fan_out": LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),

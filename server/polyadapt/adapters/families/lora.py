@@ -12,7 +12,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from polyadapt.adapters.adapter import AdapterPlan, BaseWeights, LowRank, TensorRead
+from polyadapt.adapters.adapter import (
+    AdapterPlan,
+    BaseWeights,
+    LowRank,
+    TensorRead,
+    keeps_keys_and_values,
+)
 from polyadapt.adapters.peft_modules import ModuleTargets, PatternTable, find_site
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.types import BaseSpec, SiteSpec
@@ -142,6 +148,7 @@ class Lora:
             reads=reads,
             notes=tuple(notes),
             is_scalable=not any(read.role == "new_bias" for read in reads),
+            is_kv_neutral=keeps_keys_and_values((read.site_id for read in reads), base),
         )
 
     def read(

@@ -62,12 +62,19 @@ class ErrorReply(Reply):
     error: ErrorDetail
 
 
+class PromptTokensDetails(Reply):
+    """How many of the prompt's tokens did not have to be computed."""
+
+    cached_tokens: int
+
+
 class Usage(Reply):
     """Tokens of one request, over all its prompts and sequences."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class ServedObject(Reply):

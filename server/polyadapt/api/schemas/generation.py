@@ -85,6 +85,9 @@ class GenerationRequest(Body):
         None, BeforeValidator(only((None,), "cold_timeout_ms is not served; leave it out"))
     ] = None
 
+    # Only requests of the same tenant with the same salt share cached prefixes.
+    cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+
     # Accepted because they cannot change the output.
     user: str | None = Field(None, max_length=1024)
     safety_identifier: str | None = Field(None, max_length=1024)

@@ -55,7 +55,7 @@ class Step:
         for site, (i, o) in enumerate(self.shapes):
             native.gated_matmul_(
                 self.y[o], self.x[i], self.arena, self.cells, self.rows, self.bounds, self.slots,
-                self.scales, self.adapters, None, site,
+                self.scales, self.adapters, None, torch.tensor([[site, 0, o]]),
             )  # fmt: skip
 
     def loop(self) -> None:
@@ -116,7 +116,7 @@ def call_overhead() -> float:
         for _ in range(1000):
             native.gated_matmul_(
                 y, x, step.arena, step.cells, step.rows, step.bounds, step.slots, step.scales, 1,
-                None, 0,
+                None, torch.tensor([[0, 0, y.shape[1]]]),
             )  # fmt: skip
 
     return timed(run, 9) / 1000

@@ -101,7 +101,7 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["identical", "distinct", "uniform", "zipf", "with_base"])
-@pytest.mark.parametrize("lengths", [[1] * 19, [1, 1, 40, 3, 17, 1], [70, 70]])
+@pytest.mark.parametrize("lengths", [[1] * 19, [1, 1, 40, 3, 17, 1], [70, 70], [300, 2]])
 def test_every_popularity_equals_the_specification(form, kind, lengths, dtype):
     ranks = [1, 3, 8, 16, 64, 5]
     bank = make_bank(ranks, 48, 80, dtype)
@@ -202,3 +202,43 @@ def test_without_a_plan_nothing_is_read(form):
     nowhere = torch.full((1,), float("nan"))
     gated_matmul_(y, torch.randn(4, 2), Site(0, nowhere, torch.full((1, 1, 3), -1), buffers))
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("lengths", [[1, 1, 3], [300, 1, 2]])
+def test_sites_that_share_their_input_in_one_call_equal_a_call_each(form, lengths):
+    generator = torch.Generator().manual_seed(2)
+    widths, ranks, num_in = (40, 8, 24), ((3, 5, 0), (16, 1, 2), (0, 4, 9)), 20
+    cells = torch.full((3, 4, 3), -1, dtype=torch.int64)
+    blocks, offset = [], 0
+    for slot in range(3):
+        for site, (width, rank) in enumerate(zip(widths, ranks[slot], strict=True)):
+            if rank:
+                cells[slot, site] = torch.tensor([offset, rank, 1])
+                blocks.append(torch.randn(rank * (num_in + width) + width, generator=generator))
+                offset += blocks[-1].numel()
+    arena = torch.cat(blocks)
+    uses, num_rows = runs("distinct", lengths, 3)
+    buffers = PlanBuffers(num_rows, torch.device("cpu"))
+    buffers.load(build_plan(uses, num_rows))
+    x = torch.randn(num_rows, num_in, generator=generator)
+    together = torch.randn(num_rows, sum(widths), generator=generator)
+    alone = together.clone()
+    parts, column = [], 0
+    for site, width in enumerate(widths):
+        parts.append([site, column, width])
+        gated_matmul_(alone[:, column : column + width], x, Site(site, arena, cells, buffers))
+        column += width
+    gated_matmul_(together, x, Site(0, arena, cells, buffers), torch.tensor(parts))
+    assert torch.equal(together, alone)
+
+
+def test_a_part_outside_y_or_cells_is_refused():
+    bank = make_bank([2], 8, 8, torch.float32)
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    buffers.load(build_plan([RowUse(0, 1, (0,), (1.0,))], 1))
+    site = Site(SITE, bank.arena, bank.cells, buffers)
+    y, x = torch.zeros(1, 8), torch.ones(1, 8)
+    for part in ([5, 0, 8], [SITE, 1, 8], [SITE, -1, 8], [-1, 0, 8]):
+        with pytest.raises(ValueError, match=r"parts\[1\]"):
+            gated_matmul_(y, x, site, torch.tensor([[SITE, 0, 8], part]))
+        assert not y.any()

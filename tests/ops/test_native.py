@@ -61,7 +61,7 @@ class Lane:
         y = self.y.clone()
         native.gated_matmul_(
             y, self.x, self.arena, self.cells, self.rows, self.bounds, self.slots, self.scales,
-            self.num_segments, self.gate, site,
+            self.num_segments, self.gate, torch.tensor([[site, 0, y.shape[1]]]),
         )  # fmt: skip
         return y
 
@@ -165,7 +165,7 @@ def test_x_and_y_may_be_slices_of_wider_tensors() -> None:
     before = wide_y.clone()
     native.gated_matmul_(
         wide_y[:, 40:70], wide_x[:, 10:30], lane.arena, lane.cells, lane.rows, lane.bounds,
-        lane.slots, lane.scales, 2, None, 1,
+        lane.slots, lane.scales, 2, None, torch.tensor([[1, 0, 30]]),
     )  # fmt: skip
     assert_close(wide_y[:, 40:70], expected)
     assert torch.equal(wide_y[:, :40], before[:, :40])
@@ -205,7 +205,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype) -> None:
             native.gated_matmul_(
                 y, lane.x[t : t + 1], lane.arena, lane.cells, torch.zeros(1, dtype=torch.int32),
                 torch.tensor([0, 1], dtype=torch.int32), lane.slots[s:], lane.scales[s:], 1,
-                lane.gate[t : t + 1], 1,
+                lane.gate[t : t + 1], torch.tensor([[1, 0, y.shape[1]]]),
             )  # fmt: skip
             assert torch.equal(y[0], together[t])
 

@@ -69,17 +69,19 @@ def test_too_many_lanes_are_refused():
 
 def test_buffers_keep_their_addresses_and_forget_the_previous_step():
     buffers = PlanBuffers(64, torch.device("cpu"))
-    tensors = (buffers.header, buffers.rows, buffers.bounds, buffers.slots, buffers.scales)
+    tensors = (buffers.rows, buffers.bounds, buffers.slots, buffers.scales)
     addresses = [tensor.data_ptr() for tensor in tensors]
     first, total = uses_of([3, 20, 1], [(1, 2), (2,), (4,)])
     buffers.load(build_plan(first, total))
-    assert buffers.header[0] == 2
+    assert len(buffers.lanes) == 2
     second, total = uses_of([2], [(5,)])
     buffers.load(build_plan(second, total))
-    assert buffers.header[:4].tolist() == [1, 1, 1, 0]
+    (lane,) = buffers.lanes
+    assert (lane.num_short, lane.num_segments, lane.gate) == (1, 1, None)
+    assert lane.bounds.tolist() == [0, 2]
     assert buffers.rows[:2].tolist() == [0, 1]
     buffers.clear()
-    assert buffers.header[0] == 0
+    assert buffers.lanes == ()
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
@@ -90,7 +92,7 @@ def test_the_fullest_plan_fits_the_buffers_and_a_longer_one_is_refused():
         RowUse(r, r + 1, tuple(r * 10 + s for s in slots), (1.0,) * MAX_LANES) for r in range(8)
     ]
     buffers.load(build_plan(uses, 8))
-    assert buffers.header[0] == MAX_LANES
+    assert len(buffers.lanes) == MAX_LANES
     with pytest.raises(ValueError, match="the buffers hold 8"):
         buffers.load(BatchPlan(9))
 
@@ -144,16 +146,16 @@ def test_a_plan_that_is_loaded_again_is_there_again_and_another_one_replaces_it(
     other = build_plan([RowUse(0, 3, (7,), (1.0,))], 3)
 
     def content() -> list[list[float]]:
-        tensors = (buffers.header, buffers.rows[:3], buffers.bounds[:3], buffers.slots[:2])
+        tensors = (buffers.rows[:3], buffers.bounds[:3], buffers.slots[:2])
         return [tensor.tolist() for tensor in (*tensors, buffers.scales[:2])]
 
     buffers.load(plan)
     first = content()
     buffers.clear()
-    assert not buffers.is_active
+    assert not buffers.lanes
     buffers.load(plan)
     assert content() == first
-    assert buffers.is_active
+    assert len(buffers.lanes) == 1
     buffers.load(other)
     assert buffers.slots[0] == 7
     buffers.load(plan)

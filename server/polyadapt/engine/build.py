@@ -84,7 +84,10 @@ def build_engine(
     )
     kv_dtype = str(dtype).removeprefix("torch.")
     page_keys = PageKeys(
-        base_digest=base.spec.digest, kv_dtype=kv_dtype, page_size=config.page_size
+        base_digest=base.spec.digest,
+        kv_dtype=kv_dtype,
+        page_size=config.page_size,
+        is_exact=config.exact,
     )
     scheduler = Scheduler(
         PageAllocator(num_pages, config.page_size),

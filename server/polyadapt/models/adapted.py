@@ -34,14 +34,15 @@ class AdaptedLinear(nn.Module):
         self.weight = weight
         self.bias = bias
         self.parts = parts
+        self.site = parts[0].site
+        self._columns = torch.tensor([[p.site.id, p.start, p.stop - p.start] for p in parts])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]; the leading sizes multiply to the plan's row count."""
         rows = x.reshape(-1, x.shape[-1])
         y = self.weight.product(rows, self.bias)
-        if self.parts[0].site.plan.is_active:
-            for part in self.parts:
-                gated_matmul_(y[:, part.start : part.stop], rows, part.site)
+        if self.site.plan.lanes:
+            gated_matmul_(y, rows, self.site, self._columns)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -66,7 +67,7 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [..., ] int64 -> [..., width]."""
         y = self.weight.take(ids).to(self.dtype) if self.base is None else self.base(ids)
-        if not self.site.plan.is_active:
+        if not self.site.plan.lanes:
             return y
         if self.delta_scale is None:
             self._add(y, ids)
@@ -90,6 +91,6 @@ class AdaptedBias(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., width] -> [..., width]."""
         y: torch.Tensor = self.base(x)
-        if self.site.plan.is_active:
+        if self.site.plan.lanes:
             gated_matmul_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.site)
         return y

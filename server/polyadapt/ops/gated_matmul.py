@@ -1,7 +1,7 @@
 """The one operation: y += B (gate * A x) per row, each row with its own adapter's A and B.
 
-The registered op, its torch form, and the choice between that and the native kernel. The
-specification is ops/reference.py. Knows slots and sites, never names or families.
+Its torch form, and the choice between that and the native kernel. The specification is
+ops/reference.py. Knows slots and sites, never names or families.
 
 Layout of one (slot, site) cell in the flat arena, at element `offset`:
     A [rank, in] row-major (embedding: [in, rank], one row per token), then
@@ -22,18 +22,6 @@ from polyadapt.ops.plan import PlanBuffers
 
 OFFSET, RANK, HAS_BIAS = 0, 1, 2
 
-_LIBRARY = torch.library.Library("polyadapt", "DEF")  # type: ignore[no-untyped-call]
-_ARGUMENTS = (
-    "Tensor arena, Tensor cells, Tensor header, Tensor rows, Tensor bounds, Tensor slots, "
-    "Tensor scales, Tensor gate, int site"
-)
-_SCHEMAS = (
-    f"gated_matmul_(Tensor(a!) y, Tensor x, {_ARGUMENTS}) -> ()",
-    f"gated_embedding_(Tensor(a!) y, Tensor ids, int num_in, {_ARGUMENTS}) -> ()",
-)
-for _schema in _SCHEMAS:
-    _LIBRARY.define(_schema)  # type: ignore[no-untyped-call]
-
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -47,7 +35,9 @@ class Site:
     plan: PlanBuffers
 
 
-def gated_matmul_(y: torch.Tensor, x: torch.Tensor, site: Site) -> None:
+def gated_matmul_(
+    y: torch.Tensor, x: torch.Tensor, site: Site, parts: torch.Tensor | None = None
+) -> None:
     """Add the adapters' part to y in place.
 
     Semantics, for every lane, segment s, row t of the segment, with (offset, rank, has_bias) =
@@ -55,13 +45,26 @@ def gated_matmul_(y: torch.Tensor, x: torch.Tensor, site: Site) -> None:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
         y[t] += sum_i h[i] * B[i] + scales[s] * bias
     y [rows, out], x [rows, in], float32 or bfloat16; sums are float32. Rows in no segment stay as
-    they are.
+    they are. Several sites that share x are served at once: parts int64 [n, 3] holds (site id,
+    first column of y, columns) of each; absent means all of y for `site`.
     """
+    if parts is None:
+        parts = torch.tensor([[site.id, 0, y.shape[1]]])
     plan = site.plan
-    torch.ops.polyadapt.gated_matmul_(
-        y, x, site.arena, site.cells, plan.header, plan.rows, plan.bounds, plan.slots,
-        plan.scales, plan.gate, site.id,
-    )  # fmt: skip
+    for lane in plan.lanes:
+        first = lane.num_short if native.is_available() else 0
+        if first:
+            native.gated_matmul_(
+                y, x, site.arena, site.cells, plan.rows, lane.bounds, lane.slots, lane.scales,
+                first, lane.gate, parts,
+            )  # fmt: skip
+        if first < lane.num_segments:
+            for site_id, column, width in parts.tolist():
+                segments_matmul_(
+                    y[:, column : column + width], x, site.arena, site.cells, plan.rows,
+                    lane.bounds[first:], lane.slots[first:], lane.scales[first:], lane.gate,
+                    site_id,
+                )  # fmt: skip
 
 
 def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site) -> None:
@@ -70,89 +73,24 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
     y [rows, width], ids int64 [rows] below num_in, the size of the vocabulary.
     """
     plan = site.plan
-    torch.ops.polyadapt.gated_embedding_(
-        y, ids, num_in, site.arena, site.cells, plan.header, plan.rows, plan.bounds, plan.slots,
-        plan.scales, plan.gate, site.id,
-    )  # fmt: skip
-
-
-def strategy() -> str:
-    """Name the form that serves short segments on this machine, with its reason."""
-    if native.is_available():
-        return "native C kernel for short segments, torch GEMMs for long ones"
-    return f"torch GEMMs per segment ({native.unavailable_reason()})"
-
-
-# --------------------------------------------------------------------------- the registered op
-def _gated_matmul_cpu(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    arena: torch.Tensor,
-    cells: torch.Tensor,
-    header: torch.Tensor,
-    rows: torch.Tensor,
-    bounds: torch.Tensor,
-    slots: torch.Tensor,
-    scales: torch.Tensor,
-    gate: torch.Tensor,
-    site: int,
-) -> None:
-    head = header.tolist()
-    start = 0
-    for lane_id in range(head[0]):
-        short_stop, stop, is_gated = head[1 + 3 * lane_id : 4 + 3 * lane_id]
-        lane_gate = gate[lane_id] if is_gated else None
-        lane_bounds = bounds[start + lane_id : stop + lane_id + 1]
-        short, first = short_stop - start, start
-        if short and native.is_available():
-            native.gated_matmul_(
-                y, x, arena, cells, rows, lane_bounds, slots[start:], scales[start:], short,
-                lane_gate, site,
-            )  # fmt: skip
-            first = short_stop
-        if first < stop:
-            segments_matmul_(
-                y, x, arena, cells, rows, lane_bounds[first - start :], slots[first:stop],
-                scales[first:stop], lane_gate, site,
-            )  # fmt: skip
-        start = stop
-
-
-def _gated_embedding_cpu(
-    y: torch.Tensor,
-    ids: torch.Tensor,
-    num_in: int,
-    arena: torch.Tensor,
-    cells: torch.Tensor,
-    header: torch.Tensor,
-    rows: torch.Tensor,
-    bounds: torch.Tensor,
-    slots: torch.Tensor,
-    scales: torch.Tensor,
-    gate: torch.Tensor,
-    site: int,
-) -> None:
-    head = header.tolist()
-    start = 0
-    for lane_id in range(head[0]):
-        _, stop, is_gated = head[1 + 3 * lane_id : 4 + 3 * lane_id]
-        lane_gate = gate[lane_id] if is_gated else None
-        lane_bounds = bounds[start + lane_id : stop + lane_id + 1]
+    for lane in plan.lanes:
         if native.is_available():  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
-                y, ids, num_in, arena, cells, rows, lane_bounds, slots[start:], scales[start:],
-                stop - start, lane_gate, site,
+                y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
+                lane.scales, lane.num_segments, lane.gate, site.id,
             )  # fmt: skip
         else:
             segments_embedding_(
-                y, ids, num_in, arena, cells, rows, lane_bounds, slots[start:stop],
-                scales[start:stop], lane_gate, site,
+                y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
+                lane.scales, lane.gate, site.id,
             )  # fmt: skip
-        start = stop
 
 
-_LIBRARY.impl("gated_matmul_", _gated_matmul_cpu, "CPU")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("gated_embedding_", _gated_embedding_cpu, "CPU")  # type: ignore[no-untyped-call]
+def strategy() -> str:
+    """Name the form that serves segments on this machine, with its reason."""
+    if native.is_available():
+        return "native C kernels"
+    return f"torch GEMMs per segment ({native.unavailable_reason()})"
 
 
 # --------------------------------------------------------------------------- the torch form

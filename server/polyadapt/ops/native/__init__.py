@@ -18,7 +18,7 @@ from polyadapt.ops.native import build
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The block of fields that gated_matmul.c calls call_t.
 # `bytes` because packing is a tenth of the cost of passing 26 arguments.
-_GATED_CALL = struct.Struct("=26q")
+_GATED_CALL = struct.Struct("=27q")
 _DTYPES = (torch.float32, torch.bfloat16)
 _NO_MEMORY = 1
 _GATED_PROBLEMS = {
@@ -27,6 +27,7 @@ _GATED_PROBLEMS = {
     4: "the cell of segment {} does not lie inside the arena",
     5: "bounds[{}] and the next do not lie in order inside rows",
     6: "ids[{}] is not below num_in",
+    7: "parts[{}] names a site outside cells or columns outside y",
 }
 _ATTENTION_PROBLEMS = {
     2: "kv_lens[{}] is negative or more than its pages hold",
@@ -55,12 +56,13 @@ def gated_matmul_(
     scales: torch.Tensor,
     num_segments: int,
     gate: torch.Tensor | None,
-    site: int,
+    parts: torch.Tensor,
 ) -> None:
     """Add the adapters' part of one lane to y in place.
 
-    Semantics, for segment s < num_segments with (offset, rank, has_bias) = cells[slots[s], site],
-    offset >= 0, and each row t in rows[bounds[s] : bounds[s + 1]]:
+    Semantics, for each (site, column, width) of parts int64 [n, 3], whose y is the columns from
+    `column` on, for segment s < num_segments with (offset, rank, has_bias) =
+    cells[slots[s], site], offset >= 0, and each row t in rows[bounds[s] : bounds[s + 1]]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
         y[t] += sum_i h[i] * B[i] + scales[s] * bias
     y [T, out] and x [T, in], both float32 or both bfloat16, last dimension contiguous; arena 1-D,
@@ -81,7 +83,7 @@ def gated_matmul_(
         )
     _gated(
         y, x.data_ptr(), 0, x_stride, num_in, arena, cells, rows, bounds, slots, scales,
-        num_segments, gate, site,
+        num_segments, gate, parts,
     )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def gated_embedding_(
         )
     _gated(
         y, 0, ids.data_ptr(), 0, num_in, arena, cells, rows, bounds, slots, scales, num_segments,
-        gate, site,
+        gate, torch.tensor([[site, 0, y.shape[1]]]),
     )  # fmt: skip
 
 
@@ -204,12 +206,12 @@ def _gated(
     scales: torch.Tensor,
     num_segments: int,
     gate: torch.Tensor | None,
-    site: int,
+    parts: torch.Tensor,
 ) -> None:
     # Called for every adapted module of every step: few, cheap checks; indices are checked in C.
     y_dtype, arena_dtype = y.dtype, arena.dtype
     num_slots, num_sites, _ = cells.shape
-    num_rows, num_out = y.shape
+    num_rows = y.shape[0]
     y_stride, last = y.stride()
     if y_dtype not in _DTYPES or arena_dtype not in _DTYPES or last != 1:
         raise ValueError(
@@ -229,12 +231,10 @@ def _gated(
         bounds.shape[0] <= num_segments
         or slots.shape[0] < num_segments
         or scales.shape[0] < num_segments
-        or not 0 <= site < num_sites
     ):
         raise ValueError(
-            f"{num_segments} segments at site {site} need as many slots and scales, one bound more "
-            f"and a cell; there are {len(slots)} slots, {len(scales)} scales, {len(bounds)} bounds "
-            f"and cells {tuple(cells.shape)}"
+            f"{num_segments} segments need as many slots and scales and one bound more; there are "
+            f"{len(slots)} slots, {len(scales)} scales and {len(bounds)} bounds"
         )
     gate_ptr, gate_stride, gate_width = 0, 0, 0
     if gate is not None:
@@ -247,9 +247,9 @@ def _gated(
             )
     call = _GATED_CALL.pack(
         y.data_ptr(), x_ptr, ids_ptr, arena.data_ptr(), cells.data_ptr(), rows.data_ptr(),
-        bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, y_stride, x_stride,
-        gate_stride, gate_width, num_rows, num_in, num_out, rows.shape[0], arena.shape[0],
-        num_slots, num_sites, site, num_segments,
+        bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, parts.data_ptr(),
+        y_stride, x_stride, gate_stride, gate_width, num_rows, num_in, y.shape[1], parts.shape[0],
+        rows.shape[0], arena.shape[0], num_slots, num_sites, num_segments,
         y_dtype is torch.bfloat16, arena_dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     result = _functions()[0](call)

@@ -5,6 +5,7 @@
  *     h[i] = scales[s] * sum_k A[i, k] x[t, k]                (embedding: scales[s] * A[ids[t], i])
  *     h[i] = gate[t, i] != 0 ? gate[t, i] * h[i] : 0          (i below the gate's width)
  *     y[t, :] += sum_i h[i] B[i, :] + scales[s] * bias[:]
+ * Several sites that share x may be done in one call, each with its own columns of y.
  * Every weight is read once per tile of ROW_TILE rows. Sums are float32: over k in lanes, over i in
  * order.
  */
@@ -19,7 +20,7 @@ enum { ROW_TILE = 32, MAX_COLUMNS = 2048, NUM_LOCAL_SEGMENTS = 64 };
  * AHEAD bytes in front. Two rows share each weight and take several rows of weights at a time. Either way
  * a dot product has CHAINS sums and a column of y adds its components in order: the same bits. */
 enum { CHAINS = 2, GROUP = 2, SOLO = 1, WIDE = 4, AHEAD = 1024 };
-enum { NO_MEMORY = 1, BAD_SLOT, BAD_ROW, BAD_CELL, BAD_BOUNDS, BAD_TOKEN };
+enum { NO_MEMORY = 1, BAD_SLOT, BAD_ROW, BAD_CELL, BAD_BOUNDS, BAD_TOKEN, BAD_PART };
 
 /* Estimated time in units of about 0.05 ns: a weight's bytes from memory, and its product per row. */
 enum { COST_PER_BYTE = 2, COST_TO_THREAD = 400000, COST_OF_TASK = 30000 };
@@ -28,6 +29,7 @@ typedef struct {
   const void *a, *b, *bias; /* bias may be NULL */
   float *h;                 /* [segment rows, rank] */
   int64_t rank, start, stop;
+  int64_t column, num_out; /* the columns of y that are this segment's */
   float scale;
 } segment_t;
 
@@ -42,7 +44,7 @@ typedef struct {
   const int64_t *ids; /* NULL for a linear */
   const int32_t *rows;
   const float *gate; /* may be NULL */
-  int64_t y_stride, x_stride, gate_stride, gate_width, num_in, num_out;
+  int64_t y_stride, x_stride, gate_stride, gate_width, num_in;
   int y_half, arena_half;
   segment_t *segments;
   task_t *tasks;
@@ -209,12 +211,13 @@ INLINE void expand_rows(const job_t *job, const segment_t *segment, int64_t p, i
   int64_t i = 0;
   const int64_t group = num_rows == 1 ? SOLO : WIDE;
   for (; i + group <= segment->rank; i += group)
-    expand_block(segment, delta, h, num_rows, i, num_rows == 1 ? SOLO : WIDE, low, width, job->num_out,
+    expand_block(segment, delta, h, num_rows, i, num_rows == 1 ? SOLO : WIDE, low, width, segment->num_out,
                  b_half);
   for (; i < segment->rank; i++)
-    expand_block(segment, delta, h, num_rows, i, 1, low, width, job->num_out, b_half);
+    expand_block(segment, delta, h, num_rows, i, 1, low, width, segment->num_out, b_half);
   for (int r = 0; r < num_rows; r++) {
-    void *y = (char *)job->y + (job->rows[p + r] * job->y_stride + low) * (int64_t)element_size(y_half);
+    int64_t first = job->rows[p + r] * job->y_stride + segment->column + low;
+    void *y = (char *)job->y + first * (int64_t)element_size(y_half);
     if (segment->bias)
       for (int64_t o = 0; o < width; o++)
         delta[r][o] = fma1(segment->scale, load1(segment->bias, low + o, b_half), delta[r][o]);
@@ -264,7 +267,7 @@ static void whole_task(void *opaque, int64_t id, int64_t worker) {
   task_t task = job->tasks[id];
   task.low = 0, task.high = (int32_t)job->segments[task.segment].rank;
   shrink(job, &task);
-  task.high = (int32_t)job->num_out;
+  task.high = (int32_t)job->segments[task.segment].num_out;
   expand(job, &task);
 }
 
@@ -278,7 +281,7 @@ static int64_t cut(const job_t *job, int64_t num_segments, int by_component, int
   int64_t num_tasks = 0;
   for (int64_t s = 0; s < num_segments; s++) {
     const segment_t *segment = &job->segments[s];
-    int64_t span = by_component ? segment->rank : job->num_out;
+    int64_t span = by_component ? segment->rank : segment->num_out;
     int64_t length = by_component ? job->num_in : segment->rank;
     int64_t unit = by_component ? GROUP : 64;
     for (int64_t start = segment->start; start < segment->stop; start += ROW_TILE) {
@@ -318,7 +321,7 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
   int64_t total = 0, largest = 0;
   for (int64_t s = 0; s < num_segments; s++) {
     const segment_t *segment = &job->segments[s];
-    int64_t weights = segment->rank * ((job->ids ? 1 : job->num_in) + job->num_out);
+    int64_t weights = segment->rank * ((job->ids ? 1 : job->num_in) + segment->num_out);
     int64_t num_rows = segment->stop - segment->start;
     int64_t num_tiles = (num_rows + ROW_TILE - 1) / ROW_TILE;
     int64_t tile = weights * cost_per_weight(job, num_rows < ROW_TILE ? num_rows : ROW_TILE);
@@ -340,14 +343,22 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
  * The order is that of ops/native/__init__.py. */
 typedef struct {
   int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate; /* gate may be 0, and x or ids */
+  int64_t parts; /* num_parts of part_t */
   int64_t y_stride, x_stride, gate_stride; /* in elements */
-  int64_t gate_width, num_rows, num_in, num_out, num_positions, arena_size, num_slots, num_sites, site,
+  int64_t gate_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
       num_segments, is_y_half, is_arena_half, threads;
 } call_t;
 
+/* A site and the columns of y that are its own. Sites that share their input share one call. */
+typedef struct {
+  int64_t site, column, num_out;
+} part_t;
+
 /* Everything that indexes memory is checked before y is touched. A row is in at most one segment. */
 int64_t polyadapt_gated_matmul(const call_t *call) {
-  const int64_t num_segments = call->num_segments, num_in = call->num_in, num_out = call->num_out;
+  const int64_t num_segments = call->num_segments, num_in = call->num_in;
+  const int64_t num_pairs = num_segments * call->num_parts;
+  const part_t *parts = (const part_t *)call->parts;
   const int64_t arena_size = call->arena_size;
   const int64_t *cells = (const int64_t *)call->cells, *ids = (const int64_t *)call->ids;
   const int32_t *rows = (const int32_t *)call->rows, *bounds = (const int32_t *)call->bounds;
@@ -358,35 +369,42 @@ int64_t polyadapt_gated_matmul(const call_t *call) {
   job_t job = {.y = (void *)call->y, .x = (const void *)call->x, .ids = ids, .rows = rows,
                .gate = (const float *)call->gate, .y_stride = call->y_stride, .x_stride = call->x_stride,
                .gate_stride = call->gate_stride, .gate_width = call->gate_width, .num_in = num_in,
-               .num_out = num_out, .y_half = (int)call->is_y_half, .arena_half = arena_half};
+               .y_half = (int)call->is_y_half, .arena_half = arena_half};
   segment_t local[NUM_LOCAL_SEGMENTS];
   float local_h[4096];
   segment_t *segments = local;
-  if (num_segments > NUM_LOCAL_SEGMENTS) segments = malloc((size_t)num_segments * sizeof(segment_t));
+  if (num_pairs > NUM_LOCAL_SEGMENTS) segments = malloc((size_t)num_pairs * sizeof(segment_t));
   if (!segments) return problem(NO_MEMORY, 0);
   int64_t num_active = 0, num_h = 0, result = 0;
+  for (int64_t part = 0; part < call->num_parts && !result; part++)
+    if (parts[part].site < 0 || parts[part].site >= call->num_sites || parts[part].column < 0 ||
+        parts[part].num_out < 0 || parts[part].column > call->num_columns - parts[part].num_out)
+      result = problem(BAD_PART, part);
   for (int64_t s = 0; s < num_segments && !result; s++) {
     int64_t start = bounds[s], stop = bounds[s + 1], slot = slots[s];
     if (start < 0 || stop < start || stop > call->num_positions) result = problem(BAD_BOUNDS, s);
     else if (slot < 0 || slot >= call->num_slots) result = problem(BAD_SLOT, s);
-    if (result || start == stop) continue;
-    const int64_t *cell = cells + (slot * call->num_sites + call->site) * 3;
-    int64_t offset = cell[0], rank = cell[1], has_bias = cell[2] != 0;
-    if (offset < 0 || (rank == 0 && !has_bias)) continue;
-    if (rank < 0 || offset > arena_size || rank > arena_size ||
-        offset + rank * (num_in + num_out) + has_bias * num_out > arena_size) {
-      result = problem(BAD_CELL, s);
-      continue;
-    }
     for (int64_t p = start; p < stop && !result; p++) {
       if (rows[p] < 0 || rows[p] >= call->num_rows) result = problem(BAD_ROW, p);
       else if (ids && (ids[rows[p]] < 0 || ids[rows[p]] >= num_in)) result = problem(BAD_TOKEN, rows[p]);
     }
-    const void *b = at(arena, offset + rank * num_in, arena_half);
-    segments[num_active++] = (segment_t){at(arena, offset, arena_half), b,
-                                         has_bias ? at(b, rank * num_out, arena_half) : NULL, NULL, rank,
-                                         start, stop, scales[s]};
-    num_h += (stop - start) * rank;
+    for (int64_t part = 0; part < call->num_parts && start < stop && !result; part++) {
+      const int64_t *cell = cells + (slot * call->num_sites + parts[part].site) * 3;
+      int64_t offset = cell[0], rank = cell[1], has_bias = cell[2] != 0, num_out = parts[part].num_out;
+      if (offset < 0 || (rank == 0 && !has_bias)) continue;
+      if (rank < 0 || offset > arena_size || rank > arena_size ||
+          offset + rank * (num_in + num_out) + has_bias * num_out > arena_size) {
+        result = problem(BAD_CELL, s);
+        continue;
+      }
+      const void *b = at(arena, offset + rank * num_in, arena_half);
+      segments[num_active++] =
+          (segment_t){.a = at(arena, offset, arena_half), .b = b,
+                      .bias = has_bias ? at(b, rank * num_out, arena_half) : NULL, .rank = rank,
+                      .start = start, .stop = stop, .column = parts[part].column, .num_out = num_out,
+                      .scale = scales[s]};
+      num_h += (stop - start) * rank;
+    }
   }
   float *h = local_h;
   if (!result && num_h > 4096 && !(h = malloc((size_t)num_h * sizeof(float))))

@@ -12,7 +12,7 @@ from tests.oracle import adapters, peft_oracle, tiny
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 from polyadapt.engine import runner as runner_module
-from polyadapt.ops import gated_matmul
+from polyadapt.ops import gated_matmul, native
 from polyadapt.types import AdapterId, Request
 
 ARCHITECTURES = tiny.ARCHITECTURES
@@ -165,6 +165,8 @@ def _mutated_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_mutation_of_the_formula_is_noticed(mutate, adapter, zoo, monkeypatch):
+    # The torch form is the one that can be mutated from here.
+    monkeypatch.setattr(native, "is_available", lambda: False)
     model_dir, blob_root, identified = zoo("llama")
     identity, path = identified[adapter]
     request = greedy_request("r", tiny.prompt_ids(24, seed=1), identity, 1, num_prompt_logprobs=0)

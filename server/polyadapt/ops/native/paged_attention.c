@@ -15,7 +15,7 @@
 #include "tasks.h"
 #include "vector.h"
 
-enum { SPLIT = 256, KEYS = 4, AHEAD = 8, COST_TO_THREAD = 150000 };
+enum { SPLIT = 256, KEYS = 4, HEADS = 3, AHEAD = 8, COST_TO_THREAD = 150000 };
 enum { NO_MEMORY = 1, BAD_LENGTH, BAD_PAGE };
 
 typedef struct {
@@ -51,38 +51,60 @@ INLINE const float *as_floats(const void *row, int64_t length, int64_t padded_le
   return copy;
 }
 
+/* Heads of one group are taken HEADS at a time, so that a key or value is loaded once for all of them; the
+ * sums of HEADS heads by KEYS keys are what 16 vector registers hold. `heads` is a constant where inlined. */
+INLINE void score_block(const float *q, const float *const *keys, int heads, int64_t padded_d,
+                        float *scores) {
+  vf sums[HEADS][KEYS];
+  for (int h = 0; h < heads; h++)
+    for (int n = 0; n < KEYS; n++) sums[h][n] = splat(0.0f);
+  for (int64_t i = 0; i < padded_d; i += LANES) {
+    vf query[HEADS];
+    for (int h = 0; h < heads; h++) query[h] = *(const vf_any *)(q + h * padded_d + i);
+    for (int n = 0; n < KEYS; n++) {
+      vf key = *(const vf_any *)(keys[n] + i);
+      for (int h = 0; h < heads; h++) sums[h][n] = fmav(query[h], key, sums[h][n]);
+    }
+  }
+  for (int h = 0; h < heads; h++) sum_four(sums[h], scores + h * SPLIT);
+}
+
 /* scores[g][n] = dot(q[g], keys[n]) for each head of the group. */
 INLINE void score_keys(const float *q, const float *const *keys, int64_t group, int64_t padded_d,
                        float *scores) {
-  const float *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
-  for (int64_t g = 0; g < group; g++) {
-    vf sums[KEYS] = {0};
-    for (int64_t i = 0; i < padded_d; i += LANES) {
-      vf query = *(const vf_any *)(q + g * padded_d + i);
-      sums[0] = fmav(query, *(const vf_any *)(k0 + i), sums[0]);
-      sums[1] = fmav(query, *(const vf_any *)(k1 + i), sums[1]);
-      sums[2] = fmav(query, *(const vf_any *)(k2 + i), sums[2]);
-      sums[3] = fmav(query, *(const vf_any *)(k3 + i), sums[3]);
+  int64_t g = 0;
+  for (; g + HEADS <= group; g += HEADS)
+    score_block(q + g * padded_d, keys, HEADS, padded_d, scores + g * SPLIT);
+  if (group - g == 2) score_block(q + g * padded_d, keys, 2, padded_d, scores + g * SPLIT);
+  if (group - g == 1) score_block(q + g * padded_d, keys, 1, padded_d, scores + g * SPLIT);
+}
+
+INLINE void value_block(float *acc, int64_t acc_stride, const float *const *values, int heads,
+                        int64_t padded_dv, const float *weights) {
+  vf splats[HEADS][KEYS];
+  for (int h = 0; h < heads; h++)
+    for (int n = 0; n < KEYS; n++) splats[h][n] = splat(weights[h * SPLIT + n]);
+  for (int64_t i = 0; i < padded_dv; i += LANES) {
+    vf sums[HEADS];
+    for (int h = 0; h < heads; h++) sums[h] = *(const vf_any *)(acc + h * acc_stride + i);
+    for (int n = 0; n < KEYS; n++) {
+      vf value = *(const vf_any *)(values[n] + i);
+      for (int h = 0; h < heads; h++) sums[h] = fmav(splats[h][n], value, sums[h]);
     }
-    sum_four(sums, scores + g * SPLIT);
+    for (int h = 0; h < heads; h++) *(vf_any *)(acc + h * acc_stride + i) = sums[h];
   }
 }
 
 /* acc[g] += sum over n, in order, of weights[g][n] * values[n]. */
 INLINE void add_values(float *acc, int64_t acc_stride, const float *const *values, int64_t group,
                        int64_t padded_dv, const float *weights) {
-  const float *v0 = values[0], *v1 = values[1], *v2 = values[2], *v3 = values[3];
-  for (int64_t g = 0; g < group; g++) {
-    const float *w = weights + g * SPLIT;
-    const vf w0 = splat(w[0]), w1 = splat(w[1]), w2 = splat(w[2]), w3 = splat(w[3]);
-    for (int64_t i = 0; i < padded_dv; i += LANES) {
-      vf sum = *(const vf_any *)(acc + g * acc_stride + i);
-      sum = fmav(w0, *(const vf_any *)(v0 + i), sum);
-      sum = fmav(w1, *(const vf_any *)(v1 + i), sum);
-      sum = fmav(w2, *(const vf_any *)(v2 + i), sum);
-      *(vf_any *)(acc + g * acc_stride + i) = fmav(w3, *(const vf_any *)(v3 + i), sum);
-    }
-  }
+  int64_t g = 0;
+  for (; g + HEADS <= group; g += HEADS)
+    value_block(acc + g * acc_stride, acc_stride, values, HEADS, padded_dv, weights + g * SPLIT);
+  if (group - g == 2)
+    value_block(acc + g * acc_stride, acc_stride, values, 2, padded_dv, weights + g * SPLIT);
+  if (group - g == 1)
+    value_block(acc + g * acc_stride, acc_stride, values, 1, padded_dv, weights + g * SPLIT);
 }
 
 /* Turn num scores into exp(score - maximum) in place, with zeros up to the next whole vector. */

@@ -107,12 +107,18 @@ def serve(
     host_adapter_bytes: Annotated[
         str | None, typer.Option(help="Host memory for adapters off the device.")
     ] = None,
+    speculative_tokens: Annotated[
+        int | None, typer.Option(help="Tokens guessed from the text itself; 0 is off.")
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
     step_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds after which a step counts as hung.")
     ] = None,
     request_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds that one request may take.")
+    ] = None,
+    min_priority: Annotated[
+        int | None, typer.Option(help="Most urgent priority that a caller may ask for.")
     ] = None,
     max_upload_bytes: Annotated[
         str | None, typer.Option(help="Largest adapter upload, such as 1GiB.")

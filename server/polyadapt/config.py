@@ -92,6 +92,7 @@ class EngineConfig(_Section):
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
     exact: bool = False  # answers bit-identical whatever else is in the batch, or no start
+    speculative_tokens: int = Field(0, ge=0, le=16)  # drafts of a sequence and step; 0: off
     num_threads: int | None = Field(None, ge=1, le=1024)  # None: the engine chooses
     step_timeout_s: float = Field(120.0, gt=0)  # a step that takes longer means a hung engine
 
@@ -113,6 +114,7 @@ class LimitsConfig(_Section):
     max_messages: int = Field(2048, ge=1)
     max_prompts: int = Field(32, ge=1)  # prompts of one /v1/completions call
     max_n: int = Field(128, ge=1, le=128)
+    min_priority: int = Field(-100, ge=-100, le=100)  # 0: nobody may ask to be served earlier
     max_concurrent_uploads: int = Field(4, ge=1)
     request_timeout_s: float | None = Field(None, gt=0)  # None: a request may run until it ends
 

@@ -109,6 +109,8 @@ class Request:
     n: int = 1
     timeout_s: float | None = None
     cache_salt: tuple[str, ...] = ()  # only requests with an equal one share cached prefixes
+    priority: int = 0  # lower is served earlier; never changes the output
+    speculative_tokens: int | None = None  # drafts a step verifies; 0 = off, None: the engine's own
 
 
 # --------------------------------------------------------------------------- events

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from tests.api.conftest import Server
+from tests.api.conftest import Maker, Server
 
 from polyadapt.api.schemas.base import ErrorReply
 
@@ -104,6 +104,9 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"logit_bias": {"260": 1}}, "invalid_request", "logit_bias"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "invalid_request", "logit_bias"),
     ({"min_tokens": 10, "max_tokens": 5}, "invalid_request", "min_tokens"),
+    ({"priority": -101}, "invalid_request", "priority"),
+    ({"priority": 101}, "invalid_request", "priority"),
+    ({"speculative_tokens": 17}, "invalid_request", "speculative_tokens"),
     ({"stream_options": {"include_usage": True}}, "invalid_request", "stream_options"),
     ({"stream": True, "prompt_logprobs": 1}, "invalid_request", "prompt_logprobs"),
     ({"stream": "yes"}, "invalid_request", "stream"),
@@ -131,6 +134,8 @@ WRONG_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True}, "invalid_request", "logprobs"),
     ({"best_of": 2}, "invalid_request", "best_of"),
     ({"suffix": "x"}, "unsupported_field", "suffix"),
+    ({"priority": "high"}, "invalid_request", "priority"),
+    ({"speculative_tokens": -1}, "invalid_request", "speculative_tokens"),
     ({"messages": []}, "unsupported_field", "messages"),
 ]
 
@@ -167,7 +172,7 @@ async def test_a_wrong_completion_is_refused(
 @pytest.mark.parametrize(
     "field",
     ["n", "max_tokens", "min_tokens", "top_k", "prompt_logprobs", "max_completion_tokens",
-     "top_logprobs"],
+     "top_logprobs", "speculative_tokens"],
 )  # fmt: skip
 async def test_no_odd_number_passes_for_a_count(server: Server, field: str) -> None:
     for value in INTEGERS:
@@ -186,6 +191,16 @@ async def test_no_odd_number_passes_for_a_measure(server: Server, field: str) ->
         await check(
             server, "/v1/chat/completions", {**CHAT, field: value}, "invalid_request", field
         )
+
+
+@pytest.mark.parametrize("value", [-1, -100])
+async def test_an_operator_can_forbid_urgency(make_server: Maker, value: int) -> None:
+    server = await make_server(min_priority=0)
+    await check(
+        server, "/v1/chat/completions", {**CHAT, "priority": value}, "invalid_request", "priority"
+    )
+    reply = await server.client.post("/v1/chat/completions", json={**CHAT, "priority": 5})
+    assert reply.status_code == 200
 
 
 async def test_no_odd_number_passes_for_a_seed(server: Server) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.conftest import Server
-from tests.support.fake_engine import EOS, say
+from tests.api.conftest import Maker, Server
+from tests.support.fake_engine import EOS, FakeEngine, say
 
 from polyadapt.api.schemas.chat import ChatChunk, ChatReply, ChatRequest
 from polyadapt.api.schemas.completions import CompletionReply, CompletionRequest
@@ -184,6 +184,40 @@ async def test_every_sampling_field_reaches_the_engine(server: Server) -> None:
     assert sampling.logit_bias == ((65, -100.0), (66, 1.5))
     assert (sampling.min_tokens, sampling.ignore_eos, sampling.max_tokens) == (2, True, 9)
     assert (sampling.num_logprobs, sampling.num_prompt_logprobs) == (3, None)
+
+
+async def test_priority_and_speculation_reach_the_engine(server: Server) -> None:
+    for call in (chat, complete):
+        assert (await call(server, priority=-7, speculative_tokens=0)).status_code == 200
+        assert (await call(server)).status_code == 200
+    asked = [(r.priority, r.speculative_tokens) for r in server.engine.requests]
+    assert asked == [(-7, 0), (0, None)] * 2
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_several_tokens_in_one_event_answer_like_one_after_the_other(
+    make_server: Maker, is_stream: bool
+) -> None:
+    fields = {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "stop": ["zz"]}
+
+    def fold(reply: httpx.Response) -> list[Any]:
+        choices = [chunk["choices"][0] for chunk in chunks(reply)] if is_stream else None
+        if choices is None:
+            choice = reply.json()["choices"][0]
+            scores = choice["logprobs"]["content"]
+            return [choice["message"]["content"], choice["token_ids"], scores,
+                    choice["finish_reason"]]  # fmt: skip
+        scored = [s for c in choices if c.get("logprobs") for s in c["logprobs"]["content"]]
+        text = "".join(choice["delta"].get("content") or "" for choice in choices)
+        ids = [i for choice in choices for i in choice.get("token_ids", [])]
+        return [text, ids, scored, choices[-1]["finish_reason"]]
+
+    for text in ("grüße und mehr", "an end zz and more"):
+        answers = []
+        for num_tokens in (1, 3, 5):
+            server = await make_server(FakeEngine(reply=say(text), tokens_per_event=num_tokens))
+            answers.append(fold(await chat(server, stream=is_stream, **fields)))
+        assert answers[0] == answers[1] == answers[2]
 
 
 async def test_temperature_zero_is_not_taken_for_absent(server: Server) -> None:

@@ -249,6 +249,8 @@ def test_every_message_survives_the_wire():
         n=2,
         timeout_s=1.5,
         cache_salt=("tenant", "ä"),
+        priority=-3,
+        speculative_tokens=4,
     )
     for command in (Submit(request), Cancel("r"), Call(7, "load", adapter.digest, True)):
         assert wire.decode_command(wire.encode_command(command)) == command
@@ -258,6 +260,7 @@ def test_every_message_survives_the_wire():
             Started("r", (ServedAdapter(adapter, "host", 1.5),), 16),
             PromptScored("r", 0, (scored,)),
             Tokens("r", 1, (3,), (scored,), "stop", 3),
+            Tokens("r", 0, (4, 5, 3), (scored,) * 3),
             Finished("r"),
             Failed("s", "numerical_error", "no"),
         ],

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyadapt.engine import scheduler as scheduler_module
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
-from polyadapt.engine.scheduler import MAX_SKIPS, ScheduledRows, Scheduler
+from polyadapt.engine.scheduler import MAX_OVERTAKEN, ScheduledRows, Scheduler
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
 
@@ -56,6 +59,7 @@ def new_scheduler(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 64,
     has_prefix_cache: bool = False,
+    **options: int,
 ) -> Scheduler:
     keys = PageKeys(base_digest="sha256:base", kv_dtype="float32", page_size=page_size)
     return Scheduler(
@@ -65,12 +69,29 @@ def new_scheduler(
         max_num_batched_tokens=max_num_batched_tokens,
         counters=Counter(),
         page_keys=keys if has_prefix_cache else None,
+        **options,
     )
 
 
-def new_group(name: str, num_prompt: int, adapter: str | None = None, n: int = 1) -> RequestGroup:
+def new_group(
+    name: str,
+    num_prompt: int,
+    adapter: str | None = None,
+    n: int = 1,
+    *,
+    priority: int = 0,
+    speculative_tokens: int | None = None,
+) -> RequestGroup:
     adapters = (AppliedAdapter(AdapterId(adapter, 1, adapter)),) if adapter else ()
-    request = Request(name, tuple(range(num_prompt)), SamplingParams(100), adapters, n)
+    request = Request(
+        name,
+        tuple(range(num_prompt)),
+        SamplingParams(100),
+        adapters,
+        n,
+        priority=priority,
+        speculative_tokens=speculative_tokens,
+    )
     return RequestGroup.of(request, 0.0)
 
 
@@ -101,9 +122,9 @@ def test_decode_rows_come_before_an_older_sequences_long_prompt():
     assert run_step(scheduler) == {"long": 8}
     scheduler.max_num_batched_tokens = 12
     scheduler.add(new_group("short", 2))
-    assert run_step(scheduler) == {"long": 12}
+    assert run_step(scheduler) == {"long": 10, "short": 2}
     scheduler.max_num_batched_tokens = 24
-    assert run_step(scheduler) == {"long": 20, "short": 2}
+    assert run_step(scheduler) == {"short": 1, "long": 22}
     scheduler.add(new_group("other", 30))
     scheduler.max_num_batched_tokens = 8
     batch = scheduler.schedule()
@@ -134,7 +155,7 @@ def test_a_request_passed_over_too_often_holds_the_queue_until_it_is_served():
     slots = FakeSlots("hot")
     scheduler = new_scheduler(slots)
     scheduler.add(new_group("cold", 3, "cold"))
-    for number in range(MAX_SKIPS):
+    for number in range(MAX_OVERTAKEN):
         scheduler.add(new_group(f"hot{number}", 3, "hot"))
         assert f"hot{number}" in run_step(scheduler)
         scheduler.finish(scheduler.running[-1])
@@ -149,16 +170,196 @@ def test_a_slow_load_and_many_sequences_of_one_request_hold_nobody_back():
     slots.loading.add("cold")
     scheduler = new_scheduler(slots)
     scheduler.add(new_group("cold", 3, "cold"))
-    for _ in range(2 * MAX_SKIPS):
-        run_step(scheduler)
-    scheduler.add(new_group("base", 3))
-    assert set(run_step(scheduler)) == {"base"}
+    for number in range(2 * MAX_OVERTAKEN):
+        scheduler.add(new_group(f"base{number}", 3))
+        assert set(run_step(scheduler)) == {f"base{number}"}
+        scheduler.finish(scheduler.running[-1])
     crowded = new_scheduler(FakeSlots())
-    crowded.add(new_group("many", 3, "no-room", n=MAX_SKIPS + 6))
-    crowded.add(new_group("base", 3))
-    assert set(run_step(crowded)) == {"base"}, "a round counts once for a request"
+    crowded.add(new_group("many", 3, "no-room", n=MAX_OVERTAKEN + 6))
+    for name in "ab":
+        crowded.add(new_group(name, 3))
+        assert name in run_step(crowded), "an admission counts once for a request"
 
 
+# --------------------------------------------------------------------------- priority
+def test_a_lower_priority_value_is_admitted_earlier_and_equals_by_arrival():
+    scheduler = new_scheduler(max_num_seqs=1)
+    for name, priority in (("late", 5), ("plain", 0), ("urgent", -5), ("urgent2", -5)):
+        scheduler.add(new_group(name, 3, priority=priority))
+    served = []
+    while scheduler.has_work:
+        served += run_step(scheduler)
+        scheduler.finish(scheduler.running[0])
+    assert served == ["urgent", "urgent2", "plain", "late"]
+
+
+def test_the_last_priority_is_preempted_first_however_old_it_is():
+    scheduler = new_scheduler(num_pages=12, page_size=2)
+    groups = [new_group("low", 3, priority=1), new_group("a", 3), new_group("b", 3)]
+    for group in groups:
+        scheduler.add(group)
+        run_step(scheduler)
+    while not scheduler.counters["preemptions"]:
+        run_step(scheduler)
+    assert [group.sequences[0].state for group in groups] == [
+        SequenceState.WAITING,
+        SequenceState.RUNNING,
+        SequenceState.RUNNING,
+    ]
+    while scheduler.counters["preemptions"] < 2:
+        run_step(scheduler)
+    assert [s.group.request.id for s in scheduler.running] == ["a"], "then the youngest"
+    assert [s.group.request.id for s in scheduler.waiting] == ["b", "low"]
+
+
+def test_a_request_that_was_overtaken_often_goes_first_and_keeps_its_pages():
+    scheduler = new_scheduler(max_num_seqs=1, num_pages=8, page_size=2)
+    low = new_group("low", 3, priority=100)
+    scheduler.add(new_group("first", 3))
+    run_step(scheduler)
+    scheduler.add(low)
+    for number in range(MAX_OVERTAKEN):
+        scheduler.add(new_group(f"urgent{number}", 3, priority=-100))
+        scheduler.finish(scheduler.running[0])
+        assert set(run_step(scheduler)) == {f"urgent{number}"}
+    scheduler.add(new_group("urgent", 3, priority=-100))
+    scheduler.finish(scheduler.running[0])
+    scheduler.max_num_seqs = 2
+    assert set(run_step(scheduler)) == {"low", "urgent"}
+    assert scheduler.counters["overdue_requests"] == 1
+    while not scheduler.counters["preemptions"]:
+        run_step(scheduler)
+    assert low.sequences[0].state is SequenceState.RUNNING
+
+
+def test_pages_lost_to_later_requests_count_as_being_overtaken():
+    scheduler = new_scheduler(num_pages=6, page_size=2)
+    low = new_group("low", 3, priority=1)
+    scheduler.add(low)
+    run_step(scheduler)
+    scheduler.add(new_group("urgent", 3))
+    while not scheduler.counters["preemptions"]:
+        run_step(scheduler)
+    assert low.num_overtaken == 1
+
+
+# --------------------------------------------------------------------------- prompts share a step
+def test_a_long_prompt_leaves_tokens_to_those_behind_it_and_takes_what_they_leave():
+    scheduler = new_scheduler(max_num_batched_tokens=16, num_pages=200)
+    scheduler.add(new_group("long", 100))
+    assert run_step(scheduler) == {"long": 16}
+    scheduler.add(new_group("short", 3))
+    assert run_step(scheduler) == {"long": 13, "short": 3}
+    scheduler.add(new_group("longer", 200))
+    scheduler.add(new_group("other", 3))
+    assert run_step(scheduler) == {"short": 1, "long": 8, "longer": 4, "other": 3}
+    assert run_step(scheduler) == {"short": 1, "other": 1, "long": 10, "longer": 4}
+
+
+def test_a_stream_of_short_urgent_prompts_leaves_half_of_the_tokens_to_a_long_one():
+    scheduler = new_scheduler(max_num_batched_tokens=16, num_pages=200)
+    long = new_group("long", 160, priority=100)
+    scheduler.add(long)
+    assert run_step(scheduler) == {"long": 16}
+    gets: list[int] = []
+    while not long.is_done:
+        for extra in "abc":
+            scheduler.add(new_group(f"{extra}{len(gets)}", 8, priority=-100))
+        gets.append(run_step(scheduler)["long"])
+        for sequence in list(scheduler.running):
+            if sequence.num_output:
+                scheduler.finish(sequence)
+    assert gets == [8] * 16 + [16], "and the last ones as it fits into a step"
+
+
+def test_the_prompt_admitted_first_has_half_and_the_others_follow_by_rank():
+    scheduler = new_scheduler(max_num_batched_tokens=16, num_pages=200)
+    for name, priority in (("first", 1), ("plain", 0), ("urgent", -1)):
+        scheduler.add(new_group(name, 200, priority=priority))
+        run_step(scheduler)
+    assert run_step(scheduler) == {"first": 10, "urgent": 4, "plain": 2}
+
+
+# --------------------------------------------------------------------------- speculation
+def _decoding(scheduler: Scheduler, num_groups: int, num_prompt: int, **options: int) -> None:
+    """Bring groups whose text repeats to their first decode row; their guesses have full length."""
+    for number in range(num_groups):
+        group = new_group(str(number), num_prompt, **options)
+        group.sequences[0].token_ids = [1, 2] * (num_prompt // 2)
+        group.request = replace(group.request, prompt_ids=tuple(group.sequences[0].token_ids))
+        scheduler.add(group)
+    while any(not s.num_output for s in scheduler.running) or scheduler.waiting:
+        for rows in scheduler.schedule():
+            rows.sequence.num_computed += rows.num_tokens
+            if rows.sequence.num_pending == 0:
+                rows.sequence.token_ids.append(1)
+    for sequence in scheduler.running:
+        lookup = scheduler._lookup(sequence)
+        for _ in range(4):
+            lookup.observe(1, 1)
+
+
+def test_drafts_are_more_rows_of_a_decode_row():
+    scheduler = new_scheduler(speculative_tokens=4)
+    _decoding(scheduler, 1, 8)
+    (rows,) = scheduler.schedule()
+    scheduler.check_integrity()
+    assert (rows.num_tokens, rows.drafts) == (5, (2, 1, 2, 1))
+    assert rows.is_last_chunk
+    assert len(rows.sequence.pages) * 4 >= 9 + 4
+    assert len(rows.sequence.token_ids) == 9, "a guess is not part of the sequence"
+
+
+def test_a_request_chooses_its_own_number_of_drafts():
+    for default, asked, expected in ((4, 0, 0), (0, 3, 3), (4, 2, 2), (0, None, 0)):
+        scheduler = new_scheduler(speculative_tokens=default)
+        _decoding(scheduler, 1, 8, speculative_tokens=asked)
+        (rows,) = scheduler.schedule()
+        assert len(rows.drafts) == expected
+
+
+def test_a_large_batch_drafts_less_and_then_not_at_all():
+    for num_groups, expected in ((2, 32), (16, 32), (24, 32), (31, 32), (32, 32), (40, 40)):
+        scheduler = new_scheduler(
+            speculative_tokens=16, max_num_seqs=64, num_pages=999, max_num_batched_tokens=512
+        )
+        _decoding(scheduler, num_groups, 8)
+        assert sum(rows.num_tokens for rows in scheduler.schedule()) == expected
+
+
+def test_drafts_take_only_tokens_that_prompts_leave():
+    scheduler = new_scheduler(speculative_tokens=8, max_num_batched_tokens=16)
+    _decoding(scheduler, 1, 8)
+    scheduler.add(new_group("prompt", 12))
+    decode, prompt = sorted(scheduler.schedule(), key=lambda rows: rows.sequence.group.order)
+    assert (decode.num_tokens, len(decode.drafts), prompt.num_tokens) == (4, 3, 12)
+
+
+def test_drafts_take_no_page_that_another_sequence_is_about_to_need():
+    scheduler = new_scheduler(speculative_tokens=8, num_pages=6, page_size=4)
+    _decoding(scheduler, 2, 8)
+    assert [len(s.pages) for s in scheduler.running] == [2, 2]
+    batch = scheduler.schedule()
+    scheduler.check_integrity()
+    assert [rows.num_tokens for rows in batch] == [4, 4], "as much as the page has that each needs"
+    assert scheduler.counters["preemptions"] == 0
+
+
+def test_no_draft_reaches_the_end_of_the_output_or_of_the_context():
+    scheduler = new_scheduler(speculative_tokens=8, max_model_len=12)
+    _decoding(scheduler, 1, 8)
+    (rows,) = scheduler.schedule()
+    assert len(rows.sequence.token_ids) + len(rows.drafts) == 11
+    scheduler = new_scheduler(speculative_tokens=8)
+    _decoding(scheduler, 1, 8)
+    (sequence,) = scheduler.running
+    short = replace(sequence.group.request, sampling=SamplingParams(3))
+    sequence.group.request = short
+    (rows,) = scheduler.schedule()
+    assert len(rows.drafts) == 1
+
+
+# --------------------------------------------------------------------------- preemption
 def test_the_youngest_is_preempted_when_pages_run_out_and_resumes():
     slots = FakeSlots("x")
     scheduler = new_scheduler(slots, num_pages=5, page_size=2)
@@ -503,3 +704,96 @@ def test_every_request_ends_whatever_the_budgets(lengths, num_pages, budget, max
     assert sorted(ended) == sorted(str(number) for number in range(len(lengths)))
     assert scheduler.pages.num_used == 0
     assert slots.leases.total() == 0
+
+
+class DeviceSlots:
+    """A device with room for `num_slots` adapters; a load takes `load_steps` steps."""
+
+    def __init__(self, num_slots: int, load_steps: int) -> None:
+        self.num_slots, self.load_steps = num_slots, load_steps
+        self.loaded_at: dict[str, int] = {}  # on the device or on their way
+        self.leases: Counter[str] = Counter()
+        self.short: set[str] = set()
+        self.now = 0
+
+    def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...] | None:
+        for digest in (applied.adapter.digest for applied in adapters):
+            if digest not in self.loaded_at and not self._begin(digest):
+                return None
+            if self.loaded_at[digest] > self.now:
+                return None
+            self.leases[digest] += 1
+            return (digest,)
+        return ()
+
+    def _begin(self, digest: str) -> bool:
+        idle = [d for d, at in self.loaded_at.items() if not self.leases[d] and at <= self.now]
+        if len(self.loaded_at) == self.num_slots:
+            if not idle:
+                self.short.add(digest)
+                return False
+            del self.loaded_at[idle[0]]
+        self.short.discard(digest)
+        self.loaded_at[digest] = self.now + self.load_steps
+        return True
+
+    def release(self, slots: tuple[str, ...]) -> None:
+        self.leases.subtract(slots)
+
+    def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        return any(applied.adapter.digest in self.short for applied in adapters)
+
+    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
+        return tuple(applied.adapter.digest for applied in adapters)
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_nobody_waits_longer_than_a_bound(seed, monkeypatch):
+    """Clients that ask again at once, of all priorities, adapters and lengths, on too small a
+    machine: every request ends within the steps in which whoever may precede it can have run.
+    """
+    max_overtaken, max_prompt, max_output, load_steps = 6, 24, 6, 2
+    monkeypatch.setattr(scheduler_module, "MAX_OVERTAKEN", max_overtaken)
+    rng = random.Random(seed)
+    num_clients = rng.randint(6, 12)
+    max_num_seqs = rng.randint(1, 4)
+    scheduler = new_scheduler(
+        DeviceSlots(rng.randint(1, 3), load_steps),
+        num_pages=rng.randint(8, 20),  # of 4 tokens: one request needs up to 8
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=rng.randint(max_num_seqs, 12),
+        speculative_tokens=rng.choice([0, 3]),
+        has_prefix_cache=rng.choice([False, True]),
+    )
+    priorities = [rng.choice([-5, 0, 5]) for _ in range(num_clients)]
+    submitted: dict[int, int] = {}
+    groups: dict[int, RequestGroup] = {}
+
+    def ask(client: int, now: int) -> None:
+        adapter = rng.choice([None, "a", "b", "c", "d"])
+        length = rng.choice([1, 3, 8, max_prompt])
+        groups[client] = new_group(str(client), length, adapter, priority=priorities[client])
+        submitted[client] = now
+        scheduler.add(groups[client])
+
+    # One after the other with one token a step, which nothing can be slower than.
+    num_before = num_clients + max_overtaken + max_num_seqs
+    bound = num_before * (max_prompt + max_output + load_steps)
+    longest = 0
+    for client in range(num_clients):
+        ask(client, 0)
+    for now in range(1, 3 * bound):
+        scheduler.adapters.now = now
+        for rows in scheduler.schedule():
+            is_last = rows.is_last_chunk
+            rows.sequence.num_computed += rows.num_tokens - len(rows.drafts)
+            if is_last:
+                rows.sequence.token_ids.append(rng.randint(0, 3))
+        scheduler.check_integrity()
+        for client in range(num_clients):
+            (sequence,) = groups[client].sequences
+            longest = max(longest, now - submitted[client])
+            if sequence.num_output >= max_output:
+                scheduler.finish(sequence)
+                ask(client, now)
+    assert longest <= bound

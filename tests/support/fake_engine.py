@@ -74,6 +74,7 @@ class FakeEngine:
 
     reply: Reply = name_the_adapter
     model: EngineInfo = field(default_factory=make_info)
+    tokens_per_event: int = 1  # more, as accepted drafts bring
     gate: asyncio.Semaphore | None = None  # one permit a step
     num_cached_tokens: int = 0  # that every prompt finds
     refusal: PolyadaptError | None = None  # raised by the first step of submit
@@ -142,7 +143,8 @@ class FakeEngine:
         replies = [list(self.reply(request, index)) for index in range(request.n)]
         limit = request.sampling.max_tokens
         replies = [reply[:limit] for reply in replies]
-        for position in range(max(map(len, replies))):
+        size = self.tokens_per_event
+        for position in range(0, max(map(len, replies)), size):
             if self.failure is not None and position == self.failure[0]:
                 yield Failed(request.id, self.failure[1], self.failure[2])
                 return
@@ -155,15 +157,15 @@ class FakeEngine:
             for index, reply in enumerate(replies):
                 if position >= len(reply):
                     continue
-                token = reply[position]
-                is_last = position == len(reply) - 1
-                is_eos = token == EOS
+                tokens = tuple(reply[position : position + size])
+                is_last = position + size >= len(reply)
+                is_eos = tokens[-1] == EOS
                 k = request.sampling.num_logprobs
                 yield Tokens(
                     request.id,
                     index,
-                    (token,),
-                    () if k is None else (_score(token, k),),
+                    tokens,
+                    () if k is None else tuple(_score(token, k) for token in tokens),
                     ("stop" if is_eos else "length") if is_last else None,
                     EOS if is_eos else None,
                 )

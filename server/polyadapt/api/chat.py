@@ -49,6 +49,8 @@ def text_request(request: ChatRequest, request_id: str, tenant: str) -> TextRequ
         n=request.n or 1,
         adapters=request.adapter_refs(),
         cache_salt=request.cache_salt,
+        priority=request.priority or 0,
+        speculative_tokens=request.speculative_tokens,
     )
 
 

@@ -44,6 +44,8 @@ def text_request(request: CompletionRequest, request_id: str, tenant: str) -> Te
         n=request.n or 1,
         adapters=request.adapter_refs(),
         cache_salt=request.cache_salt,
+        priority=request.priority or 0,
+        speculative_tokens=request.speculative_tokens,
     )
 
 

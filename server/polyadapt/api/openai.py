@@ -180,6 +180,12 @@ async def _answer(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
     began = time.perf_counter()
+    if task.priority < services.config.limits.min_priority:
+        raise InvalidRequest(
+            f"priority is {task.priority}, expected at least "
+            f"{services.config.limits.min_priority} on this server",
+            param="priority",
+        )
     logger.info("request %s is %s", task.id, request.state.request_id)
     events = _measured(services, task, began)
     try:

@@ -96,6 +96,8 @@ def build_engine(
         max_num_batched_tokens=config.max_num_batched_tokens,
         counters=counters,
         page_keys=page_keys if config.prefix_cache else None,
+        speculative_tokens=config.speculative_tokens,
+        max_model_len=base.spec.max_model_len,
     )
     info = EngineInfo(
         base=base.spec,

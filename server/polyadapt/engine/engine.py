@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 
@@ -260,43 +261,76 @@ class Engine:
             self._fail(group, InternalError("the model failed on this request; see the server log"))
             return
         is_last_chunk = rows.is_last_chunk
-        is_sampled = is_last_chunk and not sequence.is_companion
+        is_scored = len(logits) > 1 or (len(logits) == 1 and not is_last_chunk)
+        choice: _Choice | None = None
         try:
-            if len(logits) > 1 or (len(logits) == 1 and not is_last_chunk):
+            if is_scored and not rows.drafts:
                 self._score_prompt(sequence, logits)
-            if is_sampled and sampled is None:
-                sampled = sample(logits[-1], sequence, self._end_tokens(sequence))
+            if is_last_chunk and not sequence.is_companion:
+                choice = self._choose(rows, logits, sampled)
         except Exception:
             logger.exception("request %s failed while it was sampled", group.request.id)
             self._fail(group, InternalError("sampling this request failed; see the server log"))
             return
-        sequence.num_computed += rows.num_tokens
-        if not is_sampled:
+        sequence.num_computed += rows.num_tokens - len(rows.drafts)
+        if choice is None:
             return
         self._announce_scores(sequence)
-        if sampled is None:
+        # The row of each accepted draft has computed that draft's keys and values.
+        sequence.num_computed += max(0, len(choice.tokens) - 1)
+        self._announce_tokens(sequence, choice)
+        if not choice.is_finite:
             self.counters["numerical_errors"] += 1
             # What made the logits so may lie in its keys and values: nobody else shall read them.
             self.scheduler.distrust(group)
             self._fail(group, NumericalError("the model returned non-finite logits"))
-            return
-        sequence.token_ids.append(sampled.token_id)
-        reason, stop_token_id = self._finish_reason(sequence, sampled.token_id)
-        self._events.append(
-            Tokens(
-                group.request.id,
-                sequence.index,
-                (sampled.token_id,),
-                (sampled.logprob,) if sampled.logprob else (),
-                reason,
-                stop_token_id,
-            )
-        )
-        self.counters["generated_tokens"] += 1
-        if reason is not None:
+        elif choice.finish_reason is not None:
             self.scheduler.finish(sequence)
             if group.is_done:
                 self._end(group, Finished(group.request.id))
+
+    def _choose(self, rows: ScheduledRows, logits: torch.Tensor, first: Sampled | None) -> _Choice:
+        """Sample the newest token's row and, as long as each draft proves to be what is sampled,
+        the draft's row: every token is chosen from what it would be chosen from without drafts.
+        Appends the tokens to the sequence. `first` was drawn already; None: still to be drawn.
+        """
+        sequence, drafts = rows.sequence, rows.drafts
+        choice = _Choice()
+        end_token_ids = self._end_tokens(sequence)
+        for number, row in enumerate(logits[-1 - len(drafts) :]):
+            sampled, first = first or sample(row, sequence, end_token_ids), None
+            if sampled is None:
+                choice.is_finite = False
+                break
+            token_id = sampled.token_id
+            sequence.token_ids.append(token_id)
+            choice.tokens.append(sampled)
+            choice.finish_reason, choice.stop_token_id = self._finish_reason(sequence, token_id)
+            if number == len(drafts) or token_id != drafts[number]:
+                break
+            choice.num_accepted += 1
+            if choice.finish_reason is not None:
+                break
+        if sequence.lookup is not None and drafts:
+            sequence.lookup.observe(len(drafts), choice.num_accepted)
+            self.counters["spec_drafted_tokens"] += len(drafts)
+            self.counters["spec_accepted_tokens"] += choice.num_accepted
+        return choice
+
+    def _announce_tokens(self, sequence: Sequence, choice: _Choice) -> None:
+        if not choice.tokens:
+            return
+        self._events.append(
+            Tokens(
+                sequence.group.request.id,
+                sequence.index,
+                tuple(sampled.token_id for sampled in choice.tokens),
+                tuple(sampled.logprob for sampled in choice.tokens if sampled.logprob),
+                choice.finish_reason,
+                choice.stop_token_id,
+            )
+        )
+        self.counters["generated_tokens"] += len(choice.tokens)
 
     def _finish_reason(
         self, sequence: Sequence, token_id: int
@@ -336,7 +370,7 @@ class Engine:
         self.counters["rows"] += sum(rows.num_tokens for rows in batch)
         distinct = len({slot for rows in batch for slot in rows.sequence.slots})
         self._steps_by_adapters[distinct] += 1
-        num_decodes = sum(rows.num_tokens == 1 for rows in batch)
+        num_decodes = sum(rows.num_tokens - len(rows.drafts) == 1 for rows in batch)
         self.counters["mixed_steps"] += 0 < num_decodes < len(batch)
 
     # ------------------------------------------------------------------ how requests end
@@ -407,6 +441,17 @@ class Engine:
         for group in groups:
             self._fail(group, AdapterDeleted("the adapter was deleted while the request ran"))
         return len(groups)
+
+
+@dataclass(slots=True)
+class _Choice:
+    """A sequence's next tokens: one, and one more for every draft that was right."""
+
+    tokens: list[Sampled] = field(default_factory=list)
+    num_accepted: int = 0
+    finish_reason: FinishReason | None = None  # of the last token
+    stop_token_id: int | None = None
+    is_finite: bool = True
 
 
 NewEngine = Callable[[Callable[[], None]], Engine]

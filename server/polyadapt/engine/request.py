@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.types import Request, TokenLogprob
 
 
@@ -42,6 +43,7 @@ class Sequence:
     is_scored: bool = False  # the prompt's logprobs are complete
     page_keys: list[bytes] = field(default_factory=list)  # of the first full pages of token_ids
     num_shareable: int = 0
+    lookup: PromptLookup | None = None  # where its drafts come from, once it speculates
 
     @property
     def unit(self) -> tuple[Sequence, ...]:
@@ -67,8 +69,10 @@ class RequestGroup:
     arrived: float  # monotonic seconds
     sequences: list[Sequence] = field(default_factory=list)
     is_started: bool = False
-    num_skips: int = 0  # scheduling rounds in which its adapters had no room
     root_key: bytes | None = None  # what every page's key of the request hangs on, once admitted
+    order: int = 0  # of arrival; given by the scheduler
+    num_overtaken: int = 0  # admissions before it, or at its cost, of requests that came later
+    prompt_ngrams: NgramIndex | None = None  # of the prompt, shared by its sequences
 
     @property
     def deadline(self) -> float | None:

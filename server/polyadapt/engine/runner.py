@@ -65,7 +65,8 @@ class ModelRunner:
         sequence.
 
         k is 0 for a chunk that does not reach the sequence's newest token, 1 otherwise, and one per
-        row where prompt logprobs are wanted. The dtype is the model's.
+        row where prompt logprobs are wanted; drafts have a row each besides. The dtype is the
+        model's.
         """
         device = self.base.device
         sequences = [rows.sequence for rows in batch]
@@ -240,6 +241,7 @@ def _inputs(batch: Seq[ScheduledRows], decodes: list[Sequence]) -> tuple[np.ndar
     for rows in batch[len(decodes) :]:
         first = rows.sequence.num_computed
         ids += rows.sequence.token_ids[first : first + rows.num_tokens]
+        ids += rows.drafts
         positions.append(np.arange(first, first + rows.num_tokens))
     return np.array(ids, np.int64), np.concatenate(positions)
 
@@ -264,4 +266,4 @@ def _wanted_rows(rows: ScheduledRows) -> np.ndarray:
     is_scored = sequence.group.request.sampling.num_prompt_logprobs is not None
     if is_scored and sequence.num_computed < sequence.num_prompt and not sequence.is_scored:
         return np.arange(rows.num_tokens)
-    return np.arange(rows.num_tokens - rows.is_last_chunk, rows.num_tokens)
+    return np.arange(rows.num_tokens - len(rows.drafts) - rows.is_last_chunk, rows.num_tokens)

@@ -1,28 +1,42 @@
 """Which sequences run in the next step, under row, token, page and adapter budgets. Torch-free.
 
-Running sequences come first, oldest first; then the waiting queue in order, skipping requests whose
-adapters are not on the device yet. When pages run out the youngest running sequence is preempted:
-it goes back to the head of the queue and its tokens are computed again, except those whose full
-pages are still in the prefix cache: a sequence takes over the pages that continue what it has
-computed, and its own full pages are published there once they are written. What is written is what
-num_computed counts.
+Running decode rows come first, then running prompts, then the waiting queue by rank: priority, then
+arrival. Requests whose adapters are not on the device yet are passed over. When pages run out the
+running sequence of the last rank is preempted: it waits again and its tokens are computed again,
+except those whose full pages are still in the prefix cache: a sequence takes over the pages that
+continue what it has computed, and its own full pages are published there once they are written.
+What is written is what num_computed counts.
+
+Nobody waits for ever:
+- A request that sequences of later ones were preferred to MAX_OVERTAKEN times ranks before all
+  others from then on, and while it waits nobody behind it is admitted. Until then only those and
+  requests that came earlier, finitely many, were served before it, and whoever could go on while
+  its adapter was being read.
+- Whoever is first in rank is never preempted.
+- Of the tokens that decode rows leave (one at least: a running prompt is no decode row) the prompt
+  that was admitted first gets half or all that it needs; hence it ends, and the next is the first.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from bisect import bisect_right, insort
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
+from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
 from polyadapt.types import AppliedAdapter
 
-# A request that was passed over this often for want of adapter room is passed over no more: nobody
-# behind it is admitted until it is, so that a stream of newcomers cannot starve it.
-MAX_SKIPS = 64
+# As often may requests that came later be preferred to one, for their priority or because its
+# adapter has no room; about one full batch of the default size.
+MAX_OVERTAKEN = 64
+# Decode rows and drafts of a step together: beyond a few rows each one costs time of its own, and
+# a large batch has no idle time that a guess could use.
+MAX_SPECULATIVE_ROWS = 32
 # Read for every row of a step: looking a member up in its Enum takes several times as long.
 _RUNNING = SequenceState.RUNNING
 
@@ -46,15 +60,19 @@ class AdapterSlots(Protocol):
 # Not frozen, which would treble the time to make one: every row of every step is one.
 @dataclass(slots=True)
 class ScheduledRows:
-    """num_tokens rows of one sequence, positions num_computed.. ; a decode row when it is 1."""
+    """num_tokens rows of one sequence, positions num_computed.. ; a decode row when it is 1.
+
+    The last rows are `drafts`: guesses behind the sequence's newest token, not yet part of it.
+    """
 
     sequence: Sequence
     num_tokens: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def is_last_chunk(self) -> bool:
         """Whether the sequence's newest token is among the rows, so that it is sampled from."""
-        return self.num_tokens == self.sequence.num_pending
+        return self.num_tokens - len(self.drafts) == self.sequence.num_pending
 
 
 class Scheduler:
@@ -69,15 +87,23 @@ class Scheduler:
         max_num_batched_tokens: int,
         counters: Counter[str],
         page_keys: PageKeys | None = None,  # None: no prefix cache
+        speculative_tokens: int = 0,
+        max_model_len: int | None = None,
     ) -> None:
+        """`speculative_tokens` counts for requests that say nothing; no draft lies at position
+        `max_model_len` or behind it.
+        """
         self.pages = pages
         self.page_keys = page_keys
         self.adapters = adapters
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
         self.counters = counters
-        self.waiting: deque[Sequence] = deque()
+        self.speculative_tokens = speculative_tokens
+        self.max_model_len = max_model_len
+        self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # oldest admission first
+        self._num_arrived = 0
         for name in ("prefix_query_tokens", "prefix_hit_tokens"):
             self.counters[name] += 0  # listed from the start
 
@@ -88,29 +114,40 @@ class Scheduler:
 
     def add(self, group: RequestGroup) -> None:
         """Queue the group's sequences."""
-        self.waiting.extend(group.sequences)
+        self._num_arrived += 1
+        group.order = self._num_arrived
+        for sequence in group.sequences:
+            insort(self.waiting, sequence, key=_rank)
 
     def schedule(self) -> list[ScheduledRows]:
         """Return the next step's rows, decode rows first. Pages for them are allocated."""
-        picked: list[ScheduledRows] = []
+        picked: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         for sequence in self.running:
             self._publish(sequence)
         num_before = self.counters["preemptions"]
         # Decode rows first: a long prompt must not hold back tokens that streams wait for.
         decodes = [of for of in self.running if len(of.token_ids) - of.num_computed <= 1]
-        is_mixed = len(decodes) < len(self.running)
-        prompts = [of for of in self.running if of.num_pending > 1] if is_mixed else []
-        for sequence in [*decodes, *prompts]:
-            if sequence.state is _RUNNING:
-                budget -= self._continue(sequence, budget, picked)
+        for sequence in decodes:
+            budget -= self._continue(sequence, budget, picked)
+        num_prompt_tokens = budget
+        if len(decodes) < len(self.running):
+            for sequence in self._prompts():
+                share = _share(sequence, budget, num_prompt_tokens)
+                budget -= self._continue(sequence, share, picked)
         # Whoever was just preempted would come straight back and be preempted again.
         if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
-            self._admit(budget, picked)
-        picked = [rows for rows in picked if rows.sequence.state is _RUNNING]
-        if is_mixed or len(picked) > len(decodes):
-            picked.sort(key=lambda rows: rows.num_tokens > 1)
-        return picked
+            budget = self._admit(budget, num_prompt_tokens, picked)
+        if len(picked) > len(decodes):
+            budget = self._give_rest(budget, picked)
+        rows = [
+            ScheduledRows(sequence, num_tokens)
+            for sequence, num_tokens in picked.items()
+            if sequence.state is _RUNNING
+        ]
+        self._draft(budget, rows)
+        rows.sort(key=lambda scheduled: scheduled.num_tokens > 1)
+        return rows
 
     def finish(self, sequence: Sequence) -> None:
         """End the sequence and its companions wherever they are; frees pages and leases."""
@@ -148,62 +185,150 @@ class Scheduler:
             private = sequence.pages[sequence.num_shareable :]
             assert all(map(self.pages.is_private, private)), "a page to write is shared"
 
-    def _continue(self, sequence: Sequence, budget: int, picked: list[ScheduledRows]) -> int:
-        """Schedule a running sequence's next rows; returns how many tokens that takes."""
-        if sequence.num_pending > 1:  # somebody else may have computed what comes next meanwhile
+    def _prompts(self) -> list[Sequence]:
+        """Running prompts in the order of their shares: the first admitted, the rest by rank."""
+        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
+        for sequence in prompts:  # somebody else may have computed what comes next meanwhile
             self.counters["prefix_hit_tokens"] += self._take_cached(sequence)
-        num_tokens = min(sequence.num_pending, budget)
-        if num_tokens <= 0:
+        return prompts[:1] + sorted(prompts[1:], key=_rank)
+
+    def _continue(self, sequence: Sequence, num_tokens: int, picked: dict[Sequence, int]) -> int:
+        """Schedule a running sequence's next rows, at most num_tokens; returns how many it got."""
+        num_tokens = min(sequence.num_pending, num_tokens)
+        if num_tokens <= 0 or sequence.state is not _RUNNING:
+            return 0
             return 0
         while not self.pages.extend(sequence.pages, sequence.num_computed + num_tokens):
-            victim = self.running[-1]
-            self._preempt(victim)
-            if sequence.state is not SequenceState.RUNNING:
+            self._preempt(max(self.running, key=_rank))
+            if sequence.state is not _RUNNING:
                 return 0
-        picked.append(ScheduledRows(sequence, num_tokens))
+        picked[sequence] = num_tokens
         return num_tokens
 
-    def _admit(self, budget: int, picked: list[ScheduledRows]) -> None:
-        skipped: set[int] = set()
+    def _admit(self, budget: int, num_prompt_tokens: int, picked: dict[Sequence, int]) -> int:
+        """Admit from the queue while rows, tokens and pages last; returns the tokens left."""
+        entered: list[int] = []  # orders of arrival
+        loading: set[int] = set()
         # A companion is admitted by its leader and never on its own.
         for leader in [sequence for sequence in self.waiting if not sequence.is_companion]:
-            unit = leader.unit
+            unit, group = leader.unit, leader.group
             if budget < len(unit) or len(self.running) + len(unit) > self.max_num_seqs:
-                return
-            slots = self.adapters.acquire(leader.group.request.adapters)
+                break
+            slots = self.adapters.acquire(group.request.adapters)
             if slots is None:
-                group = leader.group
-                is_short = self.adapters.is_short_of_room(group.request.adapters)
-                if is_short and id(group) not in skipped:
-                    skipped.add(id(group))
-                    group.num_skips += 1
-                if group.num_skips > MAX_SKIPS:
-                    return
+                if not self.adapters.is_short_of_room(group.request.adapters):
+                    loading.add(group.order)
+                if _is_overdue(group):
+                    break
                 continue
             self._take_cached(leader)
             share = budget // len(unit)
-            counts = [min(member.num_pending, share) for member in unit]
+            counts = [_share(member, share, num_prompt_tokens) for member in unit]
             if not self._has_room(unit, counts):
                 self.adapters.release(slots)
                 self._give_back(leader)
-                return
+                break
             if self._is_cacheable(leader):
                 self.counters["prefix_query_tokens"] += len(leader.token_ids)
                 self.counters["prefix_hit_tokens"] += leader.num_computed
+            entered.append(group.order)
             for member, num_tokens in zip(unit, counts, strict=True):
                 self._enter(member, slots if member is leader else self._lease(member))
                 self.pages.extend(member.pages, member.num_computed + num_tokens)
-                picked.append(ScheduledRows(member, num_tokens))
+                picked[member] = num_tokens
                 budget -= num_tokens
+        if entered:
+            # Whoever waits for a read under way has lost nothing to those who went on.
+            passed = [group for group in self.waiting_groups() if group.order not in loading]
+            self._count_overtakings(entered, passed)
+        return budget
+
+    def _count_overtakings(self, entered: list[int], passed: list[RequestGroup]) -> None:
+        """Count for each group how many of the arrivals `entered` came after it."""
+        entered.sort()
+        num_overdue = 0
+        for group in passed:
+            was_overdue = _is_overdue(group)
+            group.num_overtaken += len(entered) - bisect_right(entered, group.order)
+            num_overdue += _is_overdue(group) and not was_overdue
+        if num_overdue:
+            self.counters["overdue_requests"] += num_overdue
+            self.waiting.sort(key=_rank)
+
+    def _give_rest(self, budget: int, picked: dict[Sequence, int]) -> int:
+        """Give prompts that left tokens to others what nobody took; returns what is still left."""
+        for sequence, num_tokens in picked.items():
+            if sequence.state is not SequenceState.RUNNING or num_tokens == sequence.num_pending:
+                continue
+            more = min(budget, sequence.num_pending - num_tokens)
+            num_known = sequence.num_computed + num_tokens + more
+            if more and self._can_spare(self.pages.num_needed(num_known) - len(sequence.pages)):
+                self.pages.extend(sequence.pages, num_known)
+                picked[sequence] = num_tokens + more
+                budget -= more
+        return budget
+
+    def _draft(self, budget: int, batch: list[ScheduledRows]) -> None:
+        """Add guesses to decode rows in place, as far as rows, tokens and pages are idle."""
+        num_decodes = sum(rows.num_tokens == 1 for rows in batch)
+        room = min(budget, MAX_SPECULATIVE_ROWS - num_decodes)
+        if room <= 0:
+            return
+        eager = [rows for rows in batch if rows.num_tokens == 1 and self._drafts_after(rows)]
+        for number, rows in enumerate(eager):
+            sequence = rows.sequence
+            limit = min(room // (len(eager) - number), self._draft_limit(sequence))
+            guess = self._lookup(sequence).propose(sequence.token_ids, limit)
+            if guess:
+                self.pages.extend(sequence.pages, len(sequence.token_ids) + len(guess))
+                rows.drafts = guess
+                rows.num_tokens += len(guess)
+                room -= len(guess)
+
+    def _drafts_after(self, rows: ScheduledRows) -> bool:
+        """Whether guesses may follow a decode row: behind its prompt and alone."""
+        sequence = rows.sequence
+        is_decoding = rows.is_last_chunk and sequence.num_output > 0
+        is_single = not (sequence.companions or sequence.is_companion)
+        return is_decoding and is_single and self._num_drafts(sequence) > 0
+
+    def _num_drafts(self, sequence: Sequence) -> int:
+        asked = sequence.group.request.speculative_tokens
+        return self.speculative_tokens if asked is None else asked
+
+    def _draft_limit(self, sequence: Sequence) -> int:
+        """How long a guess may be: the sequence must not end in it, and its keys and values take
+        pages that nobody is about to need.
+        """
+        num_known = len(sequence.token_ids)
+        limit = sequence.group.request.sampling.max_tokens - sequence.num_output - 1
+        if self.max_model_len is not None:
+            limit = min(limit, self.max_model_len - num_known - 1)
+        num_pages = len(sequence.pages) + max(0, self.pages.num_free - len(self.running))
+        return min(limit, num_pages * self.pages.page_size - num_known)
+
+    def _lookup(self, sequence: Sequence) -> PromptLookup:
+        if sequence.lookup is None:
+            group, num_prompt = sequence.group, sequence.num_prompt
+            if group.prompt_ngrams is None:
+                group.prompt_ngrams = NgramIndex(0)
+                group.prompt_ngrams.extend(group.request.prompt_ids, num_prompt - 1)
+            num_drafts = self._num_drafts(sequence)
+            sequence.lookup = PromptLookup(group.prompt_ngrams, num_prompt, num_drafts)
+        return sequence.lookup
 
     def _has_room(self, unit: tuple[Sequence, ...], counts: list[int]) -> bool:
         """Whether the first rows fit and every running sequence can still grow by one page."""
-        needed = sum(
-            self.pages.num_needed(member.num_computed + count) - len(member.pages)
-            for member, count in zip(unit, counts, strict=True)
+        return self._can_spare(
+            sum(
+                self.pages.num_needed(member.num_computed + count) - len(member.pages)
+                for member, count in zip(unit, counts, strict=True)
+            )
         )
-        spare = len(self.running) if self.running else 0
-        return self.pages.num_free >= needed + spare
+
+    def _can_spare(self, num_pages: int) -> bool:
+        """Whether every running sequence could still grow by one page without them."""
+        return self.pages.num_free >= num_pages + len(self.running)
 
     def _lease(self, member: Sequence) -> tuple[int, ...]:
         slots = self.adapters.acquire(member.group.request.adapters)
@@ -214,7 +339,6 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.slots = slots
         sequence.state = SequenceState.RUNNING
-        sequence.group.num_skips = 0
         self.running.append(sequence)
 
     # ------------------------------------------------------------------ the prefix cache
@@ -293,11 +417,35 @@ class Scheduler:
             sequence.prompt_logprobs.clear()
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Send the whole unit that holds `sequence` back to the head of the queue."""
+        """Send the whole unit that holds `sequence` back to the queue."""
         leader = next(s for s in self.running if sequence in s.unit)
-        for member in reversed(leader.unit):
+        for member in leader.unit:
             if member.state is SequenceState.RUNNING:
                 self._leave(member)
                 member.state = SequenceState.WAITING
-                self.waiting.appendleft(member)
+                insort(self.waiting, member, key=_rank)
                 self.counters["preemptions"] += 1
+        # Its pages serve those that stay: if one of them came later, it was overtaken.
+        newest = max((other.group.order for other in self.running), default=0)
+        self._count_overtakings([newest], [leader.group])
+
+
+def _is_overdue(group: RequestGroup) -> bool:
+    return group.num_overtaken >= MAX_OVERTAKEN
+
+
+def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
+    """Whose turn it is, the smallest first: to enter, to get tokens, and to keep pages."""
+    group = sequence.group
+    if _is_overdue(group):
+        return False, 0, group.order, sequence.index
+    return True, group.request.priority, group.order, sequence.index
+
+
+def _share(sequence: Sequence, budget: int, num_prompt_tokens: int) -> int:
+    """Tokens of a prompt's first serving. One that this step's `num_prompt_tokens` could not end
+    leaves half of the budget to those behind it; what they do not need comes back to it.
+    """
+    if sequence.num_pending <= num_prompt_tokens:
+        return min(sequence.num_pending, budget)
+    return min(sequence.num_pending, -(-budget // 2))

@@ -90,6 +90,8 @@ class TextRequest:
     n: int = 1
     adapters: tuple[AdapterRef, ...] | None = None  # replaces what `model` would choose
     cache_salt: str | None = None  # parts the tenant's cached prefixes
+    priority: int = 0  # lower is served earlier
+    speculative_tokens: int | None = None  # None: the engine's own
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +285,8 @@ class TextService:
                 timeout_s=self._limits.request_timeout_s,
                 # The tenant first: no salt of a caller's reaches another tenant's prefixes.
                 cache_salt=(request.tenant, *((request.cache_salt,) if request.cache_salt else ())),
+                priority=request.priority,
+                speculative_tokens=request.speculative_tokens,
             )
             sequences = [
                 SequenceText(

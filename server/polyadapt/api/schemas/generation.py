@@ -20,6 +20,8 @@ MAX_STOP_IDS = 64
 MAX_BIASES = 1024
 MAX_LOGPROBS = 20
 MAX_METADATA = 16
+MAX_PRIORITY = 100
+MAX_SPECULATIVE_TOKENS = 16
 
 
 class AdapterChoice(Body):
@@ -87,6 +89,21 @@ class GenerationRequest(Body):
 
     # Only requests of the same tenant with the same salt share cached prefixes.
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
+
+    # How soon and how fast; the output is the same.
+    priority: int | None = Field(
+        None,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="lower is served earlier; the default is 0",
+    )
+    speculative_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SPECULATIVE_TOKENS,
+        description="tokens that one step may guess from the text itself and verify; 0 is off, "
+        "the default is the server's",
+    )
 
     # Accepted because they cannot change the output.
     user: str | None = Field(None, max_length=1024)

@@ -110,6 +110,10 @@ def serve(
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens guessed from the text itself; 0 is off.")
     ] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option("--exact", help="Answers bit-identical whatever else is in the batch."),
+    ] = None,
     num_threads: Annotated[int | None, typer.Option(help="Threads of the engine.")] = None,
     step_timeout_s: Annotated[
         float | None, typer.Option(help="Seconds after which a step counts as hung.")

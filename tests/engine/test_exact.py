@@ -77,3 +77,25 @@ def test_exact_and_plain_answers_agree_within_rounding(served):
     for request in requests:
         largest = exact[request.id].abs().max()
         assert (plain[request.id] - exact[request.id]).abs().max() <= 1e-4 * largest
+
+
+def test_a_cached_prefix_and_speculation_change_no_bit(served):
+    # The text keeps to three tokens, so that guesses often hit.
+    bias = tuple((token_id, 60.0) for token_id in (50, 60, 70))
+    requests = [
+        greedy_request(f"r{i}", PROMPTS[5][:128], served[2][1], max_tokens=24, logit_bias=bias)
+        for i in range(2)
+    ]
+    (plain,) = _run(served, requests[:1], exact=True, prefix_cache=False).values()
+    model_dir, blobs, _ = served
+    engine = new_engine(model_dir, blobs, exact=True, speculative_tokens=6)
+    recorder, driver = LogitsRecorder(engine), Driver(engine)
+    try:
+        for request in requests:
+            driver.run(request)
+    finally:
+        engine.pool.close()
+    assert engine.counters["prefix_hit_tokens"] > 0
+    assert engine.counters["spec_accepted_tokens"] > 0
+    rows = {tuple(row.tolist()) for row in recorder.of("r1")}
+    assert all(tuple(row.tolist()) in rows for row in plain[-24:])

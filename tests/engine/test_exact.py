@@ -7,6 +7,8 @@ import torch
 from tests.oracle import adapters
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
+from polyadapt.ops.native.layer import Step
+
 PROMPTS = [[7 + (31 * i + 5 * j) % 300 for j in range(length)] for i, length in
            enumerate((40, 1, 17, 64, 5, 300, 33, 2))]  # fmt: skip
 
@@ -95,7 +97,17 @@ def test_a_cached_prefix_and_speculation_change_no_bit(served):
             driver.run(request)
     finally:
         engine.pool.close()
+    assert engine.stats().counters["native_layer_steps"] > 0
     assert engine.counters["prefix_hit_tokens"] > 0
     assert engine.counters["spec_accepted_tokens"] > 0
     rows = {tuple(row.tolist()) for row in recorder.of("r1")}
     assert all(tuple(row.tolist()) in rows for row in plain[-24:])
+
+
+def test_a_native_layer_has_the_bits_of_its_kernels_called_one_by_one(served, monkeypatch):
+    requests = _requests(served)
+    native = _run(served, requests, exact=True)
+    monkeypatch.setattr(Step, "block", lambda *_: None)
+    single = _run(served, requests, exact=True)
+    for request in requests:
+        assert torch.equal(native[request.id], single[request.id]), request.id

@@ -15,7 +15,8 @@ from polyadapt.errors import StartupError
 from polyadapt.models import fuse as fuse_module
 from polyadapt.models.adapted import AdaptedLinear
 from polyadapt.models.base import BaseModel
-from polyadapt.models.fuse import FusedAttention, FusedMlp, FusedNorm, fuse
+from polyadapt.models.fuse import fuse
+from polyadapt.models.fused import FusedAttention, FusedLayer, FusedMlp, FusedNorm
 from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops import native
@@ -41,6 +42,8 @@ EXPECTED = {
     "qwen2_moe": (2, 2, 5),
     "qwen3_moe": (2, 0, 9),
 }
+# Layers that are one native call; Gemma's have two norms more, experts are no MLP of this form.
+NATIVE_LAYERS = {"llama": 3, "qwen2": 2, "qwen3": 2, "mistral": 2, "phi3": 2}
 
 
 def wrapped(model_dir, dtype=torch.float32) -> BaseModel:
@@ -64,6 +67,9 @@ def test_every_family_is_fused_as_far_as_it_can_be_proved(tiny_model, architectu
     kinds = _kinds(base)
     found = (kinds[FusedAttention], kinds[FusedMlp], kinds[FusedNorm])
     assert found == EXPECTED[architecture]
+    assert kinds[FusedLayer] == NATIVE_LAYERS.get(architecture, 0)
+    layers = [module for module in base.module.modules() if isinstance(module, FusedLayer)]
+    assert all(layer.native is not None for layer in layers)
     assert ("FusedNorm" in said) is (found[2] > 0)
     linears = [module for module in base.module.modules() if isinstance(module, AdaptedLinear)]
     assert linears
@@ -137,9 +143,9 @@ def test_exact_mode_without_native_kernels_is_refused(tiny_model, monkeypatch):
 
 def test_a_model_whose_bits_follow_the_batch_is_refused_in_exact_mode(tiny_model, monkeypatch):
     base = wrapped(tiny_model("llama"))
-    plain = FusedMlp.forward
+    plain = FusedNorm.forward
     monkeypatch.setattr(
-        FusedMlp, "forward", lambda self, x: plain(self, x) * (1 + 1e-7 * (x.shape[-2] == 1))
+        FusedNorm, "forward", lambda self, x: plain(self, x) * (1 + 1.2e-7 * (x.shape[-2] == 1))
     )
     with pytest.raises(StartupError, match="one by one gave different bits"):
         fuse(base, 16, EXACT)

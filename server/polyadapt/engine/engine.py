@@ -159,7 +159,7 @@ class Engine:
             num_pages=pages.num_pages,
             adapter_bytes_used=self.pool.nbytes_used,
             waiting_digests=tuple(dict.fromkeys(waiting)),
-            counters=dict(self.counters),
+            counters=dict(self.counters, native_layer_steps=self.runner.num_native_steps),
             steps_by_adapters=dict(self._steps_by_adapters),
         )
 

@@ -59,6 +59,11 @@ class ModelRunner:
         self._planned: tuple[object, ...] = ()  # what the plans below were made for
         self._plans = BatchPlan(0), BatchPlan(0)
 
+    @property
+    def num_native_steps(self) -> int:
+        """Steps whose decoder layers were one native call each."""
+        return self.base.step.num_steps if self.base.step is not None else 0
+
     @torch.inference_mode()
     def run(self, batch: Seq[ScheduledRows]) -> StepLogits:
         """Compute the rows, writing their keys and values; returns logits [k, vocabulary] per

@@ -35,14 +35,15 @@ class AdaptedLinear(nn.Module):
         self.bias = bias
         self.parts = parts
         self.site = parts[0].site
-        self._columns = torch.tensor([[p.site.id, p.start, p.stop - p.start] for p in parts])
+        # int64 [parts, 3]: site id, first column, columns
+        self.columns = torch.tensor([[p.site.id, p.start, p.stop - p.start] for p in parts])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]; the leading sizes multiply to the plan's row count."""
         rows = x.reshape(-1, x.shape[-1])
         y = self.weight.product(rows, self.bias)
         if self.site.plan.lanes:
-            gated_matmul_(y, rows, self.site, self._columns)
+            gated_matmul_(y, rows, self.site, self.columns)
         return y.view(*x.shape[:-1], -1)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from polyadapt.ops.attention import AttentionBatch, paged_attention
 from polyadapt.ops.linear import Weight
+from polyadapt.ops.native.layer import Step
 from polyadapt.types import BaseSpec
 
 
@@ -77,6 +78,7 @@ class BaseModel:
     eos_token_ids: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+    step: Step | None = None  # of the native decoder layers, where all layers are
 
     @property
     def layer_shapes(self) -> list[LayerShape]:

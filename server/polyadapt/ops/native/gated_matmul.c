@@ -11,6 +11,7 @@
  */
 #include <stdlib.h>
 
+#include "calls.h"
 #include "tasks.h"
 #include "vector.h"
 
@@ -338,24 +339,9 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
   return result ? result : run_cut(job, num_segments, 0, limit, expand_task, threads);
 }
 
-/* ---------------------------------------------------------------- entry
- * One block of 64-bit fields: a foreign call with many arguments costs more than the rest of the wrapper.
- * The order is that of ops/native/__init__.py. */
-typedef struct {
-  int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate; /* gate may be 0, and x or ids */
-  int64_t parts; /* num_parts of part_t */
-  int64_t y_stride, x_stride, gate_stride; /* in elements */
-  int64_t gate_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
-      num_segments, is_y_half, is_arena_half, threads;
-} call_t;
-
-/* A site and the columns of y that are its own. Sites that share their input share one call. */
-typedef struct {
-  int64_t site, column, num_out;
-} part_t;
-
+/* ---------------------------------------------------------------- entry */
 /* Everything that indexes memory is checked before y is touched. A row is in at most one segment. */
-int64_t polyadapt_gated_matmul(const call_t *call) {
+int64_t polyadapt_gated_matmul(const gated_call_t *call) {
   const int64_t num_segments = call->num_segments, num_in = call->num_in;
   const int64_t num_pairs = num_segments * call->num_parts;
   const part_t *parts = (const part_t *)call->parts;

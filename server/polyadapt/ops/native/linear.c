@@ -7,6 +7,7 @@
  */
 #include <stdlib.h>
 
+#include "calls.h"
 #include "tasks.h"
 #include "vector.h"
 
@@ -22,20 +23,12 @@ enum { COST_TO_THREAD = 60000 };
 enum { NO_MEMORY = 1 };
 
 typedef struct {
-  void *y;
-  const void *x, *w;
-  const float *bias; /* may be NULL */
-  int64_t y_stride, x_stride, num_rows, num_out, num_in;
-  int64_t is_half, w_half, threads;
-} call_t;
-
-typedef struct {
-  const call_t *call;
+  const linear_call_t *call;
   const float *x;
   int64_t x_stride, num_panels, row_blocks, block_rows, block_panels;
 } job_t;
 
-INLINE void put(const call_t *call, int64_t row, int64_t column, const vf *sums) {
+INLINE void put(const linear_call_t *call, int64_t row, int64_t column, const vf *sums) {
   int64_t num = call->num_out - column, first = row * call->y_stride + column;
   if (num >= PANEL && !call->is_half) {
     for (int v = 0; v < VECTORS; v++) {
@@ -117,7 +110,7 @@ static void linear_task(void *opaque, int64_t id, int64_t worker) {
     block(job, row, num, low, high, 0);
 }
 
-int64_t polyadapt_linear(const call_t *call) {
+int64_t polyadapt_linear(const linear_call_t *call) {
   job_t job = {.call = call, .x = call->x, .x_stride = call->x_stride};
   float *copy = NULL;
   if (call->is_half) { /* once here, not once for every panel */

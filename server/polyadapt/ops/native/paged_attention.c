@@ -12,6 +12,7 @@
 #include <math.h>
 #include <stdlib.h>
 
+#include "calls.h"
 #include "tasks.h"
 #include "vector.h"
 

@@ -4,6 +4,7 @@
  */
 #include <math.h>
 
+#include "calls.h"
 #include "tasks.h"
 #include "vector.h"
 
@@ -13,15 +14,8 @@ enum { SILU, GELU_TANH };
 
 /* ---------------------------------------------------------------- y = x / rms(x) * weight
  * Root mean square norm (Zhang and Sennrich 2019): rms(x) = sqrt(mean(x^2) + eps). */
-typedef struct {
-  void *y;
-  const void *x;
-  const float *weight;
-  int64_t y_stride, x_stride, inner, y_inner, x_inner, num_rows, width, is_half, threads;
-  double eps;
-} norm_t;
 
-INLINE void norm_row(const norm_t *call, int64_t y, int64_t x, int is_half) {
+INLINE void norm_row(const norm_call_t *call, int64_t y, int64_t x, int is_half) {
   const int64_t width = call->width, whole = width / LANES * LANES;
   vf squares = splat(0.0f);
   for (int64_t i = 0; i < whole; i += LANES) {
@@ -46,7 +40,7 @@ INLINE void norm_row(const norm_t *call, int64_t y, int64_t x, int is_half) {
 
 static void norm_task(void *opaque, int64_t id, int64_t worker) {
   (void)worker;
-  const norm_t *call = opaque;
+  const norm_call_t *call = opaque;
   int64_t stop = (id + 1) * ROWS_PER_TASK;
   if (stop > call->num_rows) stop = call->num_rows;
   for (int64_t row = id * ROWS_PER_TASK; row < stop; row++) {
@@ -59,7 +53,7 @@ static void norm_task(void *opaque, int64_t id, int64_t worker) {
   }
 }
 
-int64_t polyadapt_rms_norm(const norm_t *call) {
+int64_t polyadapt_rms_norm(const norm_call_t *call) {
   int64_t threads = call->num_rows * call->width < COST_TO_THREAD ? 1 : call->threads;
   run_tasks(norm_task, (void *)call, (call->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, threads);
   return 0;
@@ -68,11 +62,6 @@ int64_t polyadapt_rms_norm(const norm_t *call) {
 /* ---------------------------------------------------------------- y = act(gate) * up
  * x holds gate [width] and then up [width] in each row. SiLU: v / (1 + exp(-v)). GELU in its tanh form
  * (Hendrycks and Gimpel 2016): v / 2 (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))). */
-typedef struct {
-  void *y;
-  const void *x;
-  int64_t y_stride, x_stride, num_rows, width, kind, is_half, threads;
-} act_t;
 
 INLINE vf activate(vf v, int kind) {
   if (kind == SILU) {
@@ -85,7 +74,7 @@ INLINE vf activate(vf v, int kind) {
   return splat(0.5f) * v * (splat(1.0f) + tanh_lanes(inner));
 }
 
-INLINE void act_row(const act_t *call, int64_t row, int kind, int is_half) {
+INLINE void act_row(const act_call_t *call, int64_t row, int kind, int is_half) {
   const int64_t x = row * call->x_stride, y = row * call->y_stride, width = call->width;
   for (int64_t i = 0; i < width; i += LANES) {
     float gate[LANES] = {0}, up[LANES] = {0}, out[LANES];
@@ -110,7 +99,7 @@ INLINE void act_row(const act_t *call, int64_t row, int kind, int is_half) {
 
 static void act_task(void *opaque, int64_t id, int64_t worker) {
   (void)worker;
-  const act_t *call = opaque;
+  const act_call_t *call = opaque;
   int64_t stop = (id + 1) * ROWS_PER_TASK;
   if (stop > call->num_rows) stop = call->num_rows;
   for (int64_t row = id * ROWS_PER_TASK; row < stop; row++)
@@ -120,7 +109,7 @@ static void act_task(void *opaque, int64_t id, int64_t worker) {
       act_row(call, row, GELU_TANH, (int)call->is_half);
 }
 
-int64_t polyadapt_gated_activation(const act_t *call) {
+int64_t polyadapt_gated_activation(const act_call_t *call) {
   int64_t threads = call->num_rows * call->width < COST_TO_THREAD ? 1 : call->threads;
   run_tasks(act_task, (void *)call, (call->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK, threads);
   return 0;
@@ -130,13 +119,8 @@ int64_t polyadapt_gated_activation(const act_t *call) {
  * Su et al. 2021, in halves: of the first `rotary` elements of a head,
  *   x[i] = x[i] cos[i] - x[i + rotary/2] sin[i],  x[i + rotary/2] = x[i + rotary/2] cos[i + rotary/2]
  *                                                                  + x[i] sin[i + rotary/2]. */
-typedef struct {
-  void *x;
-  const void *cos, *sin;
-  int64_t row_stride, head_stride, angle_stride, num_rows, num_heads, rotary, is_half, threads;
-} rope_t;
 
-INLINE void rope_head(const rope_t *call, int64_t x, int64_t angle, int is_half) {
+INLINE void rope_head(const rope_call_t *call, int64_t x, int64_t angle, int is_half) {
   const int64_t half = call->rotary / 2;
   int64_t i = 0;
   if (!is_half)
@@ -159,7 +143,7 @@ INLINE void rope_head(const rope_t *call, int64_t x, int64_t angle, int is_half)
 
 static void rope_task(void *opaque, int64_t id, int64_t worker) {
   (void)worker;
-  const rope_t *call = opaque;
+  const rope_call_t *call = opaque;
   int64_t stop = (id + 1) * ROWS_PER_TASK;
   if (stop > call->num_rows) stop = call->num_rows;
   for (int64_t row = id * ROWS_PER_TASK; row < stop; row++)
@@ -172,7 +156,7 @@ static void rope_task(void *opaque, int64_t id, int64_t worker) {
     }
 }
 
-int64_t polyadapt_rope(const rope_t *call) {
+int64_t polyadapt_rope(const rope_call_t *call) {
   int64_t size = call->num_rows * call->num_heads * call->rotary;
   run_tasks(rope_task, (void *)call, (call->num_rows + ROWS_PER_TASK - 1) / ROWS_PER_TASK,
             size < COST_TO_THREAD ? 1 : call->threads);

@@ -1,0 +1,67 @@
+/* The argument blocks of the kernels, and their entries.
+ *
+ * One block of 64-bit fields each: a foreign call with many arguments costs more than the rest of a
+ * wrapper. The orders are those of the Python beside this file. Strides count elements; `is_half` means bfloat16.
+ */
+#ifndef POLYADAPT_CALLS_H
+#define POLYADAPT_CALLS_H
+
+#include <stdint.h>
+
+typedef struct {
+  void *y;
+  const void *x, *w;
+  const float *bias; /* may be NULL */
+  int64_t y_stride, x_stride, num_rows, num_out, num_in;
+  int64_t is_half, w_half, threads;
+} linear_call_t;
+
+/* y = x / rms(x) * weight; rows lie in groups of `inner`, each with its own strides. */
+typedef struct {
+  void *y;
+  const void *x;
+  const float *weight;
+  int64_t y_stride, x_stride, inner, y_inner, x_inner, num_rows, width, is_half, threads;
+  double eps;
+} norm_call_t;
+
+/* y = act(gate) * up */
+typedef struct {
+  void *y;
+  const void *x;
+  int64_t y_stride, x_stride, num_rows, width, kind, is_half, threads;
+} act_call_t;
+
+/* Rotary embedding in place. */
+typedef struct {
+  void *x;
+  const void *cos, *sin;
+  int64_t row_stride, head_stride, angle_stride, num_rows, num_heads, rotary, is_half, threads;
+} rope_call_t;
+
+typedef struct {
+  int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate; /* gate may be 0, and x or ids */
+  int64_t parts; /* num_parts of part_t */
+  int64_t y_stride, x_stride, gate_stride; /* in elements */
+  int64_t gate_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
+      num_segments, is_y_half, is_arena_half, threads;
+} gated_call_t;
+
+/* A site and the columns of y that are its own. Sites that share their input share one call. */
+typedef struct {
+  int64_t site, column, num_out;
+} part_t;
+
+int64_t polyadapt_linear(const linear_call_t *call);
+int64_t polyadapt_rms_norm(const norm_call_t *call);
+int64_t polyadapt_gated_activation(const act_call_t *call);
+int64_t polyadapt_rope(const rope_call_t *call);
+int64_t polyadapt_gated_matmul(const gated_call_t *call);
+int64_t polyadapt_paged_attention(void *out, const void *q, const void *k, const void *v,
+                                  const int32_t *page_table, const int32_t *kv_lens, const float *sinks,
+                                  const int64_t *strides, int64_t page_stride, int64_t num_sequences,
+                                  int64_t num_heads, int64_t num_kv_heads, int64_t d, int64_t dv,
+                                  int64_t num_slots, int64_t max_pages, int64_t page_size, int64_t window,
+                                  double scale, double softcap, int64_t is_half, int64_t threads);
+
+#endif

@@ -2,6 +2,7 @@
 or tenants.
 
 root/sha256/<hex>/adapter_config.json, adapter_model.safetensors, ...
+root/derived/<hex>/...         what others made of a blob and can make again; leaves with it
 root/staging/<random>/...      on its way in or out; swept at start
 """
 
@@ -38,9 +39,10 @@ class BlobStore:
 
     def __init__(self, root: Path, failpoint: Failpoint = no_failpoint) -> None:
         self._blobs = root / "sha256"
+        self._derived = root / "derived"
         self._staging = root / "staging"
         self._failpoint = failpoint
-        for directory in (root, self._blobs, self._staging):
+        for directory in (root, self._blobs, self._derived, self._staging):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(root)
 
@@ -52,6 +54,17 @@ class BlobStore:
         if match is None:
             raise ValueError(f"{digest!r} is no digest, expected 'sha256:' and 64 hex digits")
         return self._blobs / match.group(1)
+
+    @property
+    def derived_root(self) -> Path:
+        """The directory of what is derived from blobs: `<hex>/<any file>`."""
+        return self._derived
+
+    def derived(self, digest: str) -> Path:
+        """Return the directory for what is derived from the blob, whether or not it exists; it is
+        removed with the blob. Raises like path().
+        """
+        return self._derived / self.path(digest).name
 
     def new_staging(self) -> Path:
         """Return a new empty directory on the same file system; put() or discard() ends it."""
@@ -72,7 +85,7 @@ class BlobStore:
                 self.discard(staged)
                 return target
             logger.warning("replacing damaged blob %s by a fresh upload", digest)
-            self._remove(target)
+            self._remove_blob(target)
         for directory in [*(d for d in staged.rglob("*") if d.is_dir()), staged]:
             sync_directory(directory)
         self._failpoint("blob.before_rename")
@@ -98,7 +111,7 @@ class BlobStore:
         if not directory.exists():
             return False
         self._failpoint("blob.before_delete")
-        self._remove(directory)
+        self._remove_blob(directory)
         self._failpoint("blob.after_delete")
         return True
 
@@ -122,13 +135,23 @@ class BlobStore:
                 logger.info("removing blob without a name %s", digest)
                 self._remove(directory)
                 orphans.append(digest)
+        for directory in self._derived.iterdir():
+            if f"sha256:{directory.name}" not in live:
+                self._remove(directory)
         return orphans
+
+    def _remove_blob(self, directory: Path) -> None:
+        # What is derived leaves first: nothing of a blob may outlive its bytes.
+        derived = self._derived / directory.name
+        if derived.exists():
+            self._remove(derived)
+        self._remove(directory)
 
     def _remove(self, directory: Path) -> None:
         # Renamed first: a crash half-way must not leave a blob with some of its files.
         doomed = self._staging / secrets.token_hex(16)
         os.rename(directory, doomed)
-        sync_directory(self._blobs)
+        sync_directory(directory.parent)
         shutil.rmtree(doomed)
 
 

@@ -107,6 +107,9 @@ def serve(
     host_adapter_bytes: Annotated[
         str | None, typer.Option(help="Host memory for adapters off the device.")
     ] = None,
+    packed_cache_bytes: Annotated[
+        str | None, typer.Option(help="Disk for adapters in a form that loads at once; 0: none.")
+    ] = None,
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens guessed from the text itself; 0 is off.")
     ] = None,

@@ -22,6 +22,7 @@ from polyadapt.errors import (
     Problem,
     StartupError,
 )
+from polyadapt_store.blobs import BlobStore
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import FileEntry, ValidationReport, digest_of
 from polyadapt_store.staging import StagedUpload
@@ -476,3 +477,17 @@ def test_validators_do_not_outnumber_the_processors(tmp_path: Path) -> None:
     with open_store(tmp_path, validate) as opened, ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda i: upload(opened, content=b"%d" % i), range(16)))
     assert 1 <= most <= (os.cpu_count() or 1)
+
+
+def test_what_is_derived_from_a_blob_leaves_with_it(tmp_path: Path) -> None:
+    blobs = BlobStore(tmp_path)
+    kept, gone = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+    for digest in (kept, gone):
+        blobs.derived(digest).mkdir()
+        (blobs.derived(digest) / "form").write_bytes(b"1")
+    blobs.sweep({kept})
+    assert [path.name for path in blobs.derived_root.iterdir()] == ["a" * 64]
+    blobs.path(kept).mkdir()
+    assert blobs.delete(kept)
+    assert list(blobs.derived_root.iterdir()) == []
+    assert list((tmp_path / "staging").iterdir()) == []

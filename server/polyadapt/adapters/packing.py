@@ -41,20 +41,16 @@ def pack(
     is_kv_neutral: bool = False,
 ) -> PackedAdapter:
     """Lay the modules end to end in site order, cast once to the arena's dtype."""
-    cells = torch.zeros(len(base.sites), 3, dtype=torch.int64)
-    cells[:, 0] = -1
+    ranks, has_bias = [-1] * len(base.sites), [False] * len(base.sites)
     parts: list[torch.Tensor] = []
-    offset = 0
     for site_id in sorted(modules):
         module, site = modules[site_id], base.sites[site_id]
-        rank = module.a.shape[0]
         a = module.a.t() if site.kind == "embedding" else module.a
-        blocks = [a, module.b.t()] + ([] if module.bias is None else [module.bias])
-        cells[site_id] = torch.tensor([offset, rank, int(module.bias is not None)])
-        parts += blocks
-        offset += sum(block.numel() for block in blocks)
+        parts += [a, module.b.t()] + ([] if module.bias is None else [module.bias])
+        ranks[site_id], has_bias[site_id] = module.a.shape[0], module.bias is not None
+    cells, num_elements = lay_out(torch.tensor(ranks), torch.tensor(has_bias), base)
     # Filled block by block: one concatenation would need the bytes twice, and take every core.
-    weights = torch.empty(offset, dtype=dtype)
+    weights = torch.empty(num_elements, dtype=dtype)
     start = 0
     for block in parts:
         stop = start + block.numel()
@@ -62,3 +58,21 @@ def pack(
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
     return PackedAdapter(weights, cells, is_scalable, rank, is_kv_neutral)
+
+
+def lay_out(
+    ranks: torch.Tensor, has_bias: torch.Tensor, base: BaseSpec
+) -> tuple[torch.Tensor, int]:
+    """Return the cells of an adapter and the elements that its weights take, end to end.
+
+    ranks: int64 [num_sites], -1 where nothing is adapted; has_bias: bool [num_sites].
+    """
+    widths = torch.tensor([site.in_features + site.out_features for site in base.sites])
+    outs = torch.tensor([site.out_features for site in base.sites])
+    is_adapted = ranks >= 0
+    sizes = torch.where(is_adapted, ranks * widths + has_bias * outs, 0)
+    ends = sizes.cumsum(0)
+    cells = torch.stack(
+        [torch.where(is_adapted, ends - sizes, -1), ranks.clamp(min=0), has_bias.long()], dim=1
+    )
+    return cells, int(ends[-1])

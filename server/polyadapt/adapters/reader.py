@@ -1,4 +1,6 @@
-"""Read one stored adapter into its packed host form. Runs in the pool's loader thread."""
+"""Bring one stored adapter to its packed host form: from the cache of such forms, else by its
+family. Runs in the pool's loader thread.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import torch
 
 from polyadapt.adapters.adapter import BaseWeights
 from polyadapt.adapters.pace import Pace
+from polyadapt.adapters.packed_cache import PackedCache
 from polyadapt.adapters.packing import PackedAdapter, pack
 from polyadapt.adapters.registry import family_of, read_config
 from polyadapt.errors import AdapterUnavailable
@@ -26,19 +29,35 @@ class AdapterReader:
         weights: BaseWeights,
         dtype: torch.dtype,
         pace: Pace,
+        packed_cache_bytes: int = 0,
     ) -> None:
+        """packed_cache_bytes: what packed forms may take of the disk beside the blobs; 0: none."""
         self._blobs = BlobStore(blob_root)
         self._base = base
         self._weights = weights
         self._dtype = dtype
         self._pace = pace
+        self._cache: PackedCache | None = None
+        if packed_cache_bytes:
+            self._cache = PackedCache(
+                self._blobs, base, weights.dtype, dtype, packed_cache_bytes, pace
+            )
 
     def __call__(self, digest: str) -> PackedAdapter:
         """Verify nothing twice: uploads were validated, the family checks what only weights can
-        tell.
+        tell, and a packed form is what the family once accepted.
         """
         self._pace.begin()
         directory = self._blobs.path(digest)
+        if self._cache is None or not directory.is_dir():
+            return self._read(digest, directory)
+        packed = self._cache.get(digest)
+        if packed is None:
+            packed = self._read(digest, directory)
+            self._cache.put(digest, packed)
+        return packed
+
+    def _read(self, digest: str, directory: Path) -> PackedAdapter:
         try:
             config = read_config(directory / "adapter_config.json")
             checkpoint = _PacedCheckpoint(directory / "adapter_model.safetensors", self._pace)

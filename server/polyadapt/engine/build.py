@@ -74,7 +74,7 @@ def build_engine(
     pool = AdapterPool(
         arena=arena,
         cells=cells,
-        read=AdapterReader(blob_root, base.spec, base, dtype, pace),
+        read=AdapterReader(blob_root, base.spec, base, dtype, pace, int(config.packed_cache_bytes)),
         host_bytes=int(config.host_adapter_bytes),
         counters=counters,
         wake=wake,

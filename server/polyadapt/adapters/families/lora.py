@@ -170,7 +170,7 @@ class Lora:
         tensors: dict[int, dict[str, torch.Tensor]] = {}
         for read in plan.reads:
             tensor = _to_float32(checkpoint.take(read.key))
-            if not tensor.isfinite().all():
+            if not _is_finite(tensor):
                 problems.append(_non_finite(read.key))
             elif read.role == "base_weight":
                 problems += _compare_weight(read, tensor, weights)
@@ -183,7 +183,7 @@ class Lora:
             for site_id, parts in tensors.items():
                 site = base.sites[site_id]
                 modules[site_id] = _low_rank(site_id, site, parts, settings.scale(site), weights)
-                if not modules[site_id].b.isfinite().all():
+                if not _is_finite(modules[site_id].b):
                     problems.append(_non_finite(f"{site.path}: B times the scale"))
         if problems:
             raise AdapterRejected(problems)
@@ -547,6 +547,14 @@ def _to_float32(raw: RawTensor) -> torch.Tensor:
     # Copied out of the mapping: a tensor in a file may lie at an address that its dtype cannot
     # have.
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).float()
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Either would show in the sum, which is a tenth of the work; a sum may also overflow by itself.
+    """
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
 
 
 def _low_rank(

@@ -1,0 +1,231 @@
+"""Packed adapters in files beside their blobs, so that a load is a copy of memory.
+
+A file holds what a family made of a blob: ranks and biases of the sites, then the weights in the
+arena's layout. It may be removed at any time and is made again. Knows no family and no device. Only
+the reading thread of one engine writes here; files are as private as the blobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import stat
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from polyadapt import __version__
+from polyadapt.adapters.pace import Pace
+from polyadapt.adapters.packing import PackedAdapter, lay_out
+from polyadapt.adapters.registry import FAMILIES
+from polyadapt.types import BaseSpec
+from polyadapt_store.blobs import BlobStore
+
+logger = logging.getLogger(__name__)
+
+# To be raised with every change of the file, of the arena's layout, or of what a family makes of a
+# checkpoint: a file of another format is never found.
+_FORMAT = 1
+_MAGIC = b"PAPACKED"
+# magic, key, elements, sites, largest rank, flags, crc32 of the weights; then int32 [sites, 2] of
+# (rank, has_bias), the crc32 of all that, and the weights at the next multiple of _ALIGN.
+_HEAD = struct.Struct("<8s32sQIIII")
+_CRC = struct.Struct("<I")
+_ALIGN = 64
+_IS_SCALABLE, _IS_KV_NEUTRAL = 1, 2
+_CHUNK = 1 << 19  # bytes that are summed between two pauses
+# Mapped from here on; below, reading is as quick, and a process may hold only so many mappings.
+_MAPPED_FROM = 1 << 18
+_TEMPORARY = ".tmp"
+
+
+class PackedCache:
+    """Owns the files of `blobs.derived_root`, at most `capacity_bytes` of them together."""
+
+    def __init__(
+        self,
+        blobs: BlobStore,
+        base: BaseSpec,
+        base_dtype: torch.dtype,
+        dtype: torch.dtype,
+        capacity_bytes: int,
+        pace: Pace,
+    ) -> None:
+        """base_dtype: the precision that the base is served in; dtype: the arena's."""
+        self._blobs = blobs
+        self._base = base
+        self._dtype = dtype
+        self._capacity = capacity_bytes
+        self._pace = pace
+        families = sorted(family.name for family in FAMILIES)
+        sites = [(s.path, s.kind, s.in_features, s.out_features, s.has_bias) for s in base.sites]
+        self._context = json.dumps(
+            [_FORMAT, __version__, families, base.digest, str(base_dtype), str(dtype), sites]
+        )
+        for unfinished in self._files(_TEMPORARY):
+            unfinished.unlink(missing_ok=True)
+        self._nbytes = 0  # of all files; too large when files left with their blobs
+        self._trim()
+
+    def get(self, digest: str) -> PackedAdapter | None:
+        """Return the packed form, its weights mapped from the file; None when there is none.
+
+        A file that is not what was written is removed with a warning. The weights stay readable
+        when their file is removed.
+        """
+        path = self._path(digest)
+        try:
+            packed = self._load(path, self._key(digest))
+            os.utime(path)  # the oldest leave first
+        except FileNotFoundError:
+            return None
+        except (_BrokenError, OSError) as error:
+            logger.warning("the packed form of %s is made again: %s", digest, error)
+            path.unlink(missing_ok=True)
+            return None
+        return packed
+
+    def put(self, digest: str, packed: PackedAdapter) -> None:
+        """Write the packed form, and remove the oldest files when there are too many bytes.
+
+        A file that cannot be written is a warning: the adapter is served all the same.
+        """
+        parts = self._encode(self._key(digest), packed)
+        nbytes = sum(map(len, parts))
+        if nbytes > self._capacity:
+            return
+        path = self._path(digest)
+        temporary = path.with_name(secrets.token_hex(8) + _TEMPORARY)
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            # Not synced: what a crash tears, the checksums find.
+            with open(
+                os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
+            ) as file:
+                for part in parts:
+                    file.write(part)
+            os.replace(temporary, path)
+        except OSError as error:
+            logger.warning("the packed form of %s cannot be kept: %s", digest, error)
+            temporary.unlink(missing_ok=True)
+            return
+        self._nbytes += nbytes
+        if self._nbytes > self._capacity:
+            self._trim()
+
+    # ------------------------------------------------------------------ names
+    def _key(self, digest: str) -> bytes:
+        return hashlib.sha256(json.dumps([digest, self._context]).encode()).digest()
+
+    def _path(self, digest: str) -> Path:
+        return self._blobs.derived(digest) / f"{self._key(digest).hex()}.packed"
+
+    def _files(self, suffix: str) -> Iterator[Path]:
+        return self._blobs.derived_root.glob(f"*/*{suffix}")
+
+    def _trim(self) -> None:
+        """Count anew and remove the files that were used longest ago, a little more than needed."""
+        found = []
+        for path in self._files(".packed"):
+            try:
+                status = path.lstat()
+            except FileNotFoundError:  # it left with its blob
+                continue
+            found.append((status.st_mtime_ns, status.st_size, path))
+        self._nbytes = sum(nbytes for _, nbytes, _ in found)
+        if self._nbytes <= self._capacity:
+            return
+        for _, nbytes, path in sorted(found):
+            path.unlink(missing_ok=True)
+            self._nbytes -= nbytes
+            if self._nbytes <= self._capacity - self._capacity // 8:
+                return
+
+    # ------------------------------------------------------------------ the file
+    def _encode(self, key: bytes, packed: PackedAdapter) -> list[bytes | memoryview]:
+        weights = packed.weights.view(torch.uint8).numpy().data
+        ranks = torch.where(packed.cells[:, 0] >= 0, packed.cells[:, 1], -1)
+        sites = torch.stack([ranks, packed.cells[:, 2]], dim=1).to(torch.int32).numpy().tobytes()
+        flags = _IS_SCALABLE * packed.is_scalable + _IS_KV_NEUTRAL * packed.is_kv_neutral
+        head = _HEAD.pack(
+            _MAGIC, key, packed.weights.numel(), len(packed.cells), packed.rank, flags,
+            self._checksum(weights),
+        )  # fmt: skip
+        head += sites
+        start = head + _CRC.pack(zlib.crc32(head))
+        return [start.ljust(_weights_begin(len(packed.cells)), b"\0"), weights]
+
+    def _load(self, path: Path, key: bytes) -> PackedAdapter:
+        status = path.lstat()
+        num_sites = len(self._base.sites)
+        begin = _weights_begin(num_sites)
+        if not stat.S_ISREG(status.st_mode) or status.st_size <= begin:
+            raise _BrokenError(
+                f"it has {status.st_size} bytes, expected a file of more than {begin}"
+            )
+        data = _map(path, status.st_size)
+        start = data[:begin].numpy().tobytes()
+        checked = _HEAD.size + 8 * num_sites
+        (checksum,) = _CRC.unpack_from(start, checked)
+        magic, found, num_elements, count, rank, flags, weights_sum = _HEAD.unpack_from(start)
+        if zlib.crc32(start[:checked]) != checksum:
+            raise _BrokenError("the checksum of its header is wrong")
+        if (magic, found, count) != (_MAGIC, key, num_sites):
+            raise _BrokenError("it is the packed form of something else")
+        sites = torch.frombuffer(
+            bytearray(start), dtype=torch.int32, count=2 * num_sites, offset=_HEAD.size
+        ).view(num_sites, 2)
+        cells, laid_out = lay_out(sites[:, 0].long(), sites[:, 1] > 0, self._base)
+        expected = begin + num_elements * self._dtype.itemsize
+        if laid_out != num_elements or status.st_size != expected:
+            raise _BrokenError(f"it has {status.st_size} bytes, its header announces {expected}")
+        weights = data[begin:]
+        # This also brings the file into memory, on this thread and not on the engine's.
+        if self._checksum(weights.numpy().data) != weights_sum:
+            raise _BrokenError("the checksum of its weights is wrong")
+        return PackedAdapter(
+            weights.view(self._dtype),
+            cells,
+            is_scalable=bool(flags & _IS_SCALABLE),
+            rank=rank,
+            is_kv_neutral=bool(flags & _IS_KV_NEUTRAL),
+        )
+
+    def _checksum(self, data: memoryview) -> int:
+        checksum = 0
+        for start in range(0, len(data), _CHUNK):
+            checksum = zlib.crc32(data[start : start + _CHUNK], checksum)
+            self._pace.breathe()
+        return checksum
+
+
+class _BrokenError(Exception):
+    """The file is not what was written."""
+
+
+def _weights_begin(num_sites: int) -> int:
+    size = _HEAD.size + 8 * num_sites + _CRC.size
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _map(path: Path, nbytes: int) -> torch.Tensor:
+    """The file's bytes, uint8 [nbytes]. Files are replaced and removed, never changed, so that a
+    mapping keeps what it showed.
+    """
+    if nbytes < _MAPPED_FROM:
+        data = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
+    else:
+        # Private and without a descriptor that stays open, unlike Python's own mmap.
+        try:
+            data = torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise _BrokenError(f"it cannot be mapped: {error}") from error
+    if len(data) != nbytes:
+        raise _BrokenError(f"it has {len(data)} bytes, expected {nbytes}")
+    return data

@@ -1,0 +1,258 @@
+"""Packed forms on disk: what is found is what the family made, and nothing else is ever used."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tests.support.basespec import ModelWeights, base_spec
+from tests.support.engines import put_blob
+from tests.support.peft_adapters import peft_model, save, tiny_gpt2
+
+from polyadapt.adapters import packed_cache, reader
+from polyadapt.adapters.pace import Pace
+from polyadapt.adapters.packing import PackedAdapter
+from polyadapt.adapters.reader import AdapterReader
+from polyadapt.errors import AdapterUnavailable
+from polyadapt_store.blobs import BlobStore
+
+
+class Rig:
+    """Readers over one store of adapters of a tiny model; counts what the family had to read."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root / "store"
+        self.sources = root / "sources"
+        self.base = tiny_gpt2()
+        self.spec = base_spec(self.base)
+        self.num_read = 0
+        pack = reader.pack
+
+        def counted(*args: Any, **options: Any) -> PackedAdapter:
+            self.num_read += 1
+            return pack(*args, **options)
+
+        monkeypatch.setattr(reader, "pack", counted)
+
+    def add(self, seed: int = 1, **options: Any) -> str:
+        defaults = {"r": 4, "target_modules": ["c_attn", "c_fc"], "init_lora_weights": False}
+        config = LoraConfig(**(defaults | options))
+        directory = save(peft_model(self.base, config, seed), self.sources / str(seed))
+        return put_blob(self.root, directory, str(seed)).digest
+
+    def reader(
+        self,
+        capacity: int = 1 << 20,
+        dtype: torch.dtype = torch.float32,
+        **changes: Any,
+    ) -> AdapterReader:
+        spec = dataclasses.replace(self.spec, **changes)
+        return AdapterReader(self.root, spec, ModelWeights(self.base), dtype, Pace(), capacity)
+
+    def files(self) -> list[Path]:
+        return sorted(path for path in (self.root / "derived").rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def rig(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    return Rig(tmp_path, monkeypatch)
+
+
+def assert_same(found: PackedAdapter, expected: PackedAdapter) -> None:
+    assert found.weights.dtype == expected.weights.dtype
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.cells, expected.cells)
+    for name in ("is_scalable", "is_kv_neutral", "rank", "nbytes"):
+        assert getattr(found, name) == getattr(expected, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mapped_from", [1, 1 << 30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": "all"},  # not scalable, and sites of rank 0
+        {"lora_bias": True},
+        {"target_modules": ["wte", "c_attn"], "rank_pattern": {"c_attn": 2}},
+        {"target_modules": "transformer.h.1.mlp.c_fc"},  # leaves keys and values alone
+    ],
+    ids=["plain", "bias", "lora_bias", "embedding", "neutral"],
+)
+def test_the_second_read_is_the_first_ones_result(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    mapped_from: int,
+    dtype: torch.dtype,
+):
+    monkeypatch.setattr(packed_cache, "_MAPPED_FROM", mapped_from)
+    digest = rig.add(**options)
+    expected = rig.reader(0, dtype)(digest)
+    assert rig.files() == []
+    assert_same(rig.reader(dtype=dtype)(digest), expected)
+    assert rig.num_read == 2
+    assert_same(rig.reader(dtype=dtype)(digest), expected)
+    assert rig.num_read == 2
+
+
+def test_files_are_as_private_as_the_blobs(rig: Rig):
+    rig.reader()(rig.add())
+    (file,) = rig.files()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert file.parent.stat().st_mode & 0o777 == 0o700
+    assert (rig.root / "derived").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": torch.bfloat16},
+        {"digest": "sha256:" + "1" * 64},
+        {"version": "9.9.9"},
+        {"format": 99},
+    ],
+    ids=["arena", "base", "version", "format"],
+)
+def test_what_was_packed_for_something_else_is_not_found(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+):
+    digest = rig.add()
+    rig.reader()(digest)
+    monkeypatch.setattr(packed_cache, "__version__", change.pop("version", "0"))
+    monkeypatch.setattr(packed_cache, "_FORMAT", change.pop("format", 0))
+    rig.reader(**change)(digest)
+    assert rig.num_read == 2
+    assert len(rig.files()) == 2
+
+
+def test_a_renamed_file_is_not_taken_for_another_adapter(rig: Rig, caplog):
+    first, second = rig.add(1), rig.add(2)
+    read = rig.reader()
+    expected = read(first)
+    read(second)
+    (one,) = BlobStore(rig.root).derived(first).iterdir()
+    (other,) = BlobStore(rig.root).derived(second).iterdir()
+    one.write_bytes(other.read_bytes())
+    assert_same(read(first), expected)
+    assert "packed form of something else" in caplog.text
+
+
+def _cut(data: bytearray) -> bytes:
+    return bytes(data[:-1])
+
+
+def _empty(data: bytearray) -> bytes:
+    return b""
+
+
+def _lengthen(data: bytearray) -> bytes:
+    return bytes(data) + b"\0"
+
+
+def _flip(at: int) -> Callable[[bytearray], bytes]:
+    def flip(data: bytearray) -> bytes:
+        data[at] ^= 1
+        return bytes(data)
+
+    return flip
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_cut, _empty, _lengthen, _flip(0), _flip(50), _flip(70), _flip(-1)],
+    ids=["cut", "empty", "longer", "magic", "head", "sites", "weights"],
+)
+@pytest.mark.parametrize("mapped_from", [1, 1 << 30])
+def test_a_damaged_file_is_made_again_with_a_warning(
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog,
+    damage: Callable[[bytearray], bytes],
+    mapped_from: int,
+):
+    monkeypatch.setattr(packed_cache, "_MAPPED_FROM", mapped_from)
+    digest = rig.add()
+    expected = rig.reader(0)(digest)
+    rig.reader()(digest)
+    (file,) = rig.files()
+    whole = file.read_bytes()
+    file.write_bytes(damage(bytearray(whole)))
+    with caplog.at_level(logging.WARNING):
+        assert_same(rig.reader()(digest), expected)
+    assert f"the packed form of {digest} is made again" in caplog.text
+    assert rig.num_read == 3
+    assert rig.files() == [file]
+    assert file.read_bytes() == whole
+
+
+def test_the_files_used_longest_ago_leave_when_there_are_too_many_bytes(rig: Rig):
+    digests = [rig.add(seed) for seed in (1, 2, 3, 4)]
+    read = rig.reader()
+    read(digests[0])
+    nbytes = rig.files()[0].stat().st_size
+    read = rig.reader(3 * nbytes + nbytes // 2)
+    for age, digest in enumerate(digests[:3]):
+        read(digest)
+        (file,) = BlobStore(rig.root).derived(digest).iterdir()
+        os.utime(file, (100 + age, 100 + age))
+    read(digests[0])  # used again: the second is the oldest now
+    read(digests[3])
+    kept = {path.parent.name for path in rig.files()}
+    assert kept == {digests[n].removeprefix("sha256:") for n in (0, 2, 3)}
+    assert sum(path.stat().st_size for path in rig.files()) <= 3 * nbytes + nbytes // 2
+
+
+def test_a_lower_limit_takes_effect_at_the_start(rig: Rig):
+    read = rig.reader()
+    for seed in (1, 2, 3):
+        read(rig.add(seed))
+    assert len(rig.files()) == 3
+    rig.reader(2 * rig.files()[0].stat().st_size)
+    assert len(rig.files()) == 1  # an eighth of the limit is left free
+
+
+def test_an_adapter_beyond_the_limit_is_read_and_not_kept(rig: Rig):
+    digest = rig.add()
+    rig.reader(100)(digest)
+    assert rig.files() == []
+
+
+def test_a_file_that_cannot_be_written_is_only_a_warning(rig: Rig, monkeypatch, caplog):
+    digest = rig.add()
+
+    def full(source: object, target: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    assert_same(rig.reader()(digest), rig.reader(0)(digest))
+    assert "cannot be kept" in caplog.text
+    assert rig.files() == []
+
+
+def test_an_unfinished_file_is_removed_at_the_start(rig: Rig):
+    digest = rig.add()
+    rig.reader()(digest)
+    (file,) = rig.files()
+    file.with_name("0123.tmp").write_bytes(b"half")
+    rig.reader()
+    assert rig.files() == [file]
+
+
+def test_a_packed_form_leaves_with_its_blob_and_is_no_substitute_for_it(rig: Rig):
+    digest = rig.add()
+    read = rig.reader()
+    packed = read(digest)
+    before = packed.weights.clone()
+    BlobStore(rig.root).delete(digest)
+    assert rig.files() == []
+    assert torch.equal(packed.weights, before), "whoever holds it keeps it"
+    with pytest.raises(AdapterUnavailable):
+        read(digest)

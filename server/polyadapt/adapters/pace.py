@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 # Of one core, while the engine computes: a read then takes at most 1 / share as long as alone.
-_SHARE = 0.6
+_SHARE = 0.25
 _SLICE_S = 0.002  # work between two pauses
 
 
@@ -24,8 +24,12 @@ class Pace:
         self._since: float | None = None
 
     def begin(self) -> None:
-        """Start to count, on the thread that will work: its clock is its own."""
-        self._since = self._clock()
+        """Start to count, on the one thread that works: its clock is its own.
+
+        Later calls change nothing, so that many short reads together pause like a long one.
+        """
+        if self._since is None:
+            self._since = self._clock()
 
     def breathe(self) -> None:
         """Pause for as long as the work since the last pause has to be paid for."""

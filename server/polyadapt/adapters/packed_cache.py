@@ -22,7 +22,7 @@ import torch
 
 from polyadapt import __version__
 from polyadapt.adapters.pace import Pace
-from polyadapt.adapters.packing import PackedAdapter, lay_out
+from polyadapt.adapters.packing import Layout, PackedAdapter
 from polyadapt.adapters.registry import FAMILIES
 from polyadapt.types import BaseSpec
 from polyadapt_store.blobs import BlobStore
@@ -39,6 +39,7 @@ _HEAD = struct.Struct("<8s32sQIIII")
 _CRC = struct.Struct("<I")
 _ALIGN = 64
 _IS_SCALABLE, _IS_KV_NEUTRAL = 1, 2
+_PAGE = 4096  # bytes; of the memory, at least
 _CHUNK = 1 << 19  # bytes that are summed between two pauses
 # Mapped from here on; below, reading is as quick, and a process may hold only so many mappings.
 _MAPPED_FROM = 1 << 18
@@ -65,11 +66,12 @@ class PackedCache:
         self._pace = pace
         families = sorted(family.name for family in FAMILIES)
         sites = [(s.path, s.kind, s.in_features, s.out_features, s.has_bias) for s in base.sites]
-        self._context = json.dumps(
-            [_FORMAT, __version__, families, base.digest, str(base_dtype), str(dtype), sites]
-        )
+        context = [_FORMAT, __version__, families, base.digest, str(base_dtype), str(dtype), sites]
+        self._context = hashlib.sha256(json.dumps(context).encode()).hexdigest()
+        self._layout = Layout(base)
         for unfinished in self._files(_TEMPORARY):
             unfinished.unlink(missing_ok=True)
+        self._sound: dict[str, tuple[int, int]] = {}  # files whose every byte was seen: inode, size
         self._nbytes = 0  # of all files; too large when files left with their blobs
         self._trim()
 
@@ -81,13 +83,15 @@ class PackedCache:
         """
         path = self._path(digest)
         try:
-            packed = self._load(path, self._key(digest))
+            packed = self._load(digest, path)
             os.utime(path)  # the oldest leave first
+            self._pace.breathe()
         except FileNotFoundError:
             return None
         except (_BrokenError, OSError) as error:
             logger.warning("the packed form of %s is made again: %s", digest, error)
             path.unlink(missing_ok=True)
+            self._sound.pop(digest, None)
             return None
         return packed
 
@@ -161,7 +165,7 @@ class PackedCache:
         start = head + _CRC.pack(zlib.crc32(head))
         return [start.ljust(_weights_begin(len(packed.cells)), b"\0"), weights]
 
-    def _load(self, path: Path, key: bytes) -> PackedAdapter:
+    def _load(self, digest: str, path: Path) -> PackedAdapter:
         status = path.lstat()
         num_sites = len(self._base.sites)
         begin = _weights_begin(num_sites)
@@ -176,18 +180,24 @@ class PackedCache:
         magic, found, num_elements, count, rank, flags, weights_sum = _HEAD.unpack_from(start)
         if zlib.crc32(start[:checked]) != checksum:
             raise _BrokenError("the checksum of its header is wrong")
-        if (magic, found, count) != (_MAGIC, key, num_sites):
+        if (magic, found, count) != (_MAGIC, self._key(digest), num_sites):
             raise _BrokenError("it is the packed form of something else")
         sites = torch.frombuffer(
             bytearray(start), dtype=torch.int32, count=2 * num_sites, offset=_HEAD.size
         ).view(num_sites, 2)
-        cells, laid_out = lay_out(sites[:, 0].long(), sites[:, 1] > 0, self._base)
+        cells, laid_out = self._layout.cells(sites[:, 0].long(), sites[:, 1] > 0)
         expected = begin + num_elements * self._dtype.itemsize
         if laid_out != num_elements or status.st_size != expected:
             raise _BrokenError(f"it has {status.st_size} bytes, its header announces {expected}")
         weights = data[begin:]
-        # This also brings the file into memory, on this thread and not on the engine's.
-        if self._checksum(weights.numpy().data) != weights_sum:
+        # Summed once in this process: files are replaced and removed, never changed. Either way the
+        # file comes into memory on this thread and not on the engine's.
+        identity = (status.st_ino, status.st_size)
+        if self._sound.get(digest) == identity:
+            weights[::_PAGE].sum()
+        elif self._checksum(weights.numpy().data) == weights_sum:
+            self._sound[digest] = identity
+        else:
             raise _BrokenError("the checksum of its weights is wrong")
         return PackedAdapter(
             weights.view(self._dtype),

@@ -32,6 +32,25 @@ class PackedAdapter:
         return self.weights.numel() * self.weights.element_size()
 
 
+class Layout:
+    """Where the modules of any adapter of one base lie in its weights: end to end, by site."""
+
+    def __init__(self, base: BaseSpec) -> None:
+        self._widths = torch.tensor([s.in_features + s.out_features for s in base.sites])
+        self._outs = torch.tensor([s.out_features for s in base.sites])
+
+    def cells(self, ranks: torch.Tensor, has_bias: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Return an adapter's cells and the number of its elements.
+
+        ranks: int64 [num_sites], -1 where nothing is adapted; has_bias: bool [num_sites].
+        """
+        is_adapted = ranks >= 0
+        sizes = torch.where(is_adapted, ranks * self._widths + has_bias * self._outs, 0)
+        ends = sizes.cumsum(0)
+        starts = torch.where(is_adapted, ends - sizes, -1)
+        return torch.stack([starts, ranks.clamp(min=0), has_bias.long()], dim=1), int(ends[-1])
+
+
 def pack(
     modules: Mapping[int, LowRank],
     base: BaseSpec,
@@ -48,7 +67,7 @@ def pack(
         a = module.a.t() if site.kind == "embedding" else module.a
         parts += [a, module.b.t()] + ([] if module.bias is None else [module.bias])
         ranks[site_id], has_bias[site_id] = module.a.shape[0], module.bias is not None
-    cells, num_elements = lay_out(torch.tensor(ranks), torch.tensor(has_bias), base)
+    cells, num_elements = Layout(base).cells(torch.tensor(ranks), torch.tensor(has_bias))
     # Filled block by block: one concatenation would need the bytes twice, and take every core.
     weights = torch.empty(num_elements, dtype=dtype)
     start = 0
@@ -58,21 +77,3 @@ def pack(
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
     return PackedAdapter(weights, cells, is_scalable, rank, is_kv_neutral)
-
-
-def lay_out(
-    ranks: torch.Tensor, has_bias: torch.Tensor, base: BaseSpec
-) -> tuple[torch.Tensor, int]:
-    """Return the cells of an adapter and the elements that its weights take, end to end.
-
-    ranks: int64 [num_sites], -1 where nothing is adapted; has_bias: bool [num_sites].
-    """
-    widths = torch.tensor([site.in_features + site.out_features for site in base.sites])
-    outs = torch.tensor([site.out_features for site in base.sites])
-    is_adapted = ranks >= 0
-    sizes = torch.where(is_adapted, ranks * widths + has_bias * outs, 0)
-    ends = sizes.cumsum(0)
-    cells = torch.stack(
-        [torch.where(is_adapted, ends - sizes, -1), ranks.clamp(min=0), has_bias.long()], dim=1
-    )
-    return cells, int(ends[-1])

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from polyadapt.adapters.arena import Arena, Extent
@@ -36,8 +37,6 @@ Done = Callable[["Residency | PolyadaptError"], None]
 # Rounds: a full batch asks for nobody in the queue for a while, and asks again.
 _ABANDONED_AFTER = 100
 _NUM_AHEAD = 2  # adapters read for the queue beyond what the device has room for now
-# torch copies so few elements on the calling thread: a copy under way takes one core, not all.
-_COPY_CHUNK = 32_768
 
 
 class _State(enum.Enum):
@@ -113,7 +112,8 @@ class AdapterPool:
         self._read_estimate = LoadEstimate(5e-3, 1e-8)
         self._copy_estimate = LoadEstimate(1e-4, 1e-9)
         self._round = 0
-        self._patience_s = 0.0  # what copies may still delay the next step by
+        self._step_patience_s = 0.0  # what copies may delay one step by
+        self._patience_s = 0.0  # what is left of that for the next one
         self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
         self._has_deferred = False  # whoever comes later in the round is read later
         self._no_room_from: int | None = None  # extents so large were refused since room was made
@@ -143,7 +143,7 @@ class AdapterPool:
         """Start bringing the adapters to the device for a request that cannot be admitted yet; no
         step waits for their copies.
         """
-        self._patience_s = 0.0
+        self._step_patience_s = self._patience_s = 0.0
         for applied in adapters:
             self._want(applied.adapter.digest)
 
@@ -229,7 +229,7 @@ class AdapterPool:
         the acquires that follow; longer ones are made while the engine steps.
         """
         self._round += 1
-        self._patience_s = patience_s
+        self._step_patience_s = self._patience_s = patience_s
         self._num_cold = self._cold_nbytes = 0
         self._has_deferred, self._no_room_from = False, None
         for future in [job for job in self._jobs if job.done()]:
@@ -432,6 +432,9 @@ class AdapterPool:
         if self._no_room_from is not None and size >= self._no_room_from:
             entry.is_short = True
             return
+        copy_s = self._copy_estimate.seconds(entry.nbytes)
+        if self._patience_s < copy_s <= self._step_patience_s:
+            return  # its turn comes before a later step: beside this one it would slow it as much
         extent = self._make_room(size)
         entry.is_short = extent is None
         if extent is None:
@@ -447,7 +450,7 @@ class AdapterPool:
         self._changed[entry.digest] = None
         target = self.weights[extent.start : extent.start + extent.size]
         started = self._clock()
-        if self._copy_estimate.seconds(entry.nbytes) <= self._patience_s:
+        if copy_s <= self._patience_s:
             target.copy_(packed.weights)
             took = self._clock() - started
             self._patience_s -= took
@@ -456,12 +459,7 @@ class AdapterPool:
             self._land(entry)
             return
 
-        def copy() -> None:
-            for start in range(0, size, _COPY_CHUNK):
-                part = slice(start, min(start + _COPY_CHUNK, size))
-                target[part].copy_(packed.weights[part])
-
-        self._submit(self._copier, entry, copy)
+        self._submit(self._copier, entry, lambda: _copy_beside(target, packed.weights))
         self.counters["adapter_loads_overlapped"] += 1
 
     def _make_room(self, size: int) -> Extent | None:
@@ -627,6 +625,14 @@ class AdapterPool:
         told, waiters[:] = list(waiters), []
         for done in told:
             done(outcome)
+
+
+def _copy_beside(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy while the engine steps: on one core, not all, and without the interpreter."""
+    if target.device.type == "cpu":
+        np.copyto(target.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    else:
+        target.copy_(source)
 
 
 def _too_large(entry: _Entry, capacity: int, element_size: int) -> InvalidRequest:

@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 _STATS_INTERVAL_S = 0.1
 # A copy that is waited for is in the batch one step earlier; running streams wait with it. So much
 # of a decode step they may, as long as the next token is then no 1.3 times later than usual.
-_PATIENCE = 0.2
+_PATIENCE = 0.25
 _NUM_PREFETCHED = 8  # sequences at the head of the queue
 _IDLE_PATIENCE_S = 0.25  # nobody runs; commands are taken in between
 

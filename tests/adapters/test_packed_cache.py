@@ -112,22 +112,25 @@ def test_files_are_as_private_as_the_blobs(rig: Rig):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "constant"),
     [
-        {"dtype": torch.bfloat16},
-        {"digest": "sha256:" + "1" * 64},
-        {"version": "9.9.9"},
-        {"format": 99},
+        ({"dtype": torch.bfloat16}, {}),
+        ({"digest": "sha256:" + "1" * 64}, {}),
+        ({}, {"__version__": "9.9.9"}),
+        ({}, {"_FORMAT": 99}),
     ],
     ids=["arena", "base", "version", "format"],
 )
 def test_what_was_packed_for_something_else_is_not_found(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+    rig: Rig,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    constant: dict[str, Any],
 ):
     digest = rig.add()
     rig.reader()(digest)
-    monkeypatch.setattr(packed_cache, "__version__", change.pop("version", "0"))
-    monkeypatch.setattr(packed_cache, "_FORMAT", change.pop("format", 0))
+    for name, value in constant.items():
+        monkeypatch.setattr(packed_cache, name, value)
     rig.reader(**change)(digest)
     assert rig.num_read == 2
     assert len(rig.files()) == 2

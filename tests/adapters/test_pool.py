@@ -545,7 +545,7 @@ def test_reads_that_nobody_wants_any_more_are_given_up(rig):
     assert set(it.residencies()) == {"a"}
 
 
-def test_a_short_copy_is_waited_for_and_a_long_one_overlaps(rig):
+def test_short_copies_take_turns_before_the_steps_and_a_long_one_overlaps(rig):
     clock = FakeClock()
     it = rig(a=10, b=10, c=10, clock=clock)
     for name in "abc":
@@ -558,10 +558,41 @@ def test_a_short_copy_is_waited_for_and_a_long_one_overlaps(rig):
     it.pool.poll(copy_s * 1.9)  # the second copy finds too little left
     assert it.acquire("b") is not None
     assert it.acquire("c") is None
+    assert it.tier("c") == "host"
+    it.pool.poll(copy_s * 0.5)  # too little for any
+    assert it.acquire("c") is None
     assert it.counters["adapter_loads_overlapped"] == 1
     it.settle()
     it.take("c")
     assert it.counters["adapter_loads_waited"] == 2
+
+
+def test_commanded_loads_take_turns_until_all_are_done(rig):
+    clock = FakeClock()
+    it = rig(a=10, b=10, c=10, clock=clock)
+    told: list[object] = []
+    for name in "abc":
+        it.pool.prepare(name, lambda _: None)
+    it.settle()
+    copy_s = clock.step_s = it.pool._copy_estimate.seconds(40)
+    it.pool.poll()
+    for name in "abc":
+        it.pool.load(name, False, told.append)
+    it.settle()
+    assert len(told) == 3
+    for name in "abc":
+        it.pool.unload(name, lambda: None)
+        it.pool.prepare(name, lambda _: None)
+    it.settle()
+    it.pool.poll(copy_s * 1.5)
+    for name in "abc":
+        it.pool.load(name, False, told.append)
+    for num_done in (4, 5, 6):
+        assert len(told) == num_done
+        assert it.pool.is_busy == (num_done < 6)
+        it.pool.poll(copy_s * 1.5)
+    assert it.counters["adapter_loads_overlapped"] == 3
+    assert it.counters["adapter_loads_waited"] == 3
 
 
 def test_a_host_copy_is_placed_while_a_read_is_held_up(rig):

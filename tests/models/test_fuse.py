@@ -8,7 +8,7 @@ import pytest
 import torch
 from tests.oracle import tiny
 from transformers import AutoModelForCausalLM
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from polyadapt.engine import kv_cache
 from polyadapt.errors import StartupError
@@ -92,6 +92,42 @@ def test_a_module_that_computes_something_else_is_left_alone(tiny_model, monkeyp
     assert _kinds(base)[FusedAttention] == 3
 
 
+def test_a_module_that_differs_only_far_out_or_for_large_rows_is_left_alone(
+    tiny_model, monkeypatch
+):
+    plain = LlamaAttention.forward
+
+    def stretched(self, hidden_states, position_embeddings=None, **kwargs):
+        factor = 1 + 0.1 * (kwargs["position_ids"][0, :, None] > 300)
+        return plain(self, hidden_states * factor, position_embeddings, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", stretched)
+    assert "FusedAttention" not in fuse(wrapped(tiny_model("llama")), 16, PLAIN)
+    monkeypatch.setattr(
+        LlamaAttention,
+        "forward",
+        lambda self, hidden_states, *rest, **kwargs: plain(
+            self, hidden_states.clamp(-20, 20), *rest, **kwargs
+        ),
+    )
+    mlp = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: mlp(self, x.clamp(-20, 20)))
+    said = fuse(wrapped(tiny_model("llama")), 16, PLAIN)
+    assert "FusedAttention" not in said
+    assert "FusedMlp" not in said
+
+
+def test_a_module_that_cannot_be_tried_is_left_alone(tiny_model, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(fuse_module, "_joined", broken)
+    monkeypatch.setattr(fuse_module, "_pack_rest", lambda _: None)
+    said = fuse(wrapped(tiny_model("llama")), 16, PLAIN)
+    assert "FusedNorm" in said
+    assert "FusedMlp" not in said
+
+
 def test_a_whole_that_differs_is_refused(tiny_model, monkeypatch):
     base = wrapped(tiny_model("llama"))
     # Proofs of the parts that are too lenient must not go unseen.
@@ -132,6 +168,9 @@ def test_exact_mode_is_promised_where_every_layer_is_fused_and_refused_elsewhere
         fuse(wrapped(tiny_model("gpt2")), 16, EXACT)
     with pytest.raises(StartupError, match=r"MLP modules have an exact"):
         fuse(wrapped(tiny_model("mixtral")), 16, EXACT)
+    # Shared experts are as many gated MLPs as layers; the routed ones still are torch's.
+    with pytest.raises(StartupError, match=r"mlp.*has no exact form"):
+        fuse(wrapped(tiny_model("qwen2_moe")), 16, EXACT)
 
 
 def test_exact_mode_without_native_kernels_is_refused(tiny_model, monkeypatch):

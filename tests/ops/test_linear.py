@@ -205,3 +205,7 @@ def test_many_rows_may_be_left_to_torch():
     for rows in (4, 5):
         x = _random(rows, 24, seed=2)
         assert torch.allclose(packed.product(x, bias), F.linear(x, weight, bias), atol=1e-5)
+
+
+def test_no_rows_are_no_work():
+    assert PackedWeight.pack([_random(20, 6)]).product(torch.empty(0, 6), None).shape == (0, 20)

@@ -41,10 +41,12 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]; the leading sizes multiply to the plan's row count."""
         rows = x.reshape(-1, x.shape[-1])
+        if rows.stride(1) != 1:  # a transposed input: the native products read whole rows
+            rows = rows.contiguous()
         y = self.weight.product(rows, self.bias)
         if self.site.plan.lanes:
             gated_matmul_(y, rows, self.site, self.columns)
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class AdaptedEmbedding(nn.Module):

@@ -25,7 +25,7 @@ from polyadapt.models.fused import FusedAttention, FusedLayer, FusedMlp, FusedNo
 from polyadapt.models.wrap import set_submodule
 from polyadapt.ops import native
 from polyadapt.ops.attention import AttentionBatch, Chunk
-from polyadapt.ops.linear import DenseWeight, PackedWeight, Weight
+from polyadapt.ops.linear import DenseWeight, PackedWeight
 from polyadapt.ops.native.layer import Layer, Step
 from polyadapt.ops.strategy import Strategy
 
@@ -67,32 +67,53 @@ def fuse(base: BaseModel, page_size: int, strategy: Strategy) -> str:
             )
         return "as loaded"
     run = _Run(base, page_size)
-    calls, expected = run.trace()
+    # At the first positions and at the last: a module may treat long contexts in its own way.
+    starts = sorted({0, base.spec.max_model_len - run.num})
+    traces = [run.trace(start) for start in starts]
     done: Counter[str] = Counter()
     # Norms first: an attention module that is replaced takes its norms along.
-    for candidates in (_norm, _rotary, _mlp, _attention, _layer):
-        for path, module in list(base.module.named_modules()):
-            fused = candidates(base, module, calls[path]) if path in calls else None
-            if fused is not None:
+    for candidate in (_norm, _rotary, _mlp, _attention, _layer):
+        for path in _paths(base.module):
+            calls = [calls[path] for calls, _ in traces if path in calls]
+            if len(calls) == len(traces) and (fused := _tried(candidate, base, path, calls)):
                 done[type(fused).__name__] += 1
                 set_submodule(base.module, path, fused)
     _pack_rest(base)
     _set_gemm_rows(base, strategy.base_gemm_rows)
     _set_native_layers(base)
-    difference = _difference(run.logits(), expected)
-    if done["FusedLayer"]:  # they have a second form, for rows that read the cache by themselves
-        difference = max(difference, _difference(run.logits_by_rows([run.num]), expected))
-    if not difference <= _MODEL_TOLERANCE[base.dtype]:
-        raise StartupError(
-            f"the fused model differs from {base.spec.architecture} as loaded by {difference:.1e} "
-            "of its largest logit; start with POLYADAPT_NATIVE=0 and report this model"
-        )
+    for start, (_, expected) in zip(starts, traces, strict=True):
+        for found in (run.logits(start), run.logits_by_rows([run.num], start)):
+            difference = _difference(found, expected)
+            if not difference <= _MODEL_TOLERANCE[base.dtype]:
+                raise StartupError(
+                    f"the fused model differs from {base.spec.architecture} as loaded by "
+                    f"{difference:.1e} of its largest logit; start with POLYADAPT_NATIVE=0 and "
+                    "report this model"
+                )
     nbytes = sum(weight.nbytes for weight in {id(b.weight): b.weight for b in base.blocks}.values())
     if strategy.is_exact:
         _check_exact(base, run, done)
     said = "fused: " + (", ".join(f"{num} {name}" for name, num in sorted(done.items())) or "none")
     logger.info("%s; weights take %d MiB", said, nbytes >> 20)
     return said
+
+
+def _paths(model: nn.Module) -> list[str]:
+    """Where modules are; names keep no replaced module alive, whose weights are to be freed."""
+    return [path for path, _ in model.named_modules()]
+
+
+def _tried(candidate: _Candidate, base: BaseModel, path: str, calls: list[_Call]) -> Any:
+    """The module that may replace the one at `path`, or None."""
+    try:
+        module = base.module.get_submodule(path)
+    except AttributeError:  # it went with a module around it
+        return None
+    try:
+        return candidate(base, module, calls)
+    except Exception:  # whatever an unknown module does when it is tried, it stays as it is
+        logger.debug("%s is left as it is", path, exc_info=True)
+        return None
 
 
 def _check_exact(base: BaseModel, run: _Run, done: Counter[str]) -> None:
@@ -104,6 +125,13 @@ def _check_exact(base: BaseModel, run: _Run, done: Counter[str]) -> None:
             f"{done['FusedAttention']} attention and {done['FusedMlp']} MLP modules have an exact "
             "form; start without --exact"
         )
+    for path, module in base.module.named_modules():
+        is_known = isinstance(module, FusedNorm | AdaptedLinear | AdaptedEmbedding | nn.Embedding)
+        if not is_known and list(module.parameters(recurse=False)):
+            raise StartupError(
+                f"--exact cannot be promised for {base.spec.architecture}: {path} "
+                f"({type(module).__name__}) has no exact form; start without --exact"
+            )
     together, alone = run.logits_by_rows([run.num]), run.logits_by_rows([1] * run.num)
     if not torch.equal(together, alone):
         raise StartupError(
@@ -128,15 +156,14 @@ class _Run:
         step = max(1, base.spec.vocab_size // (num + 1))
         self.ids = torch.arange(1, num + 1)[None] * step % base.spec.vocab_size
 
-    def logits(self) -> torch.Tensor:
-        """All tokens as one prompt's chunk."""
+    def logits(self, first: int = 0) -> torch.Tensor:
+        """All tokens as one prompt's chunk, at positions from `first` on."""
         slots = torch.arange(self.num)
         chunks = [Chunk(0, self.num, self.num, slots)]
-        return self._forward(
-            0, self.num, AttentionBatch(slots, page_size=self.page_size, chunks=chunks)
-        )
+        batch = AttentionBatch(slots, page_size=self.page_size, chunks=chunks)
+        return self._forward(0, self.num, batch, first)
 
-    def logits_by_rows(self, sizes: list[int]) -> torch.Tensor:
+    def logits_by_rows(self, sizes: list[int], first: int = 0) -> torch.Tensor:
         """The tokens in steps of these sizes, every row reading the cache by itself."""
         found, start = [], 0
         pages = torch.arange(-(-self.num // self.page_size), dtype=torch.int32)
@@ -145,22 +172,22 @@ class _Run:
             batch = AttentionBatch(at, page_size=self.page_size, num_decodes=size)
             batch.page_table = pages.expand(size, -1).contiguous()
             batch.kv_lens = (at + 1).int()
-            found.append(self._forward(start, size, batch))
+            found.append(self._forward(start, size, batch, first))
             start += size
         return torch.cat(found, 1)
 
-    def _forward(self, start: int, size: int, batch: AttentionBatch) -> torch.Tensor:
+    def _forward(self, start: int, size: int, batch: AttentionBatch, first: int) -> torch.Tensor:
         for layer in self.base.layers:
             layer.batch = batch
         logits: torch.Tensor = self.base.module(
             input_ids=self.ids[:, start : start + size],
-            position_ids=torch.arange(start, start + size)[None],
+            position_ids=torch.arange(first + start, first + start + size)[None],
             use_cache=False,
             logits_to_keep=torch.arange(size),
         ).logits
         return logits
 
-    def trace(self) -> tuple[dict[str, _Call], torch.Tensor]:
+    def trace(self, first: int) -> tuple[dict[str, _Call], torch.Tensor]:
         """Return every module's last call by the module's path, and the logits."""
         calls: dict[str, _Call] = {}
 
@@ -176,7 +203,7 @@ class _Run:
             if path and not isinstance(module, AdaptedLinear | AdaptedEmbedding)
         ]
         try:
-            return calls, self.logits().clone()
+            return calls, self.logits(first).clone()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -194,7 +221,20 @@ def _kept(value: Any) -> Any:
 
 
 # --------------------------------------------------------------------------- candidates
-def _norm(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+_Candidate = Callable[[BaseModel, nn.Module, list[_Call]], nn.Module | None]
+
+
+def _scaled(module: nn.Module, call: _Call, factor: float) -> _Call:
+    """The call with its first tensor times `factor`: a module may clamp, or have an epsilon."""
+    args, kwargs = call.args, dict(call.kwargs)
+    if args:
+        args = (args[0] * factor, *args[1:])
+    else:
+        kwargs["hidden_states"] = kwargs["hidden_states"] * factor
+    return _Call(args, kwargs, _kept(module(*_kept(args), **_kept(kwargs))))
+
+
+def _norm(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     is_like = isinstance(weight, torch.Tensor) and weight.dim() == 1 and isinstance(eps, float)
@@ -204,16 +244,16 @@ def _norm(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
     assert isinstance(eps, float)
     for effective in (weight.float().clone(), 1.0 + weight.float()):
         fused = FusedNorm(effective, eps)
-        if _is_equal(base, fused, call):
+        if _is_equal(base, fused, calls[0]):
             # Norms are also of tiny rows, where eps counts, and the model's were not.
-            tiny = replace(call, args=tuple(arg * 1e-3 for arg in call.args), kwargs=call.kwargs)
-            tiny = replace(tiny, output=module(*tiny.args, **tiny.kwargs))
-            if _is_equal(base, fused, tiny):
+            others = [_scaled(module, calls[0], factor) for factor in (1e-3, 64.0)]
+            if all(_is_equal(base, fused, call) for call in [*calls[1:], *others]):
                 return fused
     return None
 
 
-def _rotary(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+def _rotary(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
+    call = calls[0]
     is_pair = isinstance(call.output, tuple) and len(call.output) == 2
     given = (*call.args, *call.kwargs.values())
     if not is_pair or len(given) != 2 or not hasattr(module, "inv_freq"):
@@ -229,16 +269,16 @@ def _rotary(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None
         kwargs["position_ids"] = positions
     cos, sin = module(*args, **kwargs)
     fused = FusedRotary(cos[0].clone(), sin[0].clone())
-    return fused if _is_equal(base, fused, call) else None
+    return fused if all(_is_equal(base, fused, call) for call in calls) else None
 
 
-def _mlp(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
-    linears = _plain_linears(module)
+def _mlp(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
+    call, linears = calls[0], _plain_linears(module)
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], torch.Tensor):
         return None
     x = call.args[0]
     if len(linears) == 2:
-        return _half_fused_mlp(base, linears, call)
+        return _half_fused_mlp(base, module, linears, calls)
     if len(linears) != 3:
         return None
     for gate, up, down in itertools.permutations(linears):
@@ -251,12 +291,15 @@ def _mlp(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
             y = down(activation(gate(x)) * up(x))
             if _difference(y, call.output) <= _TOLERANCE[base.dtype]:
                 fused = FusedMlp(_joined([gate, up]), _joined([down]), kind)
-                return _proved(base, fused, call)
+                return _proved(base, fused, [*calls, _scaled(module, call, 64.0)])
     return None
 
 
-def _half_fused_mlp(base: BaseModel, linears: list[AdaptedLinear], call: _Call) -> nn.Module | None:
+def _half_fused_mlp(
+    base: BaseModel, module: nn.Module, linears: list[AdaptedLinear], calls: list[_Call]
+) -> nn.Module | None:
     """Gate and up are one linear already (Phi-3)."""
+    call = calls[0]
     for gate_up, down in itertools.permutations(linears):
         hidden, width = down.weight.shape
         if gate_up.weight.shape != (2 * width, hidden):
@@ -265,11 +308,11 @@ def _half_fused_mlp(base: BaseModel, linears: list[AdaptedLinear], call: _Call) 
             gate, up = gate_up(call.args[0]).chunk(2, -1)
             if _difference(down(activation(gate) * up), call.output) <= _TOLERANCE[base.dtype]:
                 fused = FusedMlp(_joined([gate_up]), _joined([down]), kind)
-                return _proved(base, fused, call)
+                return _proved(base, fused, [*calls, _scaled(module, call, 64.0)])
     return None
 
 
-def _attention(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+def _attention(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
     cache = getattr(module, "polyadapt_cache", None)
     if not isinstance(cache, LayerCache) or cache.shape is None or cache.options is None:
         return None
@@ -277,7 +320,8 @@ def _attention(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | N
     if output is None:
         return None
     shape = cache.shape
-    if shape.key_dim != shape.value_dim or not call.kwargs.get("position_embeddings"):
+    angles = calls[0].kwargs.get("position_embeddings")
+    if shape.key_dim != shape.value_dim or not isinstance(angles, tuple):
         return None
     norms = (getattr(module, "q_norm", None), getattr(module, "k_norm", None))
     pair = norms if all(isinstance(norm, FusedNorm) for norm in norms) else None
@@ -288,10 +332,14 @@ def _attention(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | N
     if num_heads < 1 or output.weight.shape[1] != num_heads * shape.key_dim:
         return None
     fused = FusedAttention(qkv, _joined([output]), pair, cache, num_heads)  # type: ignore[arg-type]
-    return _proved(base, fused, call)
+    # Some clamp query and key: seen where they are large. There scores are, and rounding with them.
+    loud = _scaled(module, calls[0], 8.0)
+    if not _is_equal(base, fused, loud, tolerance=5e-2):
+        return None
+    return _proved(base, fused, calls)
 
 
-def _layer(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
+def _layer(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
     children = [
         child for child in module.children() if list(child.parameters()) or _is_fused(child)
     ]
@@ -299,11 +347,11 @@ def _layer(base: BaseModel, module: nn.Module, call: _Call) -> nn.Module | None:
     attention = [child for child in children if isinstance(child, FusedAttention)]
     mlp = [child for child in children if isinstance(child, FusedMlp)]
     counts = (len(children), len(norms), len(attention), len(mlp))
-    if counts != (4, 2, 1, 1) or "position_embeddings" not in call.kwargs:
+    if counts != (4, 2, 1, 1) or "position_embeddings" not in calls[0].kwargs:
         return None
     for first, second in (norms, norms[::-1]):
         fused = FusedLayer((first, second), attention[0], mlp[0])
-        if _is_equal(base, fused, call):
+        if all(_is_equal(base, fused, call) for call in calls):
             return fused
     return None
 
@@ -365,9 +413,9 @@ def _bias(linear: AdaptedLinear) -> torch.Tensor:
     return linear.bias.detach().float()
 
 
-def _proved(base: BaseModel, fused: nn.Module, call: _Call) -> nn.Module | None:
-    """Return the module, its sites' weights now being the packed ones, if it equals the call."""
-    if not _is_equal(base, fused, call):
+def _proved(base: BaseModel, fused: nn.Module, calls: list[_Call]) -> nn.Module | None:
+    """Return the module, its sites' weights now being the packed ones, if it equals the calls."""
+    if not all(_is_equal(base, fused, call) for call in calls):
         return None
     for linear in fused.children():
         if isinstance(linear, AdaptedLinear):
@@ -385,26 +433,32 @@ def _move_blocks(base: BaseModel, linear: AdaptedLinear) -> None:
 
 def _pack_rest(base: BaseModel) -> None:
     """Pack the linears that stand alone; a plain embedding shares the packed weight of its head."""
-    packed: dict[int, Weight] = {}
-    for path, module in list(base.module.named_modules()):
-        if isinstance(module, AdaptedLinear) and isinstance(module.weight, DenseWeight):
-            tensor = module.weight.tensor
-            joined = _joined([module])
-            packed[id(tensor)] = joined.weight
-            _move_blocks(base, joined)
-            set_submodule(base.module, path, joined)
-    for path, module in list(base.module.named_modules()):
-        if not isinstance(module, AdaptedEmbedding) or type(module.base) is not nn.Embedding:
+    plain = {
+        id(module.base.weight): path
+        for path, module in base.module.named_modules()
+        if isinstance(module, AdaptedEmbedding) and type(module.base) is nn.Embedding
+    }
+    for path in _paths(base.module):
+        linear = base.module.get_submodule(path)
+        if not isinstance(linear, AdaptedLinear) or not isinstance(linear.weight, DenseWeight):
             continue
-        weight = packed.get(id(module.base.weight))
-        if weight is not None:
-            alone = AdaptedEmbedding(None, weight, module.dtype, module.site)
-            set_submodule(base.module, path, alone)
-            block = base.blocks[module.site.id]
-            base.blocks[module.site.id] = replace(block, weight=weight)
+        joined = _joined([linear])
+        _move_blocks(base, joined)
+        set_submodule(base.module, path, joined)
+        tied = plain.get(id(linear.weight.tensor))
+        if tied is not None:
+            embedding = base.module.get_submodule(tied)
+            assert isinstance(embedding, AdaptedEmbedding)
+            alone = AdaptedEmbedding(None, joined.weight, embedding.dtype, embedding.site)
+            set_submodule(base.module, tied, alone)
+            block = base.blocks[embedding.site.id]
+            base.blocks[embedding.site.id] = replace(block, weight=joined.weight)
 
 
-def _is_equal(base: BaseModel, fused: nn.Module, call: _Call) -> bool:
+def _is_equal(
+    base: BaseModel, fused: nn.Module, call: _Call, tolerance: float | None = None
+) -> bool:
+    limit = tolerance or _TOLERANCE[base.dtype]
     args, kwargs = _kept(call.args), _kept(call.kwargs)
     try:
         found = fused(*args, **kwargs)
@@ -418,13 +472,15 @@ def _is_equal(base: BaseModel, fused: nn.Module, call: _Call) -> bool:
     else:
         found, expected = (found,), (expected,)
     return all(
-        one is other is None or _difference(one, other) <= _TOLERANCE[base.dtype]
+        one is other is None or _difference(one, other) <= limit
         for one, other in zip(found, expected, strict=True)
     )
 
 
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, of the largest element; infinite where shapes or dtypes differ."""
+def _difference(found: Any, expected: Any) -> float:
+    """Largest difference, of the largest element; infinite where kinds, shapes or dtypes differ."""
+    if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        return float("inf")
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return float("inf")
     largest = float(expected.abs().max())

@@ -156,7 +156,8 @@ def _attention_function(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap or 0.0,
         window=sliding_window or 0,
-        sinks=s_aux,
+        # Kernels add them to float32 scores; a bfloat16 model keeps them narrower.
+        sinks=None if s_aux is None else s_aux.detach().float().contiguous(),
     )
     out = cache.attend(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     return out.unsqueeze(0), None

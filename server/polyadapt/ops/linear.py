@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from polyadapt.ops.native import dense
 
 PANEL = dense.PANEL
+_UNPACKED_ROWS = 4096
 
 
 class Weight(Protocol):
@@ -27,6 +28,14 @@ class Weight(Protocol):
     @property
     def nbytes(self) -> int:
         """Bytes of memory."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is stored in; models ask their modules for it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> x W^T + bias [rows, out], of x's dtype."""
@@ -53,6 +62,16 @@ class DenseWeight:
     def nbytes(self) -> int:
         """Bytes of memory."""
         return self.tensor.numel() * self.tensor.element_size()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is stored in."""
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.tensor.device
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
@@ -103,11 +122,26 @@ class PackedWeight:
         """Bytes of memory."""
         return self.panels.numel() * self.panels.element_size()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is stored in."""
+        return self.panels.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.panels.device
+
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> [rows, out] by the native kernel; bias float32."""
         if x.shape[0] >= self.gemm_rows:
-            weight = self.block(0, self.num_out).to(x.dtype)
-            return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+            y = x.new_empty(x.shape[0], self.num_out)
+            for start in range(0, self.num_out, _UNPACKED_ROWS):  # a copy of a few MiB at a time
+                stop = min(start + _UNPACKED_ROWS, self.num_out)
+                weight = self.block(start, stop).to(x.dtype)
+                part = None if bias is None else bias[start:stop].to(x.dtype)
+                y[:, start:stop] = F.linear(x, weight, part)
+            return y
         return dense.linear(x, self.panels, self.num_out, bias)
 
     def take(self, ids: torch.Tensor) -> torch.Tensor:

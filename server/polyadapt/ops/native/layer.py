@@ -158,8 +158,9 @@ class Step:
             self._cells.shape[1], self._arena.dtype is torch.bfloat16, rows, cos.shape[1],
             table.stride(0), table.shape[1], batch.page_size, len(lanes), torch.get_num_threads(),
         )  # fmt: skip
+        if not self._made_for or self._made_for[0] is not batch:
+            self.num_steps += 1
         self._made_for = made_for
-        self.num_steps += 1
         return self._block
 
     @staticmethod

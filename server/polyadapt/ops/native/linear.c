@@ -113,6 +113,7 @@ static void linear_task(void *opaque, int64_t id, int64_t worker) {
 int64_t polyadapt_linear(const linear_call_t *call) {
   job_t job = {.call = call, .x = call->x, .x_stride = call->x_stride};
   float *copy = NULL;
+  if (call->num_rows == 0) return 0;
   if (call->is_half) { /* once here, not once for every panel */
     copy = malloc((size_t)(call->num_rows * call->num_in) * sizeof(float));
     if (!copy) return problem(NO_MEMORY, 0);

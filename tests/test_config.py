@@ -59,6 +59,7 @@ def test_home_follows_the_variables_in_order() -> None:
         ({"adapters": ["nameless"]}, {}, ["adapters", "NAME=DIR"]),
         ({"adapters": ["a=/x", "a=/y"]}, {}, ["adapters", "twice"]),
         ({"kv_cache_bytes": "much"}, {}, ["kv_cache_bytes"]),
+        ({"min_priority": 1}, {}, ["min_priority", "0"]),  # it would refuse who asks for nothing
     ],
 )
 def test_a_wrong_setting_stops_the_start_and_is_named(

@@ -115,7 +115,7 @@ class LimitsConfig(_Section):
     max_messages: int = Field(2048, ge=1)
     max_prompts: int = Field(32, ge=1)  # prompts of one /v1/completions call
     max_n: int = Field(128, ge=1, le=128)
-    min_priority: int = Field(-100, ge=-100, le=100)  # 0: nobody may ask to be served earlier
+    min_priority: int = Field(-100, ge=-100, le=0)  # 0: nobody may ask to be served earlier
     max_concurrent_uploads: int = Field(4, ge=1)
     request_timeout_s: float | None = Field(None, gt=0)  # None: a request may run until it ends
 

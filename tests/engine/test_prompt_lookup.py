@@ -6,9 +6,7 @@ from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 
 
 def new_lookup(prompt: list[int], max_length: int = 8) -> PromptLookup:
-    index = NgramIndex(0)
-    index.extend(prompt, len(prompt) - 1)
-    return PromptLookup(index, len(prompt), max_length)
+    return PromptLookup(NgramIndex.of_prompt(prompt), len(prompt), max_length)
 
 
 def eager_lookup(prompt: list[int], max_length: int = 8) -> PromptLookup:
@@ -72,10 +70,19 @@ def test_wrong_guesses_become_rare():
     assert 0 < num_drafted < 1000 / 32
 
 
+def test_only_the_end_of_a_long_prompt_is_indexed():
+    prompt = [*range(10_000)]
+    index = NgramIndex.of_prompt(prompt)
+    assert len(index._behind) == 3 * 4096, "of each size one for every token"
+    assert index.find((9997, 9998)) == 9999
+    assert index.find((5902, 5903)) == 5904
+    assert index.find((5901, 5902)) is None
+    assert eager_lookup(prompt).propose([*prompt, 8000, 8001], 2) == (8002, 8003)
+
+
 def test_sequences_of_one_prompt_share_its_index_and_keep_their_own():
     prompt = [1, 2, 3]
-    index = NgramIndex(0)
-    index.extend(prompt, len(prompt) - 1)
+    index = NgramIndex.of_prompt(prompt)
     first, second = (PromptLookup(index, len(prompt), 4) for _ in range(2))
     assert first.propose([*prompt, 7, 8, 9, 7, 8], 4)[:1] == (9,)
     assert second.propose([*prompt, 5, 7, 8], 4) == ()

@@ -318,6 +318,17 @@ def test_a_request_chooses_its_own_number_of_drafts():
         assert len(rows.drafts) == expected
 
 
+def test_only_the_end_of_a_long_prompt_is_indexed_for_drafts():
+    scheduler = new_scheduler(speculative_tokens=4, num_pages=2000, max_num_batched_tokens=6000)
+    scheduler.add(new_group("long", 5000))
+    run_step(scheduler)
+    (rows,) = scheduler.schedule()
+    index = rows.sequence.group.prompt_ngrams
+    assert index is not None
+    assert index.find((4000, 4001)) == 4002
+    assert index.find((100, 101)) is None
+
+
 def test_a_large_batch_drafts_less_and_then_not_at_all():
     for num_groups, expected in ((2, 32), (16, 32), (24, 32), (31, 32), (32, 32), (40, 40)):
         scheduler = new_scheduler(

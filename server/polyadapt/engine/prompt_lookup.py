@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _NGRAM_SIZES = (4, 3, 2)  # the longest match is the likeliest to go on
+_NUM_INDEXED = 4096  # tokens of a prompt; all of them are indexed within one step
 _FIRST_LENGTH = 2
 _FIRST_PAUSE, _LAST_PAUSE = 4, 64  # tokens without a guess after guesses that failed
 
@@ -17,6 +18,16 @@ class NgramIndex:
     """Position behind the latest occurrence of every n-gram that ends in one stretch of a text."""
 
     __slots__ = ("_behind", "_next_end")
+
+    @classmethod
+    def of_prompt(cls, prompt_ids: Sequence[int]) -> NgramIndex:
+        """Cover the n-grams that have a token of the prompt behind them and end in its last
+        _NUM_INDEXED tokens: what came earlier in a longer prompt is never found.
+        """
+        stop = len(prompt_ids) - 1
+        index = cls(max(0, stop - _NUM_INDEXED))
+        index.extend(prompt_ids, stop)
+        return index
 
     def __init__(self, start: int) -> None:
         """Cover n-grams whose last token is at position `start` or later."""
@@ -47,8 +58,8 @@ class PromptLookup:
     __slots__ = ("_index", "_length", "_max_length", "_num_paused", "_pause", "_prompt_index")
 
     def __init__(self, prompt_index: NgramIndex, num_prompt: int, max_length: int) -> None:
-        """Guess at most `max_length` tokens. `prompt_index` covers the n-grams that have
-        a token of the prompt behind them; it is shared by the sequences of one prompt.
+        """Guess at most `max_length` tokens. `prompt_index` is the prompt's, see
+        NgramIndex.of_prompt; it is shared by the sequences of one prompt.
         """
         self._prompt_index = prompt_index
         self._index = NgramIndex(num_prompt - 1)

@@ -311,8 +311,7 @@ class Scheduler:
         if sequence.lookup is None:
             group, num_prompt = sequence.group, sequence.num_prompt
             if group.prompt_ngrams is None:
-                group.prompt_ngrams = NgramIndex(0)
-                group.prompt_ngrams.extend(group.request.prompt_ids, num_prompt - 1)
+                group.prompt_ngrams = NgramIndex.of_prompt(group.request.prompt_ids)
             num_drafts = self._num_drafts(sequence)
             sequence.lookup = PromptLookup(group.prompt_ngrams, num_prompt, num_drafts)
         return sequence.lookup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,9 @@ def test_files_are_as_private_as_the_blobs(rig: Rig):
         ({"dtype": torch.bfloat16}, {}),
         ({"digest": "sha256:" + "1" * 64}, {}),
         ({}, {"__version__": "9.9.9"}),
-        ({}, {"_FORMAT": 99}),
+        ({}, {"_code_digest": lambda package: "other"}),
     ],
-    ids=["arena", "base", "version", "format"],
+    ids=["arena", "base", "version", "code"],
 )
 def test_what_was_packed_for_something_else_is_not_found(
     rig: Rig,
@@ -134,6 +135,22 @@ def test_what_was_packed_for_something_else_is_not_found(
     rig.reader(**change)(digest)
     assert rig.num_read == 2
     assert len(rig.files()) == 2
+
+
+@pytest.mark.parametrize(
+    "changed", ["adapters/packing.py", "adapters/families/lora.py", "ops/gated_matmul.py"]
+)
+def test_a_change_of_the_sources_that_pack_is_a_change_of_the_key(tmp_path: Path, changed: str):
+    package = Path(packed_cache.__file__).parents[1]
+    copy = tmp_path / "polyadapt"
+    for folder in ("adapters", "ops"):
+        shutil.copytree(package / folder, copy / folder)
+    digest = packed_cache._code_digest(package)
+    assert packed_cache._code_digest(copy) == digest, "it lies elsewhere and is the same"
+    packed_cache._code_digest.cache_clear()
+    with open(copy / changed, "a") as file:
+        file.write("#")
+    assert packed_cache._code_digest(copy) != digest
 
 
 def test_a_renamed_file_is_not_taken_for_another_adapter(rig: Rig, caplog):
@@ -259,3 +276,67 @@ def test_a_packed_form_leaves_with_its_blob_and_is_no_substitute_for_it(rig: Rig
     assert torch.equal(packed.weights, before), "whoever holds it keeps it"
     with pytest.raises(AdapterUnavailable):
         read(digest)
+
+
+def test_a_packed_form_that_is_written_after_its_blob_was_deleted_is_removed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+):
+    digest = rig.add()
+    expected = rig.reader(0)(digest)
+    pack = reader.pack
+
+    def pack_and_delete(*args: Any, **options: Any) -> PackedAdapter:
+        packed = pack(*args, **options)
+        BlobStore(rig.root).delete(digest)
+        return packed
+
+    monkeypatch.setattr(reader, "pack", pack_and_delete)
+    assert_same(rig.reader()(digest), expected)
+    assert list((rig.root / "derived").iterdir()) == []
+
+
+def refuse(*args: object, **options: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_file_that_cannot_be_marked_as_used_is_used_all_the_same(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    digest = rig.add()
+    expected = rig.reader()(digest)
+    monkeypatch.setattr(os, "utime", refuse)
+    assert_same(rig.reader()(digest), expected)
+    assert rig.num_read == 1
+    assert "cannot be marked as used" in caplog.text
+
+
+def test_a_damaged_file_that_cannot_be_removed_fails_no_load(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog
+):
+    digest = rig.add()
+    expected = rig.reader()(digest)
+    rig.files()[0].write_bytes(b"damaged")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert_same(rig.reader()(digest), expected)
+    assert "cannot be removed" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["unlink", "lstat"])
+def test_old_files_that_cannot_be_trimmed_fail_no_load(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog, method: str
+):
+    first, second = rig.add(1), rig.add(2)
+    rig.reader()(first)
+    capacity = rig.files()[0].stat().st_size * 3 // 2
+    read = rig.reader(capacity)
+    expected = rig.reader(0)(second)
+    inner = getattr(Path, method)
+
+    def refuse_packed(path: Path, **options: Any) -> Any:
+        if path.suffix == ".packed" and rig.num_read == 3:  # behind the load, when it is kept
+            refuse()
+        return inner(path, **options)
+
+    monkeypatch.setattr(Path, method, refuse_packed)
+    assert_same(read(second), expected)
+    assert "cannot be" in caplog.text

@@ -7,6 +7,8 @@ the reading thread of one engine writes here; files are as private as the blobs.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -29,9 +31,6 @@ from polyadapt_store.blobs import BlobStore
 
 logger = logging.getLogger(__name__)
 
-# To be raised with every change of the file, of the arena's layout, or of what a family makes of a
-# checkpoint: a file of another format is never found.
-_FORMAT = 1
 _MAGIC = b"PAPACKED"
 # magic, key, elements, sites, largest rank, flags, crc32 of the weights; then int32 [sites, 2] of
 # (rank, has_bias), the crc32 of all that, and the weights at the next multiple of _ALIGN.
@@ -44,6 +43,7 @@ _CHUNK = 1 << 19  # bytes that are summed between two pauses
 # Mapped from here on; below, reading is as quick, and a process may hold only so many mappings.
 _MAPPED_FROM = 1 << 18
 _TEMPORARY = ".tmp"
+_PACKAGE = Path(__file__).parents[1]
 
 
 class PackedCache:
@@ -66,11 +66,12 @@ class PackedCache:
         self._pace = pace
         families = sorted(family.name for family in FAMILIES)
         sites = [(s.path, s.kind, s.in_features, s.out_features, s.has_bias) for s in base.sites]
-        context = [_FORMAT, __version__, families, base.digest, str(base_dtype), str(dtype), sites]
+        code = _code_digest(_PACKAGE)
+        context = [code, __version__, families, base.digest, str(base_dtype), str(dtype), sites]
         self._context = hashlib.sha256(json.dumps(context).encode()).hexdigest()
         self._layout = Layout(base)
         for unfinished in self._files(_TEMPORARY):
-            unfinished.unlink(missing_ok=True)
+            _remove(unfinished)
         self._sound: dict[str, tuple[int, int]] = {}  # files whose every byte was seen: inode, size
         self._nbytes = 0  # of all files; too large when files left with their blobs
         self._trim()
@@ -84,15 +85,20 @@ class PackedCache:
         path = self._path(digest)
         try:
             packed = self._load(digest, path)
-            os.utime(path)  # the oldest leave first
-            self._pace.breathe()
         except FileNotFoundError:
             return None
         except (_BrokenError, OSError) as error:
             logger.warning("the packed form of %s is made again: %s", digest, error)
-            path.unlink(missing_ok=True)
+            _remove(path)
             self._sound.pop(digest, None)
             return None
+        try:
+            os.utime(path)  # the oldest leave first
+        except FileNotFoundError:  # it left with its blob
+            return None
+        except OSError as error:
+            logger.warning("the packed form of %s cannot be marked as used: %s", digest, error)
+        self._pace.breathe()
         return packed
 
     def put(self, digest: str, packed: PackedAdapter) -> None:
@@ -117,7 +123,12 @@ class PackedCache:
             os.replace(temporary, path)
         except OSError as error:
             logger.warning("the packed form of %s cannot be kept: %s", digest, error)
-            temporary.unlink(missing_ok=True)
+            _remove(temporary)
+            return
+        if not self._blobs.path(digest).exists():  # deleted meanwhile: nothing may outlive it
+            _remove(path)
+            with contextlib.suppress(OSError):  # gone, or somebody writes there
+                path.parent.rmdir()
             return
         self._nbytes += nbytes
         if self._nbytes > self._capacity:
@@ -134,20 +145,24 @@ class PackedCache:
         return self._blobs.derived_root.glob(f"*/*{suffix}")
 
     def _trim(self) -> None:
-        """Count anew and remove the files that were used longest ago, a little more than needed."""
+        """Count anew and remove the files that were used longest ago, a little more than needed.
+
+        Files that cannot be looked at or removed are a warning.
+        """
         found = []
-        for path in self._files(".packed"):
-            try:
-                status = path.lstat()
-            except FileNotFoundError:  # it left with its blob
-                continue
-            found.append((status.st_mtime_ns, status.st_size, path))
+        try:
+            for path in self._files(".packed"):
+                with contextlib.suppress(FileNotFoundError):  # it left with its blob
+                    status = path.lstat()
+                    found.append((status.st_mtime_ns, status.st_size, path))
+        except OSError as error:
+            logger.warning("the packed forms cannot be counted: %s", error)
         self._nbytes = sum(nbytes for _, nbytes, _ in found)
         if self._nbytes <= self._capacity:
             return
         for _, nbytes, path in sorted(found):
-            path.unlink(missing_ok=True)
-            self._nbytes -= nbytes
+            if _remove(path):
+                self._nbytes -= nbytes
             if self._nbytes <= self._capacity - self._capacity // 8:
                 return
 
@@ -217,6 +232,31 @@ class PackedCache:
 
 class _BrokenError(Exception):
     """The file is not what was written."""
+
+
+@functools.cache
+def _code_digest(package: Path) -> str:
+    """SHA-256 of the sources that decide what a file holds: the file itself, the arena's layout,
+    and what the families make of a checkpoint. `package` is the directory of polyadapt.
+    """
+    adapters = package / "adapters"
+    sources = [*adapters.glob("*.py"), *adapters.glob("families/*.py")]
+    digest = hashlib.sha256()
+    for path in [*sorted(sources), package / "ops" / "gated_matmul.py"]:
+        source = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(source)}\n".encode())
+        digest.update(source)
+    return digest.hexdigest()
+
+
+def _remove(path: Path) -> bool:
+    """Remove the file; whether it is gone. That it cannot be removed is a warning."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("the packed form %s cannot be removed: %s", path, error)
+        return False
+    return True
 
 
 def _weights_begin(num_sites: int) -> int:

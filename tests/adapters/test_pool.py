@@ -212,7 +212,7 @@ def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned(rig):
     assert it.acquire("b") is None
     it.settle()
     assert it.acquire("b") is None
-    assert "b" in it.pool.take_failures()
+    assert frozenset("b") in it.pool.take_failures()
     it.pool.load("a", False, told.append)
     it.take("b")
     assert it.tier("a") == "host"
@@ -226,6 +226,38 @@ def test_a_fragmented_arena_is_compacted_under_running_leases(rig):
     it.take("d")
     assert it.counters["arena_compactions"] == 1
     it.check("b", slots["b"])
+
+
+def test_a_prefetch_neither_compacts_nor_evicts_where_only_that_makes_room(rig):
+    it = rig(a=30, b=30, c=30, d=50)
+    slots = {name: it.take(name) for name in "abc"}
+    it.pool.release((slots["a"],))
+    it.pool.release((slots["c"],))
+    it.pool.prepare("d", lambda _: None)
+    for _ in range(3):
+        it.settle()
+    applied = (AppliedAdapter(AdapterId("d", 1, "d")),)
+    it.pool.prefetch(applied)
+    assert (it.tier("a"), it.tier("c"), it.tier("d")) == ("device", "device", "host")
+    for name in "ac":
+        it.pool.unload(name, lambda: None)
+    it.pool.poll()
+    it.pool.prefetch(applied)
+    assert it.tier("d") == "host"
+    assert it.counters["adapter_evictions"] == it.counters["arena_compactions"] == 0
+    it.take("d")
+    assert it.counters["arena_compactions"] == 1
+
+
+def test_a_prefetch_evicts_whoever_leaves_enough_room_by_itself(rig):
+    it = rig(a=60, b=60)
+    it.pool.release((it.take("a"),))
+    it.pool.prepare("b", lambda _: None)
+    for _ in range(3):
+        it.settle()
+    it.pool.prefetch((AppliedAdapter(AdapterId("b", 1, "b")),))
+    it.settle()
+    assert (it.tier("a"), it.tier("b")) == ("host", "device")
 
 
 def test_no_two_queued_adapters_evict_each_other_for_ever(rig):
@@ -269,7 +301,7 @@ def test_a_failed_read_is_told_once_and_can_be_tried_again(rig):
     it.settle()
     assert it.acquire("a") is None
     failures = it.pool.take_failures()
-    assert isinstance(failures["a"], AdapterUnavailable)
+    assert isinstance(failures[frozenset("a")], AdapterUnavailable)
     assert it.pool.take_failures() == {}
     it.store.adapters["a"] = gone
     it.take("a")
@@ -326,6 +358,38 @@ def test_several_adapters_of_one_request_are_leased_all_or_none(rig):
     assert slots is not None
     leases = {r.digest: r.num_leases for r in it.residencies().values()}
     assert leases == {"a": 2, "b": 1}
+
+
+def test_adapters_of_one_request_that_never_fit_together_are_refused(rig):
+    it = rig(a=60, b=60)
+    assert it.acquire("a", "b") is None
+    it.settle()
+    assert it.acquire("a", "b") is None
+    ((digests, error),) = it.pool.take_failures().items()
+    assert digests == {"a", "b"}
+    assert isinstance(error, InvalidRequest)
+    assert "480 bytes" in error.message
+    assert "400" in error.message
+    it.queue = ()
+    for _ in range(3):
+        it.settle()
+    it.take("b")
+
+
+def test_adapters_of_one_request_that_do_not_fit_beside_the_pins_of_others_are_refused(rig):
+    it = rig(a=40, b=40, pinned=40)
+    it.pool.load("pinned", True, lambda _: None)
+    it.settle()
+    assert it.acquire("a", "b") is None
+    it.settle()
+    assert it.acquire("a", "b") is None
+    ((digests, error),) = it.pool.take_failures().items()
+    assert digests == {"a", "b"}
+    assert isinstance(error, AdapterUnavailable)
+    assert "320 bytes" in error.message
+    assert "unpin" in error.message
+    assert it.acquire("a", "pinned") is not None
+    assert it.pool.take_failures() == {}
 
 
 def test_a_thousand_loads_and_unloads_leave_the_pool_as_it_was(rig):
@@ -393,7 +457,7 @@ def test_a_load_that_pins_leave_no_room_for_fails_with_both_numbers(rig):
     assert it.acquire("b") is None
     it.settle()
     it.acquire("b")
-    assert "b" in it.pool.take_failures(), "a queued request hears of it too"
+    assert frozenset("b") in it.pool.take_failures(), "a queued request hears of it too"
 
 
 def test_unloading_answers_a_load_that_was_under_way(rig):
@@ -490,6 +554,19 @@ def test_a_queue_of_thousands_reads_only_what_has_room_in_the_queues_order(rig):
     for name in names[:3]:
         it.pool.poll()
         it.take(name)
+
+
+def test_whoever_is_not_read_yet_for_want_of_room_is_short_of_it(rig):
+    it = rig(slots=8, **dict.fromkeys("abcdef", 50))
+    it.take("a")
+    it.take("b")
+    it.pool.poll()
+    for name in "cdef":
+        it.acquire(name)
+    is_short = [
+        it.pool.is_short_of_room((AppliedAdapter(AdapterId(name, 1, name)),)) for name in "cdef"
+    ]
+    assert is_short == [False, False, True, True], "two are read ahead"
 
 
 def test_before_any_size_is_known_three_are_read(rig):

@@ -197,6 +197,44 @@ def test_more_adapters_than_fit_at_once_are_all_served_rightly(start, identities
         assert transcripts[request.id].tokens == alone
 
 
+def test_an_overdue_request_gets_the_room_of_those_behind_it(start, identities, monkeypatch):
+    from polyadapt.engine import scheduler
+
+    monkeypatch.setattr(scheduler, "MAX_OVERTAKEN", 3)
+    one = new_engine_bytes(start, identities[0])
+    driver = start(max_adapter_bytes=2 * one, max_num_seqs=3)
+    driver.load(*identities[:2])
+    driver.call(Call(9, "prepare", identities[2].digest))
+    while driver.engine.has_work:
+        driver.step_or_wait()
+    running = [greedy_request(f"runs{i}", ids(i), identities[i], 8) for i in range(2)]
+    driver.submit(*running)
+    driver.step()
+    driver.submit(greedy_request("cold", ids(2), identities[2], 2))
+    behind = [greedy_request(f"r{i}", ids(i), identities[i % 2], 4) for i in range(10)]
+    driver.run(*behind, max_steps=500)
+    assert driver.engine.counters["overdue_requests"] > 0
+    assert driver.transcripts["cold"].last == Finished("cold")
+
+
+def test_a_request_whose_adapters_never_fit_together_fails_alone(start, identities):
+    one = new_engine_bytes(start, identities[0])
+    driver = start(max_adapter_bytes=one * 3 // 2)
+    both = tuple(AppliedAdapter(identity) for identity in identities[:2])
+    transcripts = driver.run(
+        greedy_request("r0", ids(0), identities[0], 2),
+        replace(greedy_request("both", ids(1), None, 2), adapters=both),
+        greedy_request("r1", ids(1), identities[1], 2),
+        max_steps=500,
+    )
+    failed = transcripts["both"].last
+    assert isinstance(failed, Failed)
+    assert failed.code == "invalid_request"
+    assert f"{2 * one} bytes" in failed.message
+    for name in ("r0", "r1"):
+        assert transcripts[name].last == Finished(name)
+
+
 def new_engine_bytes(start, identity: AdapterId) -> int:
     """Device bytes of one adapter."""
     driver = start()

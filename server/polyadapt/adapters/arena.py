@@ -44,6 +44,16 @@ class Arena:
             start = extent.start + extent.size
         return None
 
+    def has_gap(self, size: int, *, without: Extent) -> bool:
+        """Whether `size` elements would fit between the extents if `without` were gone."""
+        start = 0
+        for extent in [*self._extents, Extent(self.size, 0)]:
+            if extent is not without:
+                if extent.start - start >= size:
+                    return True
+                start = extent.start + extent.size
+        return False
+
     def release(self, extent: Extent) -> None:
         """Give the extent back; it must be one that allocate returned."""
         self._extents.remove(extent)

@@ -104,6 +104,7 @@ class AdapterPool:
         self._commanded: dict[str, _Entry] = {}  # a pin or a load call wants them on the device
         self._changed: dict[str, None] = {}  # digests whose residency is to be told
         self._failures: dict[str, PolyadaptError] = {}
+        self._refusals: dict[frozenset[str], PolyadaptError] = {}  # of adapters for one request
         self._unloading: dict[str, list[Callable[[], None]]] = {}
         self._jobs: dict[Future[PackedAdapter | None], _Entry] = {}
         self._host_nbytes = 0  # of all host copies
@@ -115,6 +116,7 @@ class AdapterPool:
         self._step_patience_s = 0.0  # what copies may delay one step by
         self._patience_s = 0.0  # what is left of that for the next one
         self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
+        self._may_compact = True  # not for a prefetch
         self._has_deferred = False  # whoever comes later in the round is read later
         self._no_room_from: int | None = None  # extents so large were refused since room was made
         self._mean_nbytes = 0.0  # of the adapters that were read lately
@@ -126,8 +128,10 @@ class AdapterPool:
     # ------------------------------------------------------------------ leases
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
         """Lease every adapter's slot; None when one is not on the device yet (then it is under
-        way, or its turn to be read has not come: see _may_read).
+        way, or its turn to be read has not come: see _may_read; or take_failures says why never).
         """
+        if len(adapters) > 1 and self._refuses_together({a.adapter.digest for a in adapters}):
+            return None
         entries = [self._want(applied.adapter.digest) for applied in adapters]
         if any(entry is None or entry.state is not _State.DEVICE for entry in entries):
             return None
@@ -141,9 +145,11 @@ class AdapterPool:
 
     def prefetch(self, adapters: tuple[AppliedAdapter, ...]) -> None:
         """Start bringing the adapters to the device for a request that cannot be admitted yet; no
-        step waits for their copies.
+        step waits for their copies, and none for others to move together: where that is what
+        makes room, acquire does it.
         """
         self._step_patience_s = self._patience_s = 0.0
+        self._may_compact = False
         for applied in adapters:
             self._want(applied.adapter.digest)
 
@@ -157,9 +163,11 @@ class AdapterPool:
             self._changed[entry.digest] = None
 
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
-        """Whether one of them waits for room on the device, and not for a read or a copy."""
+        """Whether one of them waits for room on the device, or to be read once there is some, and
+        not for a read or a copy.
+        """
         entries = [self._entries.get(applied.adapter.digest) for applied in adapters]
-        return any(entry is not None and entry.is_short for entry in entries)
+        return any(entry is None or entry.is_short for entry in entries)
 
     def served(self, adapter: AdapterId) -> ServedAdapter:
         """What the reply says of an adapter that was just leased; the load is reported once."""
@@ -168,11 +176,13 @@ class AdapterPool:
         entry.load_tier, entry.load_ms = "device", 0.0
         return served
 
-    def take_failures(self) -> dict[str, PolyadaptError]:
-        """Why loads failed since the last call, by digest; forgotten here, so that whoever asks
-        next tries again.
+    def take_failures(self) -> dict[frozenset[str], PolyadaptError]:
+        """Why loads failed since the last call, and for requests of which digests: those that ask
+        for all of the key. Forgotten here, so that whoever asks next tries again.
         """
-        taken, self._failures = self._failures, {}
+        taken = {frozenset([digest]): error for digest, error in self._failures.items()}
+        taken |= self._refusals
+        self._failures, self._refusals = {}, {}
         return taken
 
     def is_scalable(self, slot: int) -> bool:
@@ -232,6 +242,7 @@ class AdapterPool:
         self._step_patience_s = self._patience_s = patience_s
         self._num_cold = self._cold_nbytes = 0
         self._has_deferred, self._no_room_from = False, None
+        self._may_compact = True
         for future in [job for job in self._jobs if job.done()]:
             self._absorb(self._jobs.pop(future), future)
         for entry in list(self._commanded.values()):
@@ -467,13 +478,19 @@ class AdapterPool:
             extent = self._arena.allocate(size) if self._free_slots else None
             if extent is not None:
                 return extent
-            if self._free_slots and self._arena.num_free >= size and self._compact():
-                continue
+            if self._free_slots and self._arena.num_free >= size:
+                if not self._may_compact:
+                    return None
+                if self._compact():
+                    continue
             idle = [entry for entry in self._by_slot.values() if self._is_idle(entry)]
             reachable = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
             if not idle or reachable < size:
                 return None  # before anybody is evicted in vain
             victim = min(idle, key=self._device_score)
+            assert victim.extent is not None
+            if not self._may_compact and not self._arena.has_gap(size, without=victim.extent):
+                return None
             self._device_order.evicted(self._device_score(victim))
             self._evict(victim)
 
@@ -499,6 +516,32 @@ class AdapterPool:
         pinned = [e for e in self._by_slot.values() if e.is_pinned and e.extent is not None]
         room = self._arena.size - sum(e.extent.size for e in pinned if e.extent)
         return room >= entry.packed.weights.numel() and len(pinned) < self.cells.shape[0]
+
+    def _refuses_together(self, digests: set[str]) -> bool:
+        """Whether one request's adapters can never be on the device at once, beside the pins of
+        others; take_failures says so then. Whoever was not read yet counts as nothing.
+        """
+        known = [self._entries[digest] for digest in digests if digest in self._entries]
+        nbytes = sum(entry.nbytes for entry in known)
+        pins = [e for e in self._by_slot.values() if e.is_pinned and e.digest not in digests]
+        total = self._arena.size * self.weights.element_size()
+        if nbytes > total:
+            self._refusals[frozenset(digests)] = InvalidRequest(
+                f"the request's {len(digests)} adapters need {nbytes} bytes of device memory or "
+                f"more at once, --max-adapter-bytes is {total}; raise it or ask for fewer",
+                param="adapters",
+            )
+        elif nbytes > total - sum(e.nbytes for e in pins) or (
+            len(digests) + len(pins) > self.cells.shape[0]
+        ):
+            self._refusals[frozenset(digests)] = AdapterUnavailable(
+                f"the request's {len(digests)} adapters need {nbytes} bytes of device memory or "
+                f"more at once and {len(pins)} pinned adapters leave less of "
+                f"--max-adapter-bytes {total}; unpin one or raise the limit"
+            )
+        else:
+            return False
+        return True
 
     def _crowded_out(self, entry: _Entry) -> AdapterUnavailable:
         total = self._arena.size * self.weights.element_size()

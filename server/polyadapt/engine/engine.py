@@ -21,7 +21,7 @@ from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Su
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
 from polyadapt.engine.runner import ModelRunner, StepLogits
 from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
-from polyadapt.engine.scheduler import ScheduledRows, Scheduler
+from polyadapt.engine.scheduler import ScheduledRows, Scheduler, is_overdue
 from polyadapt.errors import (
     AdapterDeleted,
     AdapterRejected,
@@ -110,6 +110,9 @@ class Engine:
         # A full batch admits nobody; the next in the queue need not find their adapters cold.
         for sequence in itertools.islice(self.scheduler.waiting, _NUM_PREFETCHED):
             self.pool.prefetch(sequence.group.request.adapters)
+            # Nobody behind it is admitted: their adapters must not keep its own from the device.
+            if is_overdue(sequence.group):
+                break
         self._fail_unloadable()
         batch = self._start(batch)
         self._pace.is_shared = bool(batch)
@@ -395,15 +398,15 @@ class Engine:
                 self._fail(group, RequestTimeout(f"the request did not end within {limit:g} s"))
 
     def _fail_unloadable(self) -> None:
-        """Fail every waiting request whose adapter could not be read or does not fit."""
+        """Fail every waiting request whose adapters could not be read or do not fit."""
         errors = self.pool.take_failures()
         if not errors:
             return
         for group in list(self.scheduler.waiting_groups()):
-            for applied in group.request.adapters:
-                error = errors.get(applied.adapter.digest)
-                if error is not None and group.request.id in self._groups:
-                    self._fail(group, error)
+            asked = {applied.adapter.digest for applied in group.request.adapters}
+            error = next((error for digests, error in errors.items() if digests <= asked), None)
+            if error is not None:
+                self._fail(group, error)
 
     # ------------------------------------------------------------------ calls
     def _call(self, call: Call) -> None:

@@ -51,7 +51,7 @@ class AdapterSlots(Protocol):
         """Give one lease of each slot back."""
 
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
-        """Whether they wait for room on the device, and not for a read or a copy under way."""
+        """Whether they wait for room, and not for a read or a copy under way."""
 
     def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
         """What each leased adapter is in the keys of cached pages; see PageKeys.root."""
@@ -218,7 +218,7 @@ class Scheduler:
             if slots is None:
                 if not self.adapters.is_short_of_room(group.request.adapters):
                     loading.add(group.order)
-                if _is_overdue(group):
+                if is_overdue(group):
                     break
                 continue
             self._take_cached(leader)
@@ -248,9 +248,9 @@ class Scheduler:
         entered.sort()
         num_overdue = 0
         for group in passed:
-            was_overdue = _is_overdue(group)
+            was_overdue = is_overdue(group)
             group.num_overtaken += len(entered) - bisect_right(entered, group.order)
-            num_overdue += _is_overdue(group) and not was_overdue
+            num_overdue += is_overdue(group) and not was_overdue
         if num_overdue:
             self.counters["overdue_requests"] += num_overdue
             self.waiting.sort(key=_rank)
@@ -429,14 +429,15 @@ class Scheduler:
         self._count_overtakings([newest], [leader.group])
 
 
-def _is_overdue(group: RequestGroup) -> bool:
+def is_overdue(group: RequestGroup) -> bool:
+    """Whether it was overtaken so often that nobody behind it is admitted while it waits."""
     return group.num_overtaken >= MAX_OVERTAKEN
 
 
 def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
     """Whose turn it is, the smallest first: to enter, to get tokens, and to keep pages."""
     group = sequence.group
-    if _is_overdue(group):
+    if is_overdue(group):
         return False, 0, group.order, sequence.index
     return True, group.request.priority, group.order, sequence.index
 

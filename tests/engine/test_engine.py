@@ -235,6 +235,23 @@ def test_a_request_whose_adapters_never_fit_together_fails_alone(start, identiti
         assert transcripts[name].last == Finished(name)
 
 
+def test_requests_that_each_hold_what_another_needs_are_served_in_turn(start, identities):
+    one = new_engine_bytes(start, identities[0])
+    driver = start(max_adapter_bytes=2 * one)
+    driver.load(*identities[:2])
+
+    def request(name: str, *chosen: int) -> Request:
+        adapters = tuple(AppliedAdapter(identities[i]) for i in chosen)
+        return replace(greedy_request(name, ids(1), None, 2), adapters=adapters)
+
+    # Idle 0 and 1 are each wanted by a request that lacks its other adapter.
+    transcripts = driver.run(
+        request("r1", 2), request("r2", 0, 2), request("r3", 1, 2), max_steps=500
+    )
+    for name, transcript in transcripts.items():
+        assert transcript.last == Finished(name)
+
+
 def new_engine_bytes(start, identity: AdapterId) -> int:
     """Device bytes of one adapter."""
     driver = start()

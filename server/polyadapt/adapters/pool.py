@@ -38,6 +38,9 @@ Done = Callable[["Residency | PolyadaptError"], None]
 _ABANDONED_AFTER = 100
 _NUM_AHEAD = 2  # adapters read for the queue beyond what the device has room for now
 
+# Rounds without a lease or a job after which the queue's first may take others' idle adapters.
+_RESTS_TO_YIELD = 3
+
 
 class _State(enum.Enum):
     READING = enum.auto()
@@ -117,6 +120,8 @@ class AdapterPool:
         self._patience_s = 0.0  # what is left of that for the next one
         self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
         self._may_compact = True  # not for a prefetch
+        self._num_leases = 0  # of all adapters
+        self._num_rests = 0  # rounds in a row that began with no lease and no job
         self._has_deferred = False  # whoever comes later in the round is read later
         self._no_room_from: int | None = None  # extents so large were refused since room was made
         self._mean_nbytes = 0.0  # of the adapters that were read lately
@@ -139,6 +144,7 @@ class AdapterPool:
         for entry in entries:
             assert entry is not None
             entry.num_leases += 1
+            self._num_leases += 1
             self._use(entry)
             slots.append(entry.slot)
         return tuple(slots)
@@ -159,6 +165,7 @@ class AdapterPool:
             entry = self._by_slot[slot]
             assert entry.num_leases > 0, "a lease was released twice"
             entry.num_leases -= 1
+            self._num_leases -= 1
             self._no_room_from = None
             self._changed[entry.digest] = None
 
@@ -243,6 +250,7 @@ class AdapterPool:
         self._num_cold = self._cold_nbytes = 0
         self._has_deferred, self._no_room_from = False, None
         self._may_compact = True
+        self._num_rests = 0 if self._num_leases or self._jobs else self._num_rests + 1
         for future in [job for job in self._jobs if job.done()]:
             self._absorb(self._jobs.pop(future), future)
         for entry in list(self._commanded.values()):
@@ -289,6 +297,7 @@ class AdapterPool:
         assert {e.slot for e in on_device} == set(self._by_slot)
         assert sorted([*self._by_slot, *self._free_slots]) == list(range(self.cells.shape[0]))
         assert sum(e.extent.size for e in on_device if e.extent) == self._arena.num_used
+        assert sum(e.num_leases for e in on_device) == self._num_leases
         copies = [e.packed for e in self._entries.values() if e.packed is not None]
         assert sum(packed.nbytes for packed in copies) == self._host_nbytes
         assert all(self._entries[e.digest] is e for e in self._commanded.values())
@@ -497,8 +506,16 @@ class AdapterPool:
     def _is_idle(self, entry: _Entry) -> bool:
         """Whether it may leave the device. Whoever a queued request waits for may not: two
         requests of the queue would otherwise evict each other's adapters for ever.
+
+        Unless nothing moves at all: requests for several adapters may each hold a part of what
+        another needs. Then the first of the queue, who asks first in a round, gets what those
+        behind it wanted.
         """
-        return entry.state is _State.DEVICE and not entry.num_leases and not self._is_wanted(entry)
+        if entry.state is not _State.DEVICE or entry.num_leases:
+            return False
+        if self._num_rests < _RESTS_TO_YIELD or entry.is_pinned or entry.on_device:
+            return not self._is_wanted(entry)
+        return entry.wanted_round < self._round
 
     def _device_score(self, entry: _Entry) -> tuple[float, int]:
         return_s = self._copy_estimate.seconds(entry.nbytes)

@@ -51,6 +51,9 @@ def test_overcommitted_memory_changes_no_answer(small):
     assert [reply.status_code for reply in replies] == [200] * 48
     texts = [reply.json()["choices"][0]["text"] for reply in replies]
     assert texts == alone * 6
+    # Of one request all sequences are there at once, however fast the engine is.
+    crowd = complete(small, 0, n=12).json()["choices"]
+    assert [choice["text"] for choice in crowd] == alone[:1] * 12
     assert small.event("preemptions") > 0
     assert small.event("adapter_evictions") > 0
     assert small.metric("polyadapt_kv_pages_used") == 0

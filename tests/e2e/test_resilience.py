@@ -51,9 +51,11 @@ def test_overcommitted_memory_changes_no_answer(small):
     assert [reply.status_code for reply in replies] == [200] * 48
     texts = [reply.json()["choices"][0]["text"] for reply in replies]
     assert texts == alone * 6
-    # Of one request all sequences are there at once, however fast the engine is.
-    crowd = complete(small, 0, n=12).json()["choices"]
-    assert [choice["text"] for choice in crowd] == alone[:1] * 12
+    # The prompts of one call are there at once, however fast the engine is.
+    prompts = [f"{number} {PROMPT}" for number in range(12)]
+    each = [complete(small, 0, prompt=prompt).json()["choices"][0]["text"] for prompt in prompts]
+    crowd = complete(small, 0, prompt=prompts).json()["choices"]
+    assert [choice["text"] for choice in crowd] == each
     assert small.event("preemptions") > 0
     assert small.event("adapter_evictions") > 0
     assert small.metric("polyadapt_kv_pages_used") == 0

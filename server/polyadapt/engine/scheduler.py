@@ -123,13 +123,22 @@ class Scheduler:
         """Return the next step's rows, decode rows first. Pages for them are allocated."""
         picked: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
+        page_size = self.pages.page_size
         for sequence in self.running:
-            self._publish(sequence)
+            if sequence.num_computed // page_size != sequence.num_shareable:
+                self._publish(sequence)
         num_before = self.counters["preemptions"]
         # Decode rows first: a long prompt must not hold back tokens that streams wait for.
         decodes = [of for of in self.running if len(of.token_ids) - of.num_computed <= 1]
         for sequence in decodes:
-            budget -= self._continue(sequence, budget, picked)
+            num_computed = sequence.num_computed
+            has_room = num_computed < len(sequence.pages) * page_size  # for 15 of 16 tokens
+            is_pending = num_computed < len(sequence.token_ids)  # not a companion that waits
+            if has_room and is_pending and budget > 0 and sequence.state is _RUNNING:
+                picked[sequence] = 1
+                budget -= 1
+            else:
+                budget -= self._continue(sequence, budget, picked)
         num_prompt_tokens = budget
         if len(decodes) < len(self.running):
             for sequence in self._prompts():
@@ -196,7 +205,6 @@ class Scheduler:
         """Schedule a running sequence's next rows, at most num_tokens; returns how many it got."""
         num_tokens = min(sequence.num_pending, num_tokens)
         if num_tokens <= 0 or sequence.state is not _RUNNING:
-            return 0
             return 0
         while not self.pages.extend(sequence.pages, sequence.num_computed + num_tokens):
             self._preempt(max(self.running, key=_rank))

@@ -164,13 +164,22 @@ def test_a_bfloat16_model_is_fused_too(tiny_model):
 
 def test_exact_mode_is_promised_where_every_layer_is_fused_and_refused_elsewhere(tiny_model):
     assert "FusedRotary" in fuse(wrapped(tiny_model("qwen3")), 16, EXACT)
-    with pytest.raises(StartupError, match=r"--exact cannot be promised for GPT2.*0 attention"):
+    with pytest.raises(StartupError, match=r"--exact cannot be promised for GPT2.*0 of 2 layers"):
         fuse(wrapped(tiny_model("gpt2")), 16, EXACT)
-    with pytest.raises(StartupError, match=r"MLP modules have an exact"):
+    with pytest.raises(StartupError, match=r"0 of 2 layers have an exact form"):
         fuse(wrapped(tiny_model("mixtral")), 16, EXACT)
     # Shared experts are as many gated MLPs as layers; the routed ones still are torch's.
-    with pytest.raises(StartupError, match=r"mlp.*has no exact form"):
+    with pytest.raises(StartupError, match=r"0 of 2 layers have an exact form"):
         fuse(wrapped(tiny_model("qwen2_moe")), 16, EXACT)
+    # Gemma caps its logits and turns two kinds of angles in torch.
+    with pytest.raises(StartupError, match=r"0 of 4 layers have an exact form"):
+        fuse(wrapped(tiny_model("gemma3")), 16, EXACT)
+
+
+def test_exact_mode_is_refused_where_angles_are_computed_in_a_step(tiny_model, monkeypatch):
+    monkeypatch.setattr(fuse_module, "_MAX_TABLE_BYTES", 0)
+    with pytest.raises(StartupError, match=r"rotary_emb.*has no exact form"):
+        fuse(wrapped(tiny_model("llama")), 16, EXACT)
 
 
 def test_exact_mode_without_native_kernels_is_refused(tiny_model, monkeypatch):

@@ -50,7 +50,7 @@ bench-overhead: $(VENV)/.dev model ## Measure what a step and a token cost besid
 bench-peers: $(VENV)/.dev model ## Install llama.cpp, mistral.rs and vLLM, and measure beside them
 	$(BIN)/python -m bench.compare $(ARGS)
 
-bench-residency: $(VENV)/.dev model ## Measure what loading and evicting costs (about 6 minutes)
+bench-residency: $(VENV)/.dev model ## Measure what loading and evicting costs (some minutes)
 	$(BIN)/python -m bench.residency $(ARGS)
 
 clean: ## Remove the environment, caches and build results (not the home with its models)

@@ -26,6 +26,7 @@ from polyadapt.engine import wire
 from polyadapt.engine.build import build_engine
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.output import Call, Submit
+from polyadapt.engine.worker import spare_collections
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
@@ -177,6 +178,7 @@ def _running(
             seeded = replace(params, seed=number)
             applied = (AppliedAdapter(adapter),)
             engine.execute(Submit(Request(f"r{number}", prompt, seeded, applied)))
+        spare_collections()
         engine.step()
         assert len(engine.scheduler.running) == num_rows, "every row decodes from the next step on"
         yield engine

@@ -264,7 +264,8 @@ class Engine:
             self._fail(group, InternalError("the model failed on this request; see the server log"))
             return
         is_last_chunk = rows.is_last_chunk
-        is_scored = len(logits) > 1 or (len(logits) == 1 and not is_last_chunk)
+        num_logits = logits.shape[0]
+        is_scored = num_logits > 1 or (num_logits == 1 and not is_last_chunk)
         choice: _Choice | None = None
         try:
             if is_scored and not rows.drafts:
@@ -300,7 +301,9 @@ class Engine:
         sequence, drafts = rows.sequence, rows.drafts
         choice = _Choice()
         end_token_ids = self._end_tokens(sequence)
-        for number, row in enumerate(logits[-1 - len(drafts) :]):
+        # A row of logits is a tensor of its own, which takes longer than all else here.
+        is_drawn = first is not None and not drafts
+        for number, row in enumerate((logits,) if is_drawn else logits[-1 - len(drafts) :]):
             sampled, first = first or sample(row, sequence, end_token_ids), None
             if sampled is None:
                 choice.is_finite = False

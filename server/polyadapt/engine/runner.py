@@ -77,12 +77,16 @@ class ModelRunner:
         sequences = [rows.sequence for rows in batch]
         num_tokens = [rows.num_tokens for rows in batch]
         decodes = sequences[: num_tokens.count(1)]  # they come first
-        lengths = np.array(num_tokens, np.int64)
-        starts = np.cumsum(lengths) - lengths
+        if len(decodes) == len(batch):
+            lengths, starts = np.ones(len(batch), np.int64), np.arange(len(batch))
+        else:
+            lengths = np.array(num_tokens, np.int64)
+            starts = np.cumsum(lengths) - lengths
         ids, positions = _inputs(batch, decodes)
         attention = self._attention(batch, decodes, starts, positions)
         keep, counts = _wanted(batch, decodes, starts)
-        self._load_plans(sequences, lengths, np.array(counts, np.int64))
+        num_outputs = lengths if len(keep) == len(starts) == len(ids) else np.array(counts)
+        self._load_plans(sequences, lengths, num_outputs)
         # A step without logits still runs the head, on one row that nobody reads.
         indices = keep if len(keep) else np.array([len(ids) - 1])
         for layer in self.base.layers:
@@ -127,12 +131,10 @@ class ModelRunner:
         device = self.base.device
         size = self.page_size
         num = len(decodes)
-        lasts = positions[:num].tolist()
-        pages = np.array(
-            [of.pages[at // size] for of, at in zip(decodes, lasts, strict=True)], np.int64
-        )
+        table = self._page_table.of(decodes) if decodes else np.zeros((0, 0), np.int32)
         write = np.empty(len(positions), np.int64)
-        write[:num] = pages * size + positions[:num] % size
+        page_of, offset_in = np.divmod(positions[:num], size)
+        write[:num] = table[np.arange(num), page_of] * size + offset_in
         chunks = []
         for rows, start in zip(batch[num:], starts[num:].tolist(), strict=True):
             stop = start + rows.num_tokens
@@ -150,10 +152,6 @@ class ModelRunner:
         if self.strategy.is_exact:  # every row reads the cache by itself, as a decode row does
             table = self._page_table.of([rows.sequence for rows in batch])
             table = np.repeat(table, [rows.num_tokens for rows in batch], axis=0)
-        elif decodes:
-            table = self._page_table.of(decodes)
-        else:
-            table = np.zeros((0, 0), np.int32)
         num = len(table)
         if num:
             attention.num_decodes = num
@@ -172,23 +170,25 @@ class PageTable:
     def __init__(self) -> None:
         self._table = np.zeros((0, 0), np.int32)
         self._row_of: dict[Sequence, int] = {}
+        self._asked: Seq[Sequence] = ()  # the last sequences, whose rows are `_rows`
+        self._rows: list[int] = []
+        self._index = np.zeros(0, np.int64)  # the same rows
         self._pages: list[list[int]] = []  # what each row of the table holds
 
     def of(self, sequences: Seq[Sequence]) -> np.ndarray:
         """Page ids int32 [sequences, widest], a copy; behind a sequence's last page anything."""
-        width = max(len(sequence.pages) for sequence in sequences)
+        all_pages = [sequence.pages for sequence in sequences]
+        width = max(map(len, all_pages))
         self._fit(len(sequences), width)
-        table, held, row_of = self._table, self._pages, self._row_of
-        try:
-            rows = [row_of[sequence] for sequence in sequences]
-        except KeyError:
-            rows = self._assign(sequences)
-        for row, sequence in zip(rows, sequences, strict=True):
-            pages = sequence.pages
+        if sequences != self._asked:  # decoding goes on with the same ones for many steps
+            self._rows = self._assign(sequences)
+            self._asked, self._index = list(sequences), np.array(self._rows)
+        table, held = self._table, self._pages
+        for row, pages in zip(self._rows, all_pages, strict=True):
             if held[row] != pages:
                 table[row, : len(pages)] = pages
                 held[row] = pages.copy()
-        return table[np.array(rows), :width]
+        return table[self._index, :width]
 
     def _fit(self, num_rows: int, width: int) -> None:
         """Grow by doubling; nothing that the table holds is lost."""

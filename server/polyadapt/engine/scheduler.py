@@ -124,37 +124,45 @@ class Scheduler:
         picked: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         page_size = self.pages.page_size
-        for sequence in self.running:
-            if sequence.num_computed // page_size != sequence.num_shareable:
-                self._publish(sequence)
         num_before = self.counters["preemptions"]
         # Decode rows first: a long prompt must not hold back tokens that streams wait for.
-        decodes = [of for of in self.running if len(of.token_ids) - of.num_computed <= 1]
-        for sequence in decodes:
+        num_decodes = num_prompts = 0
+        for sequence in self.running.copy():
+            if sequence.state is not _RUNNING:  # preempted for one before it
+                continue
             num_computed = sequence.num_computed
-            has_room = num_computed < len(sequence.pages) * page_size  # for 15 of 16 tokens
-            is_pending = num_computed < len(sequence.token_ids)  # not a companion that waits
-            if has_room and is_pending and budget > 0 and sequence.state is _RUNNING:
+            if num_computed // page_size != sequence.num_shareable:
+                self._publish(sequence)
+            num_pending = len(sequence.token_ids) - num_computed
+            if num_pending > 1:
+                num_prompts += 1
+                continue
+            num_decodes += 1
+            # For 15 of 16 tokens there is room; nothing is pending of a companion that waits.
+            if num_pending and budget > 0 and num_computed < len(sequence.pages) * page_size:
                 picked[sequence] = 1
                 budget -= 1
             else:
                 budget -= self._continue(sequence, budget, picked)
         num_prompt_tokens = budget
-        if len(decodes) < len(self.running):
+        if num_prompts:
             for sequence in self._prompts():
                 share = _share(sequence, budget, num_prompt_tokens)
                 budget -= self._continue(sequence, share, picked)
         # Whoever was just preempted would come straight back and be preempted again.
         if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
             budget = self._admit(budget, num_prompt_tokens, picked)
-        if len(picked) > len(decodes):
+        if len(picked) > num_decodes:
             budget = self._give_rest(budget, picked)
         rows = [
             ScheduledRows(sequence, num_tokens)
             for sequence, num_tokens in picked.items()
             if sequence.state is _RUNNING
         ]
-        self._draft(budget, rows)
+        if num_decodes < MAX_SPECULATIVE_ROWS:
+            self._draft(budget, rows)
+        elif len(picked) == num_decodes:
+            return rows  # nobody has more than one row
         rows.sort(key=lambda scheduled: scheduled.num_tokens > 1)
         return rows
 

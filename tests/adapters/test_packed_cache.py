@@ -70,7 +70,7 @@ def assert_same(found: PackedAdapter, expected: PackedAdapter) -> None:
     assert found.weights.dtype == expected.weights.dtype
     assert torch.equal(found.weights, expected.weights)
     assert torch.equal(found.cells, expected.cells)
-    for name in ("is_scalable", "is_kv_neutral", "rank", "nbytes"):
+    for name in ("traits", "rank", "nbytes"):
         assert getattr(found, name) == getattr(expected, name)
 
 
@@ -138,7 +138,7 @@ def test_what_was_packed_for_something_else_is_not_found(
 
 
 @pytest.mark.parametrize(
-    "changed", ["adapters/packing.py", "adapters/families/lora.py", "ops/gated_matmul.py"]
+    "changed", ["adapters/packing.py", "adapters/families/lora.py", "ops/cells.py"]
 )
 def test_a_change_of_the_sources_that_pack_is_a_change_of_the_key(tmp_path: Path, changed: str):
     package = Path(packed_cache.__file__).parents[1]

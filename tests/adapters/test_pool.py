@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.arena import Arena
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.pool import AdapterPool
@@ -27,7 +28,7 @@ def packed(value: float, size: int) -> PackedAdapter:
     """An adapter of `size` elements at site 1 whose every weight is `value`."""
     cells = torch.full((NUM_SITES, 3), -1, dtype=torch.int64)
     cells[1] = torch.tensor([0, 2, 0])
-    return PackedAdapter(torch.full((size,), value), cells, is_scalable=True, rank=2)
+    return PackedAdapter(torch.full((size,), value), cells, rank=2)
 
 
 class Store:
@@ -160,7 +161,7 @@ def test_acquire_waits_for_the_load_and_reports_it_once(rig):
 
 def test_a_leased_adapter_says_what_it_is_to_keys_and_values(rig):
     it = rig(a=10, b=10)
-    it.store.adapters["b"] = replace(it.store.adapters["b"], is_kv_neutral=True)
+    it.store.adapters["b"] = replace(it.store.adapters["b"], traits=Traits(is_kv_neutral=True))
     it.take("a")
     it.take("b")
     applied = tuple(AppliedAdapter(AdapterId(f"named-{name}", 1, name)) for name in "bab")

@@ -1,4 +1,4 @@
-"""What a family makes of a checkpoint: a plan (torch-free), then one LowRank per site.
+"""What a family makes of a checkpoint: a plan (torch-free), then one Delta per site.
 
 Knows no family, no file format and no device.
 """
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
+from polyadapt.ops import cells
 from polyadapt.types import BaseSpec
 from polyadapt_store.checkpoint import Checkpoint, TensorInfo
 
@@ -27,34 +28,83 @@ class TensorRead:
 
 
 @dataclass(frozen=True, slots=True)
+class Traits:
+    """What the engine has to know of an adapter beside its numbers."""
+
+    is_scalable: bool = True  # whether a request may scale it by anything but 0 and 1
+    # The base's keys and values are its own, at any scale and in every layer, so that their cached
+    # pages are shared. `keeps_keys_and_values` proves it for a family that only adds at its sites.
+    is_kv_neutral: bool = False
+    # Parameters of the base that the adapter replaces or multiplies, such as "lm_head.weight": two
+    # adapters of one request may not name the same.
+    replaced: tuple[str, ...] = ()
+    # It acts from the last occurrence of these tokens in the prompt on, and where they do not
+    # occur not at all; empty: everywhere.
+    invocation: tuple[int, ...] = ()
+    # The first b of its so many components are an adapter of their own, for every b from the
+    # smallest on, times nested_rank / b; 0: they are not.
+    nested_rank: int = 0
+    min_nested_rank: int = 1
+
+
+ORDINARY = Traits()
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """What an adapter is, known from its config and tensor headers alone."""
 
     family: str
     rank: int  # the largest of any site
     target_modules: tuple[str, ...]  # distinct last path components, sorted
-    num_elements: int  # device elements: per site r*in + r*out (+ out with a bias)
+    num_elements: int  # device elements, see ops/cells.py
     reads: tuple[TensorRead, ...]
     notes: tuple[str, ...] = ()  # config keys that were read and have no effect when serving
-    is_scalable: bool = True  # False: this checkpoint replaces something that no scale can multiply
-    # The base's keys and values are its own, at any scale and in every layer, so that their cached
-    # pages are shared. `keeps_keys_and_values` proves it for a family that only adds at its sites.
-    is_kv_neutral: bool = False
+    traits: Traits = ORDINARY
 
 
 @dataclass(frozen=True, slots=True)
-class LowRank:
-    """One module of one adapter: y += B (A x) + bias, every constant scale already inside B and
-    bias.
+class Delta:
+    """What one adapter does at one site, every constant scale already inside.
 
-    Shapes: a [rank, in], b [out, rank], bias [out] or None; all float32 and contiguous, on the
-    host. For an embedding `in` is the vocabulary and A x is the column of the token. rank may be
-    0.
+    linear     v = W T(x) + b, exchanged by `swap`;  y = (1 + out_scale) v + bias + B A x + dense x
+    embedding  y = W[id] + B A[:, id] + dense[id]
+    norm       y = weight * normalised x + b + bias
+    Shapes: a [rank, in], b [out, rank], rank may be 0; bias, out_scale and weight [out]; transform
+    [in / g, g, g]: block n of x times matrix n; swap [2, out] with `group` g: v becomes
+    (1 + swap[0]) v + swap[1] v', where v' exchanges the halves of every g columns; dense [out, in],
+    for an embedding [in, out]. For an embedding `in` is the vocabulary. All float32 and contiguous,
+    on the host; None: absent.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     bias: torch.Tensor | None = None
+    out_scale: torch.Tensor | None = None
+    transform: torch.Tensor | None = None
+    swap: torch.Tensor | None = None
+    dense: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    group: int = 0  # of `swap`
+
+    @property
+    def tails(self) -> tuple[tuple[int, torch.Tensor], ...]:
+        """What follows A and B in the cell, with the bit of each."""
+        given = (
+            (cells.BIAS, self.bias),
+            (cells.OUT_SCALE, self.out_scale),
+            (cells.TRANSFORM, self.transform),
+            (cells.SWAP, self.swap),
+            (cells.DENSE, self.dense),
+            (cells.WEIGHT, self.weight),
+        )
+        return tuple((bit, tensor) for bit, tensor in given if tensor is not None)
+
+    @property
+    def parts(self) -> int:
+        """The cell's `parts`; see ops/cells.py."""
+        group = self.group if self.transform is None else self.transform.shape[-1]
+        return sum(bit for bit, _ in self.tails) | group << cells.GROUP_SHIFT
 
 
 # Last components of the paths of linears, as transformers' decoders name them. A layer computes
@@ -136,7 +186,6 @@ class Family(Protocol):
     """One kind of adapter. A new one is one file beside the others and one test."""
 
     name: str
-    is_scalable: bool  # whether a request may scale it by anything but 0 and 1
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether this family reads checkpoints with this adapter_config.json."""
@@ -154,7 +203,7 @@ class Family(Protocol):
         checkpoint: Checkpoint,
         base: BaseSpec,
         weights: BaseWeights,
-    ) -> dict[int, LowRank]:
-        """Return site id -> LowRank; takes every tensor of the checkpoint; raises
+    ) -> dict[int, Delta]:
+        """Return site id -> Delta; takes every tensor of the checkpoint; raises
         AdapterRejected.
         """

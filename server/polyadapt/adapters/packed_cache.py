@@ -20,9 +20,11 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import torch
 
 from polyadapt import __version__
+from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import Layout, PackedAdapter
 from polyadapt.adapters.registry import FAMILIES
@@ -32,12 +34,12 @@ from polyadapt_store.blobs import BlobStore
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"PAPACKED"
-# magic, key, elements, sites, largest rank, flags, crc32 of the weights; then int32 [sites, 2] of
-# (rank, has_bias), the crc32 of all that, and the weights at the next multiple of _ALIGN.
+# magic, key, elements, sites, largest rank, bytes of the traits, crc32 of the weights; then int32
+# [sites, 2] of (rank, parts), the traits as JSON, the crc32 of all that, and the weights at the
+# next multiple of _ALIGN.
 _HEAD = struct.Struct("<8s32sQIIII")
 _CRC = struct.Struct("<I")
 _ALIGN = 64
-_IS_SCALABLE, _IS_KV_NEUTRAL = 1, 2
 _PAGE = 4096  # bytes; of the memory, at least
 _CHUNK = 1 << 19  # bytes that are summed between two pauses
 # Mapped from here on; below, reading is as quick, and a process may hold only so many mappings.
@@ -171,28 +173,33 @@ class PackedCache:
         weights = packed.weights.view(torch.uint8).numpy().data
         ranks = torch.where(packed.cells[:, 0] >= 0, packed.cells[:, 1], -1)
         sites = torch.stack([ranks, packed.cells[:, 2]], dim=1).to(torch.int32).numpy().tobytes()
-        flags = _IS_SCALABLE * packed.is_scalable + _IS_KV_NEUTRAL * packed.is_kv_neutral
+        traits = msgspec.json.encode(packed.traits)
         head = _HEAD.pack(
-            _MAGIC, key, packed.weights.numel(), len(packed.cells), packed.rank, flags,
+            _MAGIC, key, packed.weights.numel(), len(packed.cells), packed.rank, len(traits),
             self._checksum(weights),
         )  # fmt: skip
-        head += sites
+        head += sites + traits
         start = head + _CRC.pack(zlib.crc32(head))
-        return [start.ljust(_weights_begin(len(packed.cells)), b"\0"), weights]
+        return [start.ljust(_weights_begin(len(packed.cells), len(traits)), b"\0"), weights]
 
     def _load(self, digest: str, path: Path) -> PackedAdapter:
         status = path.lstat()
         num_sites = len(self._base.sites)
-        begin = _weights_begin(num_sites)
-        if not stat.S_ISREG(status.st_mode) or status.st_size <= begin:
+        least = _weights_begin(num_sites, 0)
+        if not stat.S_ISREG(status.st_mode) or status.st_size <= least:
             raise _BrokenError(
-                f"it has {status.st_size} bytes, expected a file of more than {begin}"
+                f"it has {status.st_size} bytes, expected a file of more than {least}"
             )
         data = _map(path, status.st_size)
+        magic, found, num_elements, count, rank, traits_size, weights_sum = _HEAD.unpack_from(
+            data[: _HEAD.size].numpy().tobytes()
+        )
+        begin = _weights_begin(num_sites, traits_size)
+        if status.st_size < begin:
+            raise _BrokenError(f"it has {status.st_size} bytes, its header announces more")
         start = data[:begin].numpy().tobytes()
-        checked = _HEAD.size + 8 * num_sites
+        checked = _HEAD.size + 8 * num_sites + traits_size
         (checksum,) = _CRC.unpack_from(start, checked)
-        magic, found, num_elements, count, rank, flags, weights_sum = _HEAD.unpack_from(start)
         if zlib.crc32(start[:checked]) != checksum:
             raise _BrokenError("the checksum of its header is wrong")
         if (magic, found, count) != (_MAGIC, self._key(digest), num_sites):
@@ -200,7 +207,7 @@ class PackedCache:
         sites = torch.frombuffer(
             bytearray(start), dtype=torch.int32, count=2 * num_sites, offset=_HEAD.size
         ).view(num_sites, 2)
-        cells, laid_out = self._layout.cells(sites[:, 0].long(), sites[:, 1] > 0)
+        cells, laid_out = self._layout.cells(sites[:, 0].long(), sites[:, 1].long())
         expected = begin + num_elements * self._dtype.itemsize
         if laid_out != num_elements or status.st_size != expected:
             raise _BrokenError(f"it has {status.st_size} bytes, its header announces {expected}")
@@ -217,9 +224,8 @@ class PackedCache:
         return PackedAdapter(
             weights.view(self._dtype),
             cells,
-            is_scalable=bool(flags & _IS_SCALABLE),
             rank=rank,
-            is_kv_neutral=bool(flags & _IS_KV_NEUTRAL),
+            traits=msgspec.json.decode(start[checked - traits_size : checked], type=Traits),
         )
 
     def _checksum(self, data: memoryview) -> int:
@@ -242,7 +248,7 @@ def _code_digest(package: Path) -> str:
     adapters = package / "adapters"
     sources = [*adapters.glob("*.py"), *adapters.glob("families/*.py")]
     digest = hashlib.sha256()
-    for path in [*sorted(sources), package / "ops" / "gated_matmul.py"]:
+    for path in [*sorted(sources), package / "ops" / "cells.py"]:
         source = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(source)}\n".encode())
         digest.update(source)
@@ -259,8 +265,8 @@ def _remove(path: Path) -> bool:
     return True
 
 
-def _weights_begin(num_sites: int) -> int:
-    size = _HEAD.size + 8 * num_sites + _CRC.size
+def _weights_begin(num_sites: int, traits_size: int) -> int:
+    size = _HEAD.size + 8 * num_sites + traits_size + _CRC.size
     return -(-size // _ALIGN) * _ALIGN
 
 

@@ -1,6 +1,6 @@
 """One adapter as one flat host tensor in the arena's layout. Knows sites, never families.
 
-The layout of a cell is given in ops/gated_matmul.py.
+The layout of a cell is given in ops/cells.py.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from polyadapt.adapters.adapter import LowRank
+from polyadapt.adapters.adapter import ORDINARY, Delta, Traits
+from polyadapt.ops import cells as layout
 from polyadapt.types import BaseSpec
 
 
@@ -22,9 +23,8 @@ class PackedAdapter:
 
     weights: torch.Tensor
     cells: torch.Tensor
-    is_scalable: bool
     rank: int
-    is_kv_neutral: bool = False  # see AdapterPlan
+    traits: Traits = ORDINARY
 
     @property
     def nbytes(self) -> int:
@@ -36,44 +36,45 @@ class Layout:
     """Where the modules of any adapter of one base lie in its weights: end to end, by site."""
 
     def __init__(self, base: BaseSpec) -> None:
-        self._widths = torch.tensor([s.in_features + s.out_features for s in base.sites])
-        self._outs = torch.tensor([s.out_features for s in base.sites])
+        self._sizes = [(site.in_features, site.out_features) for site in base.sites]
+        self._widths = torch.tensor([num_in + num_out for num_in, num_out in self._sizes])
+        self._outs = torch.tensor([num_out for _, num_out in self._sizes])
 
-    def cells(self, ranks: torch.Tensor, has_bias: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def cells(self, ranks: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, int]:
         """Return an adapter's cells and the number of its elements.
 
-        ranks: int64 [num_sites], -1 where nothing is adapted; has_bias: bool [num_sites].
+        ranks: int64 [num_sites], -1 where nothing is adapted; parts: int64 [num_sites].
         """
         is_adapted = ranks >= 0
-        sizes = torch.where(is_adapted, ranks * self._widths + has_bias * self._outs, 0)
+        tails = torch.where(parts == layout.BIAS, self._outs, 0)
+        # Nearly all cells have a bias or nothing behind B, and this is done for every load.
+        for site_id in (parts & ~layout.BIAS).nonzero().flatten().tolist():
+            num_in, num_out = self._sizes[site_id]
+            tails[site_id] = layout.num_elements(num_in, num_out, 0, int(parts[site_id]))
+        sizes = torch.where(is_adapted, ranks * self._widths + tails, 0)
         ends = sizes.cumsum(0)
         starts = torch.where(is_adapted, ends - sizes, -1)
-        return torch.stack([starts, ranks.clamp(min=0), has_bias.long()], dim=1), int(ends[-1])
+        return torch.stack([starts, ranks.clamp(min=0), parts], dim=1), int(ends[-1])
 
 
 def pack(
-    modules: Mapping[int, LowRank],
-    base: BaseSpec,
-    dtype: torch.dtype,
-    *,
-    is_scalable: bool,
-    is_kv_neutral: bool = False,
+    modules: Mapping[int, Delta], base: BaseSpec, dtype: torch.dtype, traits: Traits
 ) -> PackedAdapter:
     """Lay the modules end to end in site order, cast once to the arena's dtype."""
-    ranks, has_bias = [-1] * len(base.sites), [False] * len(base.sites)
-    parts: list[torch.Tensor] = []
+    ranks, parts = [-1] * len(base.sites), [0] * len(base.sites)
+    blocks: list[torch.Tensor] = []
     for site_id in sorted(modules):
         module, site = modules[site_id], base.sites[site_id]
         a = module.a.t() if site.kind == "embedding" else module.a
-        parts += [a, module.b.t()] + ([] if module.bias is None else [module.bias])
-        ranks[site_id], has_bias[site_id] = module.a.shape[0], module.bias is not None
-    cells, num_elements = Layout(base).cells(torch.tensor(ranks), torch.tensor(has_bias))
+        blocks += [a, module.b.t(), *(tensor for _, tensor in module.tails)]
+        ranks[site_id], parts[site_id] = module.a.shape[0], module.parts
+    cells, num_elements = Layout(base).cells(torch.tensor(ranks), torch.tensor(parts))
     # Filled block by block: one concatenation would need the bytes twice, and take every core.
     weights = torch.empty(num_elements, dtype=dtype)
     start = 0
-    for block in parts:
+    for block in blocks:
         stop = start + block.numel()
         weights[start:stop].view(block.shape).copy_(block)
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
-    return PackedAdapter(weights, cells, is_scalable, rank, is_kv_neutral)
+    return PackedAdapter(weights, cells, rank, traits)

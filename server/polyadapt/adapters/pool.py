@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from polyadapt.adapters.adapter import ORDINARY, Traits
 from polyadapt.adapters.arena import Arena, Extent
 from polyadapt.adapters.eviction import EvictionOrder, Standing
 from polyadapt.adapters.load_estimate import LoadEstimate
@@ -54,8 +55,7 @@ class _Entry:
     digest: str
     state: _State
     nbytes: int = 0
-    is_scalable: bool = True
-    is_kv_neutral: bool = False
+    traits: Traits = ORDINARY
     packed: PackedAdapter | None = None  # the host copy
     slot: int = -1
     extent: Extent | None = None
@@ -192,16 +192,16 @@ class AdapterPool:
         self._failures, self._refusals = {}, {}
         return taken
 
-    def is_scalable(self, slot: int) -> bool:
-        """Whether the resident adapter may be scaled by anything but 0 and 1."""
-        return self._by_slot[slot].is_scalable
+    def traits(self, slot: int) -> Traits:
+        """What the engine has to know of the resident adapter."""
+        return self._by_slot[slot].traits
 
     def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
         """What each adapter is to keys and values while it is leased: its digest, or "" when it
         leaves all of them as the base's.
         """
         digests = (applied.adapter.digest for applied in adapters)
-        return tuple("" if self._entries[d].is_kv_neutral else d for d in digests)
+        return tuple("" if self._entries[d].traits.is_kv_neutral else d for d in digests)
 
     # ------------------------------------------------------------------ commands
     def prepare(self, digest: str, done: Done) -> None:
@@ -399,8 +399,7 @@ class AdapterPool:
         elif entry.state is _State.READING:
             packed = future.result()
             assert packed is not None
-            entry.nbytes, entry.is_scalable = packed.nbytes, packed.is_scalable
-            entry.is_kv_neutral = packed.is_kv_neutral
+            entry.nbytes, entry.traits = packed.nbytes, packed.traits
             if packed.weights.numel() > self._arena.size:
                 self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
                 return

@@ -70,14 +70,7 @@ class AdapterReader:
             # Checked again: a store may outlive the base that it was filled for.
             plan = family.plan(config, checkpoint.header, self._base)
             modules = family.read(config, checkpoint, self._base, self._weights)
-        is_scalable = family.is_scalable and plan.is_scalable
-        return pack(
-            modules,
-            self._base,
-            self._dtype,
-            is_scalable=is_scalable,
-            is_kv_neutral=plan.is_kv_neutral,
-        )
+        return pack(modules, self._base, self._dtype, plan.traits)
 
 
 class _PacedCheckpoint(Checkpoint):

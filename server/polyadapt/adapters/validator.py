@@ -134,19 +134,17 @@ def validate(directory: Path, base: BaseSpec, limits: StoreLimits) -> Validation
         raise AdapterRejected(problems + error.problems) from None
     if problems or plan is None or family is None:
         raise AdapterRejected(problems)
-    return _report(plan, base, num_tensors, family.is_scalable)
+    return _report(plan, base, num_tensors)
 
 
-def _report(
-    plan: AdapterPlan, base: BaseSpec, num_tensors: int, is_scalable: bool
-) -> ValidationReport:
+def _report(plan: AdapterPlan, base: BaseSpec, num_tensors: int) -> ValidationReport:
     return ValidationReport(
         family=plan.family,
         rank=plan.rank,
         target_modules=plan.target_modules,
         num_elements=plan.num_elements,
         num_tensors=num_tensors,
-        is_scalable=is_scalable and plan.is_scalable,
+        is_scalable=plan.traits.is_scalable,
         base_model=base.name,
         base_digest=base.digest,
         notes=plan.notes,

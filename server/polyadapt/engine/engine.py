@@ -232,7 +232,7 @@ class Engine:
             group.is_started = True
             adapters = group.request.adapters
             for applied, slot in zip(adapters, rows.sequence.slots, strict=True):
-                if applied.scale not in (0.0, 1.0) and not self.pool.is_scalable(slot):
+                if applied.scale not in (0.0, 1.0) and not self.pool.traits(slot).is_scalable:
                     self._fail(
                         group,
                         InvalidRequest(

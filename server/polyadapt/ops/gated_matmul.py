@@ -3,11 +3,8 @@
 Its torch form, and the choice between that and the native kernel. The specification is
 ops/reference.py. Knows slots and sites, never names or families.
 
-Layout of one (slot, site) cell in the flat arena, at element `offset`:
-    A [rank, in] row-major (embedding: [in, rank], one row per token), then
-    B transposed [rank, out] (one row per rank-one component), then bias [out] when has_bias is 1.
-`cells` int64 [num_slots, num_sites, 3] holds (offset, rank, has_bias); offset -1: the adapter
-leaves this site alone. Every constant scale is folded into B and bias at load.
+`cells` int64 [num_slots, num_sites, 3] holds (offset, rank, parts) of each (slot, site), whose
+layout in the flat arena ops/cells.py gives. Every constant scale is folded in at load.
 """
 
 from __future__ import annotations
@@ -17,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from polyadapt.ops import cells as cells_layout
 from polyadapt.ops import native
 from polyadapt.ops.plan import PlanBuffers
-
-OFFSET, RANK, HAS_BIAS = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +36,11 @@ def gated_matmul_(
 ) -> None:
     """Add the adapters' part to y in place.
 
-    Semantics, for every lane, segment s, row t of the segment, with (offset, rank, has_bias) =
+    Semantics, for every lane, segment s, row t of the segment, with (offset, rank, parts) =
     cells[slots[s], site]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
-        y[t] += sum_i h[i] * B[i] + scales[s] * bias
+        y[t] += out_scale * y[t] + sum_i h[i] * B[i] + scales[s] * bias
+    where bias and out_scale are those of the cell, or 0.
     y [rows, out], x [rows, in], float32 or bfloat16; sums are float32. Rows in no segment stay as
     they are. Several sites that share x are served at once: parts int64 [n, 3] holds (site id,
     first column of y, columns) of each; absent means all of y for `site`.
@@ -109,16 +106,19 @@ def segments_matmul_(
     """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
     num_in, num_out = x.shape[-1], y.shape[-1]
     for segment in _segments(cells, rows, bounds, slots, scales, site):
-        offset, rank, has_bias = segment.cell
+        offset, rank, parts = segment.cell
         a_end = offset + rank * num_in
         b_end = a_end + rank * num_out
+        if parts & cells_layout.OUT_SCALE:
+            first = b_end + (num_out if parts & cells_layout.BIAS else 0)
+            y[segment.index] += (y[segment.index] * arena[first : first + num_out]).to(y.dtype)
         xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
         if rank:
             h = xs @ arena[offset:a_end].view(rank, num_in).t()  # [segment rows, rank]
             h = _apply(h, segment, gate)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
-        if has_bias:
+        if parts & cells_layout.BIAS:
             y[segment.index] += (segment.scale * arena[b_end : b_end + num_out]).to(y.dtype)
 
 
@@ -150,7 +150,7 @@ def segments_embedding_(
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    cell: tuple[int, int, int]  # offset, rank, has_bias
+    cell: tuple[int, int, int]  # offset, rank, parts
     scale: float
     index: slice | torch.Tensor  # a slice where the rows are neighbours, which spares two copies
 
@@ -165,7 +165,7 @@ def _segments(
 ) -> Iterator[_Segment]:
     limits = bounds.tolist()
     found = cells[slots.long(), site].tolist()
-    for (offset, rank, has_bias), scale, start, stop in zip(
+    for (offset, rank, parts), scale, start, stop in zip(
         found, scales.tolist(), limits[:-1], limits[1:], strict=True
     ):
         if offset < 0 or start == stop:
@@ -175,7 +175,7 @@ def _segments(
         index: slice | torch.Tensor = members.long()
         if last - first == stop - start - 1:
             index = slice(first, last + 1)
-        yield _Segment((offset, rank, has_bias), scale, index)
+        yield _Segment((offset, rank, parts), scale, index)
 
 
 def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> torch.Tensor:

@@ -28,7 +28,7 @@ from tests.support.peft_adapters import (
 )
 from transformers import PreTrainedModel
 
-from polyadapt.adapters.adapter import AdapterPlan, LowRank
+from polyadapt.adapters.adapter import AdapterPlan, Delta
 from polyadapt.adapters.registry import family_of, read_config
 from polyadapt.errors import AdapterRejected
 from polyadapt.types import BaseSpec
@@ -37,7 +37,7 @@ from polyadapt_store.checkpoint import Checkpoint
 TOLERANCE = 2e-6  # fp32; weights and deltas are of the order of one
 
 
-def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int, LowRank]]:
+def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int, Delta]]:
     spec, config = base_spec(base), read_config(directory / "adapter_config.json")
     family = family_of(config)
     with Checkpoint(directory / "adapter_model.safetensors") as checkpoint:
@@ -46,7 +46,7 @@ def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int,
 
 
 def assert_equals_merged(
-    base: PreTrainedModel, modules: dict[int, LowRank], expected: torch.nn.Module
+    base: PreTrainedModel, modules: dict[int, Delta], expected: torch.nn.Module
 ) -> None:
     """Compare W + B A and the bias of every site with PEFT's merged module."""
     spec, weights = base_spec(base), ModelWeights(base)
@@ -121,7 +121,7 @@ def test_llama_equals_peft(name: str, tmp_path: Path) -> None:
     plan, modules = load(tmp_path, base)
 
     assert modules
-    assert plan.is_scalable
+    assert plan.traits.is_scalable
     assert_equals_merged(base, modules, merged(base, tmp_path))
 
 
@@ -140,7 +140,7 @@ def test_keys_and_values_are_the_bases_when_nothing_before_them_changes(
     base = tiny_llama()
     save(peft_model(base, LoraConfig(r=4, target_modules=pattern)), tmp_path)
     plan, _ = load(tmp_path, base)
-    assert plan.is_kv_neutral == is_kv_neutral
+    assert plan.traits.is_kv_neutral == is_kv_neutral
 
 
 GPT2_CONFIGS = {
@@ -167,7 +167,7 @@ def test_gpt2_equals_peft(name: str, tmp_path: Path) -> None:
     plan, modules = load(tmp_path, base)
 
     assert modules
-    assert plan.is_scalable == (config.bias == "none")
+    assert plan.traits.is_scalable == (config.bias == "none")
     assert_equals_merged(base, modules, merged(base, tmp_path))
 
 

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from polyadapt.adapters.adapter import (
     AdapterPlan,
     BaseWeights,
-    LowRank,
+    Delta,
     TensorRead,
+    Traits,
     keeps_keys_and_values,
 )
 from polyadapt.adapters.peft_modules import ModuleTargets, PatternTable, find_site
@@ -103,7 +104,6 @@ class Lora:
     """The family `lora`; see Family in adapters/adapter.py."""
 
     name = "lora"
-    is_scalable = True
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether PEFT calls it LORA."""
@@ -138,6 +138,9 @@ class Lora:
             for site_id, tensors in sorted(sites.items())
             for role, key in tensors.items()
         )
+        replaced = tuple(
+            f"{base.sites[read.site_id].path}.bias" for read in reads if read.role == "new_bias"
+        )
         return AdapterPlan(
             family=self.name,
             rank=max(ranks.values()),
@@ -147,8 +150,11 @@ class Lora:
             num_elements=num_elements,
             reads=reads,
             notes=tuple(notes),
-            is_scalable=not any(read.role == "new_bias" for read in reads),
-            is_kv_neutral=keeps_keys_and_values((read.site_id for read in reads), base),
+            traits=Traits(
+                is_scalable=not replaced,
+                is_kv_neutral=keeps_keys_and_values((read.site_id for read in reads), base),
+                replaced=replaced,
+            ),
         )
 
     def read(
@@ -157,7 +163,7 @@ class Lora:
         checkpoint: Checkpoint,
         base: BaseSpec,
         weights: BaseWeights,
-    ) -> dict[int, LowRank]:
+    ) -> dict[int, Delta]:
         """See Family.read.
 
         A replaced bias becomes the difference to the base's. A stored copy of an embedding or head
@@ -178,7 +184,7 @@ class Lora:
                 tensors.setdefault(read.site_id, {})[read.role] = tensor
         for key in checkpoint.drained():
             problems.append(Problem("unread_tensor", f"nothing reads tensor {shown(key)}", key))
-        modules: dict[int, LowRank] = {}
+        modules: dict[int, Delta] = {}
         if not problems:
             for site_id, parts in tensors.items():
                 site = base.sites[site_id]
@@ -563,7 +569,7 @@ def _low_rank(
     parts: Mapping[str, torch.Tensor],
     scale: float,
     weights: BaseWeights,
-) -> LowRank:
+) -> Delta:
     """Fold the scale into B and lora_B.bias, and turn a replaced bias into a difference."""
     import torch
 
@@ -581,7 +587,7 @@ def _low_rank(
         # PEFT loads the new bias into the base's parameter, hence its dtype.
         replaced = parts["new_bias"].to(current.device, current.dtype).float() - current.float()
         bias = replaced.cpu() if bias is None else bias + replaced.cpu()
-    return LowRank(a.contiguous(), b.contiguous(), bias)
+    return Delta(a.contiguous(), b.contiguous(), bias)
 
 
 def _compare_weight(read: TensorRead, copy: torch.Tensor, weights: BaseWeights) -> list[Problem]:

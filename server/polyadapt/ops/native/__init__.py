@@ -61,17 +61,17 @@ def gated_matmul_(
     """Add the adapters' part of one lane to y in place.
 
     Semantics, for each (site, column, width) of parts int64 [n, 3], whose y is the columns from
-    `column` on, for segment s < num_segments with (offset, rank, has_bias) =
+    `column` on, for segment s < num_segments with (offset, rank, parts) =
     cells[slots[s], site], offset >= 0, and each row t in rows[bounds[s] : bounds[s + 1]]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
-        y[t] += sum_i h[i] * B[i] + scales[s] * bias
+        y[t] += out_scale * y[t] + sum_i h[i] * B[i] + scales[s] * bias
     y [T, out] and x [T, in], both float32 or both bfloat16, last dimension contiguous; arena 1-D,
-    either of the two. At `offset` it holds A [rank, in], B [rank, out], then bias [out] if it has
-    one. cells int64 [slots, sites, 3]; rows, bounds, slots int32; scales float32; gate float32
-    [T, width] or None, components from `width` on are ungated. All on the host; cells, arena, rows,
-    bounds, slots and scales contiguous. A row lies in at most one segment. Sums are float32, a
-    bfloat16 y is rounded once. A row's bits do not depend on the number of threads or on the other
-    rows. Raises ValueError, leaving y as it was, when an index points outside its tensor.
+    either of the two; at `offset` lies the cell of ops/cells.py, of whose parts bias and out_scale
+    are read here. cells int64 [slots, sites, 3]; rows, bounds, slots int32; scales float32; gate
+    float32 [T, width] or None, components from `width` on are ungated. All on the host; cells,
+    arena, rows, bounds, slots and scales contiguous. A row lies in at most one segment. Sums are
+    float32, a bfloat16 y is rounded once. A row's bits do not depend on the number of threads or on
+    the other rows. Raises ValueError, leaving y as it was, when an index points outside its tensor.
     """
     if x.dtype != y.dtype:
         raise ValueError(f"x is {x.dtype} and y is {y.dtype}; they must be of one dtype")

@@ -1,10 +1,11 @@
 /* The gated segmented low-rank product: y[t] += B (g * A x[t]), each row with its own segment's A and B.
  *
- * Semantics: for each segment s, (offset, rank, has_bias) = cells[slots[s], site]; offset < 0: nothing.
+ * Semantics: for each segment s, (offset, rank, parts) = cells[slots[s], site]; offset < 0: nothing.
+ * Behind B lie bias if bit 0 of parts is set, then out_scale if bit 1 is; other parts are not read here.
  *   for each row t = rows[p], bounds[s] <= p < bounds[s + 1]:
  *     h[i] = scales[s] * sum_k A[i, k] x[t, k]                (embedding: scales[s] * A[ids[t], i])
  *     h[i] = gate[t, i] != 0 ? gate[t, i] * h[i] : 0          (i below the gate's width)
- *     y[t, :] += sum_i h[i] B[i, :] + scales[s] * bias[:]
+ *     y[t, :] += out_scale[:] * y[t, :] + sum_i h[i] B[i, :] + scales[s] * bias[:]
  * Several sites that share x may be done in one call, each with its own columns of y.
  * Every weight is read once per tile of ROW_TILE rows. Sums are float32: over k in lanes, over i in
  * order.
@@ -21,13 +22,14 @@ enum { ROW_TILE = 32, MAX_COLUMNS = 2048, NUM_LOCAL_SEGMENTS = 64 };
  * AHEAD bytes in front. Two rows share each weight and take several rows of weights at a time. Either way
  * a dot product has CHAINS sums and a column of y adds its components in order: the same bits. */
 enum { CHAINS = 2, GROUP = 2, SOLO = 1, WIDE = 4, AHEAD = 1024 };
+enum { HAS_BIAS = 1, HAS_OUT_SCALE = 2 }; /* of a cell's parts; see ops/cells.py */
 enum { NO_MEMORY = 1, BAD_SLOT, BAD_ROW, BAD_CELL, BAD_BOUNDS, BAD_TOKEN, BAD_PART };
 
 /* Estimated time in units of about 0.05 ns: a weight's bytes from memory, and its product per row. */
 enum { COST_PER_BYTE = 2, COST_TO_THREAD = 400000, COST_OF_TASK = 30000 };
 
 typedef struct {
-  const void *a, *b, *bias; /* bias may be NULL */
+  const void *a, *b, *bias, *out_scale; /* bias and out_scale may be NULL */
   float *h;                 /* [segment rows, rank] */
   int64_t rank, start, stop;
   int64_t column, num_out; /* the columns of y that are this segment's */
@@ -222,6 +224,9 @@ INLINE void expand_rows(const job_t *job, const segment_t *segment, int64_t p, i
     if (segment->bias)
       for (int64_t o = 0; o < width; o++)
         delta[r][o] = fma1(segment->scale, load1(segment->bias, low + o, b_half), delta[r][o]);
+    if (segment->out_scale)
+      for (int64_t o = 0; o < width; o++)
+        delta[r][o] = fma1(load1(segment->out_scale, low + o, b_half), load1(y, o, y_half), delta[r][o]);
     for (int64_t o = 0; o < width; o++) store1(y, o, load1(y, o, y_half) + delta[r][o], y_half);
   }
 }
@@ -376,17 +381,20 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
     }
     for (int64_t part = 0; part < call->num_parts && start < stop && !result; part++) {
       const int64_t *cell = cells + (slot * call->num_sites + parts[part].site) * 3;
-      int64_t offset = cell[0], rank = cell[1], has_bias = cell[2] != 0, num_out = parts[part].num_out;
-      if (offset < 0 || (rank == 0 && !has_bias)) continue;
+      int64_t offset = cell[0], rank = cell[1], num_out = parts[part].num_out;
+      int64_t has_bias = cell[2] & HAS_BIAS, has_scale = (cell[2] & HAS_OUT_SCALE) != 0;
+      if (offset < 0 || (rank == 0 && !has_bias && !has_scale)) continue;
       if (rank < 0 || offset > arena_size || rank > arena_size ||
-          offset + rank * (num_in + num_out) + has_bias * num_out > arena_size) {
+          offset + rank * (num_in + num_out) + (has_bias + has_scale) * num_out > arena_size) {
         result = problem(BAD_CELL, s);
         continue;
       }
       const void *b = at(arena, offset + rank * num_in, arena_half);
       segments[num_active++] =
           (segment_t){.a = at(arena, offset, arena_half), .b = b,
-                      .bias = has_bias ? at(b, rank * num_out, arena_half) : NULL, .rank = rank,
+                      .bias = has_bias ? at(b, rank * num_out, arena_half) : NULL,
+                      .out_scale = has_scale ? at(b, (rank + has_bias) * num_out, arena_half) : NULL,
+                      .rank = rank,
                       .start = start, .stop = stop, .column = parts[part].column, .num_out = num_out,
                       .scale = scales[s]};
       num_h += (stop - start) * rank;

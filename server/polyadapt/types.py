@@ -10,7 +10,7 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 Tier = Literal["device", "host", "store"]
-SiteKind = Literal["linear", "embedding", "bias"]
+SiteKind = Literal["linear", "embedding", "norm"]
 
 
 # --------------------------------------------------------------------------- adapters

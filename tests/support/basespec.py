@@ -60,7 +60,8 @@ def _walk(model: nn.Module) -> list[tuple[SiteSpec, nn.Module]]:
         elif isinstance(module, nn.Embedding):
             rows, width = module.weight.shape
             found.append((SiteSpec(path, "embedding", rows, width, False), module))
-        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
-            width = module.bias.shape[0]
-            found.append((SiteSpec(path, "bias", width, width, True), module))
+        elif "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter):
+            width = module.weight.shape[0]
+            has_bias = getattr(module, "bias", None) is not None
+            found.append((SiteSpec(path, "norm", width, width, has_bias), module))
     return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec
@@ -185,7 +185,8 @@ class BaseWeights(Protocol):
 class Family(Protocol):
     """One kind of adapter. A new one is one file beside the others and one test."""
 
-    name: str
+    name: ClassVar[str]
+    summary: ClassVar[str]  # how it is served, for people
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether this family reads checkpoints with this adapter_config.json."""

@@ -79,7 +79,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[SiteSpec, nn.Module]]:
             yield SiteSpec(path, "embedding", rows, width, False), module
         elif isinstance(module, nn.LayerNorm) and module.bias is not None:
             width = module.bias.shape[0]
-            yield SiteSpec(path, "bias", width, width, True), module
+            yield SiteSpec(path, "norm", width, width, True), module
 
 
 def _linear(path: str, in_features: int, out_features: int, has_bias: bool) -> SiteSpec:

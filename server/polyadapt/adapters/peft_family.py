@@ -1,0 +1,925 @@
+"""What the families that PEFT writes have in common, so that one of them is its own mathematics.
+
+A family names its tensors with their shapes, reads its own config keys, says what a cell takes and
+makes a Delta of a module's tensors. Here is the rest: whose tensor is whose, whether config and
+tensors agree, replaced biases, weights and token rows (modules_to_save, bias,
+trainable_token_indices), and every problem at once. `plan` needs no torch.
+
+Formats: huggingface/peft:src/peft/utils/save_and_load.py and src/peft/utils/other.py, 0.21.2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from polyadapt.adapters.adapter import (
+    AdapterPlan,
+    BaseWeights,
+    Delta,
+    TensorRead,
+    Traits,
+    keeps_keys_and_values,
+)
+from polyadapt.adapters.peft_config import ConfigReader
+from polyadapt.adapters.peft_modules import ModuleTargets, find_site
+from polyadapt.errors import AdapterRejected, Problem
+from polyadapt.ops import cells
+from polyadapt.types import BaseSpec, SiteSpec
+from polyadapt_store.checkpoint import Checkpoint, RawTensor, TensorInfo
+from polyadapt_store.strict_json import shown
+
+if TYPE_CHECKING:
+    import torch
+
+_PREFIXES = ("base_model.model.", "base_model.")
+_REPLACING = cells.OUT_SCALE | cells.TRANSFORM | cells.SWAP | cells.WEIGHT
+
+# What a checkpoint of any of these families may hold of the base itself.
+_BASE_ENDINGS = {
+    ("base_layer", "bias"): "new_bias",
+    ("bias",): "new_bias",
+    ("modules_to_save", "bias"): "new_bias",
+    ("modules_to_save", "default", "bias"): "new_bias",
+    ("base_layer", "weight"): "new_weight",
+    ("weight",): "new_weight",
+    ("modules_to_save", "weight"): "new_weight",
+    ("modules_to_save", "default", "weight"): "new_weight",
+    ("token_adapter", "trainable_tokens_delta"): "token_rows",
+    ("token_adapter", "trainable_tokens_delta", "default"): "token_rows",
+    ("trainable_tokens_delta",): "token_rows",
+    ("trainable_tokens_delta", "default"): "token_rows",
+}
+_BASE_ROLES = frozenset(_BASE_ENDINGS.values())
+
+
+class MisfitError(Exception):
+    """A module's tensors do not fit the base or each other; the text says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorForm:
+    """One kind of tensor of an adapted module.
+
+    name: how it ends, without the adapter's name; shape: numbers, "in" and "out" of the site, and
+    other words for sizes that the tensors of one module must agree on.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    kinds: tuple[str, ...] = ("linear",)  # of the sites that it may stand at
+    is_optional: bool = False
+    aliases: tuple[str, ...] = ()  # other names that it has had
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What every config says beside a family's own settings."""
+
+    bias: str  # none, all, or <something>_only
+    targets: ModuleTargets
+    saved_modules: tuple[str, ...]  # endings of the paths of modules that are replaced whole
+    token_indices: Mapping[str, tuple[int, ...]]  # ending of an embedding's path -> token ids
+
+    def saves(self, path: str) -> bool:
+        """Whether the module, or one that it lies in, is replaced whole."""
+        parts = path.split(".")
+        parents = [".".join(parts[: end + 1]) for end in range(len(parts))]
+        return any(parent.endswith(name) for name in self.saved_modules for parent in parents)
+
+
+@dataclass(slots=True)
+class Module:
+    """One site's tensors: role -> tensor name, and the sizes that their shapes name."""
+
+    site_id: int
+    site: SiteSpec
+    keys: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def has_own(self) -> bool:
+        """Whether any tensor is the family's, and not a replaced parameter of the base."""
+        return any(role not in _BASE_ROLES for role in self.keys)
+
+
+@dataclass(frozen=True, slots=True)
+class SiteBase:
+    """The base's parameters at one site; read only when asked for."""
+
+    site_id: int
+    weights: BaseWeights
+
+    def weight(self) -> torch.Tensor:
+        """The base weight [out, in] in float32; an embedding's is [vocabulary, width]."""
+        return self.weights.weight(self.site_id).float().cpu()
+
+    def bias(self) -> torch.Tensor | None:
+        """The base bias [out] in float32, or None."""
+        bias = self.weights.bias(self.site_id)
+        return None if bias is None else bias.float().cpu()
+
+
+SettingsT = TypeVar("SettingsT")
+
+
+class PeftFamily(Generic[SettingsT]):
+    """A Family whose adapters are PEFT's; subclasses fill in what is marked with `->`."""
+
+    name: ClassVar[str]  # -> the word for it in APIs
+    peft_types: ClassVar[frozenset[str]]  # -> its spellings in `peft_type`
+    summary: ClassVar[str]  # -> how it is served, for people
+    forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> by role
+    shared_forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> of tensors that no module owns
+    # -> Config keys that `settings` reads, that only training reads, and that are refused if set.
+    read_keys: ClassVar[frozenset[str]] = frozenset()
+    training_keys: ClassVar[frozenset[str]] = frozenset()
+    refused_keys: ClassVar[Mapping[str, str]] = {}
+    foreign: ClassVar[Mapping[str, str]] = {}  # parts of tensor names of other families, and why
+    target_key: ClassVar[str] = "target_modules"
+
+    # ------------------------------------------------------------------ what a family fills in
+    def settings(self, reader: ConfigReader, base: BaseSpec) -> SettingsT:
+        """Read the family's own config keys; what is wrong goes to `reader.problems`."""
+        raise NotImplementedError
+
+    def shape(self, role: str, site: SiteSpec, settings: SettingsT) -> tuple[int | str, ...]:
+        """The shape of a tensor, where the settings change what its form says."""
+        return self.forms[role].shape
+
+    def cell(self, module: Module, settings: SettingsT) -> tuple[int, int]:
+        """Return rank and `parts` of the module's cell (ops/cells.py); raises MisfitError.
+
+        module.sizes holds the words of its forms. Torch-free.
+        """
+        raise NotImplementedError
+
+    def delta(
+        self,
+        module: Module,
+        tensors: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+        settings: SettingsT,
+        base: SiteBase,
+    ) -> Delta:
+        """Make the module's Delta of its tensors by role, float32; raises MisfitError."""
+        raise NotImplementedError
+
+    def check(
+        self,
+        modules: Mapping[int, Module],
+        settings: SettingsT,
+        base: BaseSpec,
+        problems: list[Problem],
+        notes: list[str],
+    ) -> None:
+        """Compare settings and modules beyond what is done for all families."""
+
+    def targets(self, settings: SettingsT, base: BaseSpec) -> set[int]:
+        """Sites that the family adapts beside those that target_modules selects."""
+        return set()
+
+    def traits(self, settings: SettingsT) -> dict[str, Any]:
+        """Fields of Traits that follow from the settings."""
+        return {}
+
+    # ------------------------------------------------------------------ a Family
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether PEFT's name for the adapter is one of this family's."""
+        given = config.get("peft_type")
+        return isinstance(given, str) and given in self.peft_types
+
+    def plan(
+        self, config: Mapping[str, Any], header: Mapping[str, TensorInfo], base: BaseSpec
+    ) -> AdapterPlan:
+        """See Family.plan."""
+        return self._draft(config, header, base).plan
+
+    def read(
+        self,
+        config: Mapping[str, Any],
+        checkpoint: Checkpoint,
+        base: BaseSpec,
+        weights: BaseWeights,
+    ) -> dict[int, Delta]:
+        """See Family.read.
+
+        A replaced parameter becomes the difference to the base's. A stored copy of an embedding or
+        head that modules_to_save does not name must equal the base's in the base's dtype, and is
+        dropped.
+        """
+        draft = self._draft(config, checkpoint.header, base)
+        problems: list[Problem] = []
+        shared: dict[str, torch.Tensor] = {}
+        found: dict[int, dict[str, torch.Tensor]] = {}
+        for read in draft.plan.reads:
+            tensor = to_float32(checkpoint.take(read.key))
+            if not is_finite(tensor):
+                problems.append(_non_finite(shown(read.key)))
+            elif read.site_id < 0:
+                shared[read.role] = tensor
+            else:
+                found.setdefault(read.site_id, {})[read.role] = tensor
+        for key in checkpoint.drained():
+            problems.append(Problem("unread_tensor", f"nothing reads tensor {shown(key)}", key))
+        deltas: dict[int, Delta] = {}
+        for site_id, tensors in found.items() if not problems else ():
+            module, site_base = draft.modules[site_id], SiteBase(site_id, weights)
+            try:
+                delta = self._with_base_parts(module, tensors, shared, draft, site_base, problems)
+            except MisfitError as error:
+                problems.append(Problem("shape_mismatch", str(error), module.site.path))
+                continue
+            if delta is None:
+                continue
+            blocks = (delta.b, *(tensor for _, tensor in delta.tails))
+            if not all(map(is_finite, blocks)):
+                problems.append(_non_finite(f"{module.site.path}: B times the scale"))
+            deltas[site_id] = delta
+        if not problems:
+            for site_id, rows in draft.tied_rows.items():
+                deltas[site_id] = _joined(
+                    deltas.get(site_id),
+                    _token_rows(
+                        base.sites[site_id], rows.token_ids, found[rows.site_id]["token_rows"],
+                        SiteBase(site_id, weights),
+                    ),
+                )  # fmt: skip
+        if problems:
+            raise AdapterRejected(problems)
+        return deltas
+
+    # ------------------------------------------------------------------ the plan
+    def _draft(
+        self, config: Mapping[str, Any], header: Mapping[str, TensorInfo], base: BaseSpec
+    ) -> _Draft[SettingsT]:
+        problems: list[Problem] = []
+        notes: list[str] = []
+        reader = ConfigReader(config, problems, notes)
+        reader.judge(
+            read=self.read_keys | _COMMON_KEYS | {self.target_key},
+            training=self.training_keys,
+            refused=self.refused_keys,
+        )
+        _note_origin(config, base, notes)
+        common = self._common(reader)
+        settings = self.settings(reader, base)
+        is_config_sound = not problems
+        modules, shared = self._sort(header, base, problems)
+        shapes: dict[int, tuple[int, int]] = {}
+        for module in modules.values():
+            if self._measure(module, header, settings, problems) and is_config_sound:
+                self._shape(module, common, settings, shapes, problems)
+        self._check_shared(shared, header, modules, problems)
+        own = {site_id for site_id, module in modules.items() if module.has_own}
+        if not own and not problems and not self._may_be_bare():
+            names = " and ".join(f.name.removesuffix(".weight") for f in self._required())
+            problems.append(Problem("no_tensors", f"the checkpoint holds no {names}"))
+        tied: dict[int, _TiedRows] = {}
+        if is_config_sound:
+            assert common is not None
+            self._check_common(modules, own, common, settings, base, problems, notes)
+            self.check(modules, settings, base, problems, notes)
+            tied = _tied_rows(modules, common, base, shapes)
+            _check_announced(modules, common, problems)
+        if problems:
+            raise AdapterRejected(problems)
+        assert common is not None
+        reads = [TensorRead(key, -1, role) for role, key in sorted(shared.items())]
+        for site_id, module in sorted(modules.items()):
+            reads += [TensorRead(key, site_id, role) for role, key in module.keys.items()]
+        return _Draft(
+            settings,
+            common,
+            modules,
+            tied,
+            self._plan(base, modules, shapes, settings, reads, notes),
+        )
+
+    def _plan(
+        self,
+        base: BaseSpec,
+        modules: Mapping[int, Module],
+        shapes: Mapping[int, tuple[int, int]],
+        settings: SettingsT,
+        reads: list[TensorRead],
+        notes: list[str],
+    ) -> AdapterPlan:
+        replaced = _replaced(modules, shapes, base)
+        num_elements = sum(
+            cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
+            for s, shape in shapes.items()
+        )
+        paths = [base.sites[site_id].path for site_id in shapes if modules_own(modules, site_id)]
+        return AdapterPlan(
+            family=self.name,
+            rank=max((rank for rank, _ in shapes.values()), default=0),
+            target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
+            num_elements=num_elements,
+            reads=tuple(reads),
+            notes=tuple(notes),
+            traits=Traits(
+                is_scalable=not replaced,
+                is_kv_neutral=keeps_keys_and_values(shapes, base),
+                replaced=replaced,
+                **self.traits(settings),
+            ),
+        )
+
+    def _common(self, reader: ConfigReader) -> Common | None:
+        before = len(reader.problems)
+        bias = reader.config.get("bias", "none")
+        allowed = ("none", "all", *(f"{name}_only" for name in self._bias_names()))
+        if not isinstance(bias, str) or bias not in allowed:
+            reader.invalid("bias", bias, ", ".join(allowed[:-1]) + f" or {allowed[-1]}")
+        targets = ModuleTargets.read(
+            {**reader.config, "target_modules": reader.config.get(self.target_key)}, reader.problems
+        )
+        saved = reader.words("modules_to_save")
+        indices = _token_indices(reader)
+        if len(reader.problems) > before or targets is None:
+            return None
+        return Common(str(bias), targets, saved, indices)
+
+    def _bias_names(self) -> tuple[str, ...]:
+        return (self.name,)
+
+    @functools.cached_property
+    def _endings(self) -> dict[tuple[str, ...], str]:
+        """The end of a tensor's name -> its role. Old files still carry the adapter's name."""
+        endings = dict(_BASE_ENDINGS)
+        for role, form in self.forms.items():
+            for name in (form.name, *form.aliases):
+                parts = tuple(name.split("."))
+                split = len(parts) - (parts[-1] in ("weight", "bias"))
+                endings[parts] = role
+                endings[(*parts[:split], "default", *parts[split:])] = role
+        return endings
+
+    def _required(self) -> list[TensorForm]:
+        return [form for form in self.forms.values() if not form.is_optional][:2]
+
+    def _sort(
+        self, header: Mapping[str, TensorInfo], base: BaseSpec, problems: list[Problem]
+    ) -> tuple[dict[int, Module], dict[str, str]]:
+        """Return site id -> module for every tensor that has a place, and role -> name of those
+        that no module owns.
+        """
+        site_ids = {site.path: site_id for site_id, site in enumerate(base.sites)}
+        shared_names = {form.name: role for role, form in self.shared_forms.items()}
+        endings, longest = self._endings, max(map(len, self._endings))
+        modules: dict[int, Module] = {}
+        shared: dict[str, str] = {}
+        for key in sorted(header):
+            bare = _without_prefix(key)
+            if bare in shared_names:
+                shared[shared_names[bare]] = key
+                continue
+            parts = key.split(".")
+            ending = next((n for n in range(longest, 0, -1) if tuple(parts[-n:]) in endings), 0)
+            split = len(parts) - ending
+            path, role = ".".join(parts[:split]), endings.get(tuple(parts[split:]), "")
+            site_id = find_site(path, site_ids) if role else None
+            reason = next((self.foreign[part] for part in parts if part in self.foreign), None)
+            if site_id is None and (reason is not None or not role):
+                problems.append(
+                    Problem(
+                        "unread_tensor",
+                        f"nothing reads tensor {shown(key)}: "
+                        f"{reason or f'its name is none of {self.name}'}",
+                        shown(key),
+                    )
+                )
+            elif site_id is None:
+                problems.append(
+                    Problem(
+                        "unknown_module",
+                        f"tensor {shown(key)} belongs to module {shown(path)}, which the base "
+                        f"{base.name} ({base.architecture}) does not have",
+                        shown(key),
+                    )
+                )
+            else:
+                module = modules.setdefault(site_id, Module(site_id, base.sites[site_id]))
+                self._take(module, role, key, problems)
+        return {s: module for s, module in modules.items() if module.keys}, shared
+
+    def _take(self, module: Module, role: str, key: str, problems: list[Problem]) -> None:
+        if role in module.keys:
+            problems.append(
+                Problem(
+                    "duplicate_tensor",
+                    f"tensors {shown(module.keys[role])} and {shown(key)} are the same "
+                    f"part of {module.site.path}",
+                    shown(key),
+                )
+            )
+        elif (misfit := self._misfit(role, module.site)) is not None:
+            problems.append(Problem("unread_tensor", f"{shown(key)}: {misfit}", shown(key)))
+        else:
+            module.keys[role] = key
+
+    def _misfit(self, role: str, site: SiteSpec) -> str | None:
+        """Why a tensor of this role has no meaning at this module, or None."""
+        if role == "new_bias":
+            return None if site.has_bias else f"{site.path} of the base has no bias to replace"
+        if role == "new_weight":
+            return None
+        if role == "token_rows":
+            is_table = site.kind == "embedding" or site.kind == "linear"
+            return None if is_table else f"{site.path} has no rows of tokens"
+        form = self.forms[role]
+        if site.kind in form.kinds:
+            return None
+        if not any(site.kind in form.kinds for form in self.forms.values()):
+            if site.kind == "norm":
+                return f"{site.path} is a normalisation; only its weight and bias can be replaced"
+            return f"{site.path} is of kind {site.kind}, which {self.name} does not adapt"
+        names = [f.name for f in self.forms.values() if site.kind in f.kinds and not f.is_optional]
+        return f"{site.path} is of kind {site.kind} and takes {' and '.join(names)}"
+
+    def _measure(
+        self,
+        module: Module,
+        header: Mapping[str, TensorInfo],
+        settings: SettingsT,
+        problems: list[Problem],
+    ) -> bool:
+        """Check partners and shapes of one module and fill in its sizes; whether all is well."""
+        site, before = module.site, len(problems)
+        own = [role for role in module.keys if role not in _BASE_ROLES]
+        for role, form in self.forms.items() if own else ():
+            if site.kind in form.kinds and not form.is_optional and role not in module.keys:
+                present = shown(module.keys[own[0]])
+                problems.append(
+                    Problem(
+                        "missing_tensor", f"{site.path} has {present} and no {form.name}", present
+                    )
+                )
+        sizes = {"in": site.in_features, "out": site.out_features}
+        for role, key in module.keys.items():
+            given = header[key].shape
+            wanted = self._shape_of(role, site, settings)
+            fits = len(given) == len(wanted)
+            for word, size in zip(wanted, given, strict=False):
+                expected = word if isinstance(word, int) else sizes.setdefault(word, size)
+                fits = fits and size == expected
+            if 0 in given and fits:
+                problems.append(
+                    Problem(
+                        "invalid_rank",
+                        f"{shown(key)} is empty: its shape is {list(given)}; a partitioned export "
+                        "must be gathered before it is saved",
+                        shown(key),
+                    )
+                )
+            elif not fits:
+                named = [
+                    str(word if isinstance(word, int) else sizes.get(word, word)) for word in wanted
+                ]
+                problems.append(
+                    Problem(
+                        "shape_mismatch",
+                        f"{shown(key)} has shape {list(given)}, {site.path} of the base needs "
+                        f"[{', '.join(named)}]",
+                        shown(key),
+                    )
+                )
+        module.sizes = sizes
+        return len(problems) == before
+
+    def _shape_of(self, role: str, site: SiteSpec, settings: SettingsT) -> tuple[int | str, ...]:
+        if role == "new_bias":
+            return ("out",)
+        if role == "new_weight":
+            if site.kind == "norm":
+                return ("out",)
+            return ("in", "out") if site.kind == "embedding" else ("out", "in")
+        if role == "token_rows":
+            return ("tokens", "out" if site.kind == "embedding" else "in")
+        return self.shape(role, site, settings)
+
+    def _shape(
+        self,
+        module: Module,
+        common: Common | None,
+        settings: SettingsT,
+        shapes: dict[int, tuple[int, int]],
+        problems: list[Problem],
+    ) -> None:
+        """Note what the module's cell takes."""
+        assert common is not None
+        rank = parts = 0
+        if module.has_own:
+            try:
+                rank, parts = self.cell(module, settings)
+            except MisfitError as error:
+                problems.append(
+                    Problem("shape_mismatch", f"{module.site.path}: {error}", module.site.path)
+                )
+                return
+        if "new_bias" in module.keys:
+            parts |= cells.BIAS
+        if "new_weight" in module.keys and common.saves(module.site.path):
+            parts |= cells.WEIGHT if module.site.kind == "norm" else cells.DENSE
+        rank += module.sizes.get("tokens", 0)
+        if rank or parts:
+            shapes[module.site_id] = (rank, parts)
+
+    def _check_shared(
+        self,
+        shared: Mapping[str, str],
+        header: Mapping[str, TensorInfo],
+        modules: Mapping[int, Module],
+        problems: list[Problem],
+    ) -> None:
+        for role, form in self.shared_forms.items():
+            if role not in shared:
+                if not form.is_optional and any(m.has_own for m in modules.values()):
+                    problems.append(
+                        Problem("missing_tensor", f"the checkpoint has no {form.name}", form.name)
+                    )
+                continue
+            given = header[shared[role]].shape
+            if len(given) != len(form.shape) or 0 in given:
+                problems.append(
+                    Problem(
+                        "shape_mismatch",
+                        f"{shown(shared[role])} has shape {list(given)}, expected "
+                        f"[{', '.join(map(str, form.shape))}]",
+                        shown(shared[role]),
+                    )
+                )
+
+    def _may_be_bare(self) -> bool:
+        """Whether a checkpoint may hold replaced parameters of the base alone."""
+        return not self.forms
+
+    def _check_common(
+        self,
+        modules: Mapping[int, Module],
+        own: set[int],
+        common: Common,
+        settings: SettingsT,
+        base: BaseSpec,
+        problems: list[Problem],
+        notes: list[str],
+    ) -> None:
+        """Compare what the config announces with the tensors that are there."""
+        kinds = {kind for form in self.forms.values() for kind in form.kinds}
+        targeted = {
+            site_id
+            for site_id, site in enumerate(base.sites)
+            if site.kind in kinds and common.targets.selects(site, base)
+        } | self.targets(settings, base)
+        for site_id in sorted(own - targeted):
+            path = base.sites[site_id].path
+            problems.append(
+                Problem(
+                    "not_targeted",
+                    f"the checkpoint adapts {path}, {self.target_key} and its companions in "
+                    "adapter_config.json do not select it",
+                    path,
+                )
+            )
+        for site_id, module in sorted(modules.items()):
+            self._check_base_parts(module, site_id in targeted, common, base, problems)
+        left = sorted(base.sites[site_id].path for site_id in targeted - own)
+        if left and own:
+            more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+            notes.append(
+                f"no tensors for {', '.join(left[:5])}{more}, which {self.target_key} selects; "
+                "they stay as in the base"
+            )
+
+    def _check_base_parts(
+        self,
+        module: Module,
+        is_targeted: bool,
+        common: Common,
+        base: BaseSpec,
+        problems: list[Problem],
+    ) -> None:
+        site, keys = module.site, module.keys
+        is_saved = common.saves(site.path)
+        if "new_bias" in keys and not is_saved:
+            is_only = common.bias.endswith("_only") and is_targeted
+            if common.bias != "all" and not is_only:
+                problems.append(
+                    Problem(
+                        "config_mismatch",
+                        f"bias is {common.bias!r} and the checkpoint holds "
+                        f"{shown(keys['new_bias'])}",
+                        "bias",
+                    )
+                )
+        is_table = site.path in (base.embedding_path, base.head_path)
+        if "new_weight" in keys and not is_saved and not is_table:
+            problems.append(
+                Problem(
+                    "unread_tensor",
+                    f"{shown(keys['new_weight'])} replaces the weight of {site.path}, which "
+                    "modules_to_save does not name",
+                    shown(keys["new_weight"]),
+                )
+            )
+        if "token_rows" in keys:
+            token_ids = _ids_of(common, site.path)
+            largest = base.vocab_size if site.kind == "linear" else site.in_features
+            if token_ids is None or len(token_ids) != module.sizes.get("tokens"):
+                count = "none" if token_ids is None else len(token_ids)
+                problems.append(
+                    Problem(
+                        "config_mismatch",
+                        f"{shown(keys['token_rows'])} has {module.sizes.get('tokens')} rows and "
+                        f"trainable_token_indices names {count} tokens of {site.path}",
+                        "trainable_token_indices",
+                    )
+                )
+            elif any(token_id >= largest for token_id in token_ids):
+                problems.append(
+                    Problem(
+                        "invalid_config",
+                        f"trainable_token_indices holds {max(token_ids)}, {site.path} has "
+                        f"{largest} rows",
+                        "trainable_token_indices",
+                    )
+                )
+
+    # ------------------------------------------------------------------ the numbers
+    def _with_base_parts(
+        self,
+        module: Module,
+        tensors: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+        draft: _Draft[SettingsT],
+        base: SiteBase,
+        problems: list[Problem],
+    ) -> Delta | None:
+        """The module's Delta with what replaces parameters of the base; None: nothing is left."""
+        site, delta = module.site, None
+        if module.has_own:
+            delta = self.delta(module, tensors, shared, draft.settings, base)
+        if "new_weight" in tensors:
+            weight = tensors["new_weight"]
+            if draft.common.saves(site.path):
+                delta = _joined(delta, _replaced_weight(site, weight, base))
+            else:
+                problems += _compare_weight(module.keys["new_weight"], weight, base)
+        if "new_bias" in tensors:
+            delta = _joined(delta, _replaced_bias(site, tensors["new_bias"], base))
+        if "token_rows" in tensors:
+            token_ids = _ids_of(draft.common, site.path)
+            assert token_ids is not None
+            rows = _token_rows(site, token_ids, tensors["token_rows"], base)
+            delta = _joined(delta, rows)
+        return delta
+
+
+@dataclass(frozen=True, slots=True)
+class _TiedRows:
+    """The embedding whose token rows a tied head takes over."""
+
+    site_id: int
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft(Generic[SettingsT]):
+    settings: SettingsT
+    common: Common
+    modules: Mapping[int, Module]
+    tied_rows: Mapping[int, _TiedRows]  # by the head's site id
+    plan: AdapterPlan
+
+
+_COMMON_KEYS = frozenset(
+    {
+        *("bias", "modules_to_save", "trainable_token_indices", "target_modules"),
+        *("exclude_modules", "layers_to_transform", "layers_pattern"),
+    }
+)
+
+
+def modules_own(modules: Mapping[int, Module], site_id: int) -> bool:
+    """Whether the site has tensors of the family's own."""
+    return site_id in modules and modules[site_id].has_own
+
+
+def _note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) -> None:
+    origin = config.get("base_model_name_or_path")
+    if origin and origin != base.name:
+        notes.append(f"trained on {shown(origin)}, served on {base.name}; all shapes agree")
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        notes.append(f"task_type {shown(task)} is served as CAUSAL_LM")
+
+
+def _without_prefix(key: str) -> str:
+    while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
+        key = key.removeprefix(prefix)
+    return key
+
+
+def _token_indices(reader: ConfigReader) -> dict[str, tuple[int, ...]]:
+    """PEFT writes a list for the input embedding, or lists by module name."""
+    given = reader.config.get("trainable_token_indices")
+    table = {"": given} if isinstance(given, list) else given or {}
+    if not isinstance(table, dict) or any(
+        not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids)
+        for ids in table.values()
+    ):
+        reader.invalid(
+            "trainable_token_indices", given, "null, token ids, or lists of them by name"
+        )
+        return {}
+    return {name: tuple(ids) for name, ids in table.items()}
+
+
+def _ids_of(common: Common, path: str) -> tuple[int, ...] | None:
+    for name, token_ids in common.token_indices.items():
+        if not name or path == name or path.endswith(f".{name}"):
+            return token_ids
+    return None
+
+
+def _check_announced(
+    modules: Mapping[int, Module], common: Common, problems: list[Problem]
+) -> None:
+    """What the config says is replaced must be in the checkpoint: it is not served as the base."""
+    for name in common.saved_modules:
+        alone = replace(common, saved_modules=(name,))
+        if not any(alone.saves(module.site.path) for module in modules.values()):
+            problems.append(
+                Problem(
+                    "missing_tensor",
+                    f"modules_to_save names {shown(name)} and the checkpoint holds no tensor of it",
+                    "modules_to_save",
+                )
+            )
+    has_rows = any("token_rows" in module.keys for module in modules.values())
+    if any(common.token_indices.values()) and not has_rows:
+        problems.append(
+            Problem(
+                "missing_tensor",
+                "trainable_token_indices names tokens and the checkpoint holds no "
+                "trainable_tokens_delta",
+                "trainable_token_indices",
+            )
+        )
+
+
+def _tied_rows(
+    modules: Mapping[int, Module],
+    common: Common,
+    base: BaseSpec,
+    shapes: dict[int, tuple[int, int]],
+) -> dict[int, _TiedRows]:
+    """A head that shares the embedding's weight takes over its new rows; notes their rank."""
+    if not base.is_tied:
+        return {}
+    by_path = {site.path: site_id for site_id, site in enumerate(base.sites)}
+    embedding, head = by_path.get(base.embedding_path), by_path.get(base.head_path)
+    if embedding is None or head is None or embedding not in modules:
+        return {}
+    token_ids = _ids_of(common, base.embedding_path)
+    has_own_rows = head in modules and "token_rows" in modules[head].keys
+    if token_ids is None or has_own_rows or "token_rows" not in modules[embedding].keys:
+        return {}
+    rank, parts = shapes.get(head, (0, 0))
+    shapes[head] = (rank + len(token_ids), parts)
+    return {head: _TiedRows(embedding, token_ids)}
+
+
+def _replaced(
+    modules: Mapping[int, Module], shapes: Mapping[int, tuple[int, int]], base: BaseSpec
+) -> tuple[str, ...]:
+    """Parameters of the base that the adapter replaces or multiplies."""
+    names = []
+    for site_id, (_, parts) in sorted(shapes.items()):
+        path = base.sites[site_id].path
+        keys = modules[site_id].keys if site_id in modules else {}
+        is_whole = "new_weight" in keys and bool(parts & (cells.DENSE | cells.WEIGHT))
+        has_rows = "token_rows" in keys or (site_id not in modules)
+        if parts & _REPLACING or is_whole or has_rows:
+            names.append(f"{path}.weight")
+        if "new_bias" in keys:
+            names.append(f"{path}.bias")
+    return tuple(names)
+
+
+# --------------------------------------------------------------------------- numbers for families
+def to_float32(raw: RawTensor) -> torch.Tensor:
+    """Return a copy of the tensor in float32; exact, as every accepted dtype is a subset of it."""
+    import torch
+
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[raw.dtype]
+    # Copied out of the mapping: a tensor in a file may lie at an address that its dtype cannot
+    # have.
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).float()
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite.
+
+    Either would show in the sum, which is a tenth of the work; a sum may also overflow by itself.
+    """
+    return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def low_rank(a: torch.Tensor, b: torch.Tensor, **parts: Any) -> Delta:
+    """A Delta of A [rank, in] and B [out, rank], made contiguous."""
+    return Delta(a.contiguous(), b.contiguous(), **parts)
+
+
+def without_low_rank(site: SiteSpec, **parts: Any) -> Delta:
+    """A Delta without A and B."""
+    import torch
+
+    return Delta(torch.zeros(0, site.in_features), torch.zeros(site.out_features, 0), **parts)
+
+
+def _joined(delta: Delta | None, other: Delta) -> Delta:
+    """Both at one site: components end to end, what is added added."""
+    import torch
+
+    if delta is None:
+        return other
+
+    def total(one: torch.Tensor | None, two: torch.Tensor | None) -> torch.Tensor | None:
+        return two if one is None else one if two is None else one + two
+
+    return Delta(
+        torch.cat([delta.a, other.a]).contiguous(),
+        torch.cat([delta.b, other.b], 1).contiguous(),
+        bias=total(delta.bias, other.bias),
+        out_scale=delta.out_scale,
+        transform=delta.transform,
+        swap=delta.swap,
+        dense=total(delta.dense, other.dense),
+        weight=other.weight if delta.weight is None else delta.weight,
+        group=delta.group,
+    )
+
+
+def _replaced_weight(site: SiteSpec, weight: torch.Tensor, base: SiteBase) -> Delta:
+    if site.kind == "norm":
+        return without_low_rank(site, weight=weight.contiguous())
+    # PEFT loads the new weight into a copy of the base's parameter, hence its dtype.
+    stored = weight.to(base.weights.dtype).float()
+    return without_low_rank(site, dense=(stored - base.weight()).contiguous())
+
+
+def _replaced_bias(site: SiteSpec, bias: torch.Tensor, base: SiteBase) -> Delta:
+    current = base.weights.bias(base.site_id)
+    assert current is not None  # the plan saw has_bias
+    # PEFT loads the new bias into the base's parameter, hence its dtype.
+    replaced = bias.to(current.device, current.dtype).float() - current.float()
+    return without_low_rank(site, bias=replaced.cpu())
+
+
+def _token_rows(
+    site: SiteSpec, token_ids: tuple[int, ...], rows: torch.Tensor, base: SiteBase
+) -> Delta:
+    """Rows of a table that are replaced, as one component each.
+
+    rows [tokens, width] are absolute in spite of the tensor's name; see
+    huggingface/peft:src/peft/tuners/trainable_tokens/layer.py. Of a head they are W's rows: A is
+    the difference, B picks the output; of an embedding A picks the token, B is the difference.
+    """
+    import torch
+
+    table, at = base.weight(), torch.tensor(token_ids, dtype=torch.long)
+    difference = rows - table[at]
+    num_tokens = len(token_ids)
+    picks = torch.zeros(num_tokens, table.shape[0])
+    picks[torch.arange(num_tokens), at] = 1.0
+    if site.kind == "embedding":
+        return low_rank(picks, difference.t())
+    return low_rank(difference, picks.t())
+
+
+def _compare_weight(key: str, copy: torch.Tensor, base: SiteBase) -> list[Problem]:
+    import torch
+
+    current = base.weights.weight(base.site_id)
+    # In the precision that is served, whatever narrower form the base is stored in.
+    served = base.weights.dtype
+    if torch.equal(copy.to(current.device, served), current.to(served)):
+        return []
+    return [
+        Problem(
+            "base_weight_differs",
+            f"{shown(key)} is a copy of a base weight that differs from this base's, and "
+            "modules_to_save does not name it: the embedding was trained or resized, or the base "
+            "is another one; save with save_embedding_layers=False if neither is so",
+            shown(key),
+        )
+    ]
+
+
+def _non_finite(what: str) -> Problem:
+    return Problem("non_finite", f"tensor {what} holds NaN or infinity", what)

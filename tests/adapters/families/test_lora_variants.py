@@ -1,0 +1,162 @@
+"""LoRA's variants, with PEFT as the oracle: DoRA, block-diagonal factors, starts that change the
+base, and replaced modules and tokens beside A and B.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora.config import BdLoraConfig
+from tests.support.family_suite import (
+    change,
+    check_equals_peft,
+    check_refusals,
+    check_refused,
+    edit,
+    load,
+    make_checkpoint,
+)
+from tests.support.peft_adapters import reload, tiny_gpt2, tiny_llama, tiny_phi3
+from transformers import PreTrainedModel
+
+BASES = {
+    "llama": tiny_llama,
+    "tied": lambda: tiny_llama(tied=True),
+    "gpt2": tiny_gpt2,
+    "phi3": tiny_phi3,
+}
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dora": ("llama", {"use_dora": True, "target_modules": "all-linear", "lora_alpha": 9}),
+    "dora, rank-stabilised": (
+        "llama",
+        {"use_dora": True, "use_rslora": True, "target_modules": ["q_proj", "down_proj"]},
+    ),
+    "dora with a base bias": ("gpt2", {"use_dora": True, "target_modules": ["c_attn", "c_fc"]}),
+    "dora with new biases": (
+        "gpt2",
+        {"use_dora": True, "bias": "all", "target_modules": ["c_attn", "c_fc"]},
+    ),
+    "dora of the embedding": (
+        "llama",
+        {"use_dora": True, "target_modules": ["embed_tokens", "v_proj"]},
+    ),
+    "block-diagonal": (
+        "llama",
+        {
+            "use_bdlora": BdLoraConfig(
+                target_modules_bd_a=["o_proj", "down_proj"],
+                target_modules_bd_b=["q_proj", "up_proj"],
+                nblocks=2,
+            ),
+            "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        },
+    ),
+    "new head": ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
+    "new embedding": ("llama", {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]}),
+    "new norms": (
+        "llama",
+        {"modules_to_save": ["input_layernorm", "norm"], "target_modules": ["q_proj"]},
+    ),
+    "new norms with biases": ("gpt2", {"modules_to_save": ["ln_1"], "target_modules": ["c_attn"]}),
+    "new linears": ("llama", {"modules_to_save": ["mlp"], "target_modules": ["q_proj"]}),
+    "new tokens": ("llama", {"trainable_token_indices": [2, 41], "target_modules": ["q_proj"]}),
+    "new tokens, tied": (
+        "tied",
+        {"trainable_token_indices": [3, 60, 8], "target_modules": ["q_proj"]},
+    ),
+    "new tokens by name": (
+        "llama",
+        {
+            "trainable_token_indices": {"embed_tokens": [5, 41], "lm_head": [1, 7, 9]},
+            "target_modules": ["q_proj"],
+        },
+    ),
+    "fused projections, dora": (
+        "phi3",
+        {"use_dora": True, "target_modules": ["qkv_proj", "gate_up_proj"]},
+    ),
+}
+
+
+def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
+    base_name, options = VARIANTS[name]
+    base = BASES[base_name]()
+    return base, make_checkpoint(base, LoraConfig(r=4, **options), tmp_path / name, seed=seed)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_equal_peft(name: str, seed: int, tmp_path: Path) -> None:
+    base, directory = made(name, tmp_path, seed)
+    check_equals_peft(base, directory)
+
+
+@pytest.mark.parametrize("name", ["dora", "block-diagonal", "new head", "new tokens"])
+def test_whatever_is_wrong_is_refused(name: str, tmp_path: Path) -> None:
+    check_refusals(*made(name, tmp_path))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_that_can_be_computed_again_are_served_on_the_intact_base(
+    init: str, tmp_path: Path
+) -> None:
+    base = tiny_llama()
+    config = LoraConfig(
+        r=4, lora_alpha=6, init_lora_weights=init, target_modules=["q_proj", "v_proj", "up_proj"]
+    )
+    directory = make_checkpoint(base, config, tmp_path)
+
+    # PEFT takes the components out again when it loads.
+    plan = check_equals_peft(base, directory, oracle=reload(base, directory), tolerance=1e-4)
+
+    assert plan.rank == 8
+
+
+def test_what_multiplies_the_base_is_not_scalable(tmp_path: Path) -> None:
+    base, directory = made("dora", tmp_path)
+    traits = load(directory, base)[0].traits
+    assert not traits.is_scalable
+    assert "model.layers.0.self_attn.q_proj.weight" in traits.replaced
+
+    base, directory = made("new tokens, tied", tmp_path)
+    replaced = load(directory, base)[0].traits.replaced
+    assert set(replaced) == {"lm_head.weight", "model.embed_tokens.weight"}
+
+
+def test_an_invocation_sequence_is_a_trait(tmp_path: Path) -> None:
+    base = tiny_llama()
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 9], task_type="CAUSAL_LM"
+    )
+    directory = make_checkpoint(base, config, tmp_path)
+    assert load(directory, base)[0].traits.invocation == (5, 9)
+    edit(directory, alora_invocation_tokens=[64])
+    check_refused(base, directory, "invalid_config", "below 64")
+
+
+def test_what_the_config_announces_must_be_there(tmp_path: Path) -> None:
+    base, directory = made("new head", tmp_path)
+    change(directory, **{"base_model.model.lm_head.weight": None})
+    check_refused(base, directory, "missing_tensor", "modules_to_save names 'lm_head'")
+
+    base, directory = made("new tokens", tmp_path)
+    edit(directory, trainable_token_indices=[2])
+    check_refused(base, directory, "config_mismatch", "has 2 rows")
+    edit(directory, trainable_token_indices=[2, 64])
+    check_refused(base, directory, "invalid_config", "64 rows")
+
+    base, directory = made("dora", tmp_path)
+    change(directory, **{f"{Q0}.lora_magnitude_vector": None})
+    check_refused(base, directory, "config_mismatch", "no lora_magnitude_vector")
+
+
+def test_a_weight_that_nobody_announced_is_refused(tmp_path: Path) -> None:
+    base, directory = made("dora", tmp_path)
+    change(directory, **{"base_model.model.model.norm.weight": torch.ones(32)})
+    check_refused(base, directory, "unread_tensor", "modules_to_save does not name")

@@ -1,0 +1,220 @@
+"""What every family has to show: equal to PEFT, nothing unread, nothing unknown, shapes by name.
+
+The Deltas that a family makes are applied by the naive modules below, which follow the formulas of
+adapters/adapter.py one tensor at a time and share no code with the engine.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tests.support.basespec import ModelWeights, base_spec, dense_weight
+from tests.support.peft_adapters import reload, save
+from torch import nn
+from transformers import PreTrainedModel
+
+from polyadapt.adapters.adapter import AdapterPlan, Delta
+from polyadapt.adapters.packing import pack
+from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.errors import AdapterRejected
+from polyadapt_store.checkpoint import Checkpoint
+
+IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
+TOLERANCE = 2e-5  # of the largest logit, in float32
+
+
+def make_checkpoint(
+    base: PreTrainedModel,
+    config: PeftConfig,
+    directory: Path,
+    *,
+    seed: int = 1,
+    std: float = 0.2,
+    stds: Mapping[str, float] | None = None,
+) -> Path:
+    """Have PEFT save an adapter whose trained tensors are random and not zero.
+
+    stds: other standard deviations for parameters whose name holds the key.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied weights, fan_in_fan_out and the like
+        model = get_peft_model(copy.deepcopy(base), config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                scale = next((s for key, s in (stds or {}).items() if key in name), std)
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    return save(model.eval(), directory)
+
+
+def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int, Delta]]:
+    """Read the adapter as the server does."""
+    spec, config = base_spec(base), read_config(directory / "adapter_config.json")
+    family = family_of(config)
+    with Checkpoint(directory / "adapter_model.safetensors") as checkpoint:
+        plan = family.plan(config, checkpoint.header, spec)
+        deltas = family.read(config, checkpoint, spec, ModelWeights(base))
+    packed = pack(deltas, spec, torch.float32, plan.traits)
+    assert packed.weights.numel() == plan.num_elements, "the plan counts what the device holds"
+    return plan, deltas
+
+
+@torch.no_grad()
+def check_equals_peft(
+    base: PreTrainedModel,
+    directory: Path,
+    *,
+    ids: torch.Tensor = IDS,
+    oracle: PeftModel | None = None,
+    tolerance: float = TOLERANCE,
+) -> AdapterPlan:
+    """Assert that the adapter does to `base` what PEFT makes of it, and that it does something."""
+    plan, deltas = load(directory, base)
+    expected = (oracle or reload(base, directory))(input_ids=ids).logits
+    found = apply(base, deltas)(input_ids=ids).logits
+    plain = base(input_ids=ids).logits
+    largest = expected.abs().max()
+    assert (expected - plain).abs().max() > 1e-2 * largest, "the adapter changes nothing"
+    difference = float((found - expected).abs().max() / largest)
+    assert difference <= tolerance, f"differs from PEFT by {difference:.1e} of the largest logit"
+    return plan
+
+
+def check_refusals(base: PreTrainedModel, directory: Path) -> None:
+    """Assert that whatever is wrong with a file of this family is refused by name."""
+    weights = directory / "adapter_model.safetensors"
+    tensors, config = (
+        load_file(weights),
+        json.loads((directory / "adapter_config.json").read_text()),
+    )
+    try:
+        for key, tensor in tensors.items():
+            for axis in range(tensor.dim()):
+                shape = list(tensor.shape)
+                shape[axis] += 1
+                _write(weights, {**tensors, key: torch.ones(shape)})
+                problems = problems_of(base, directory)
+                assert problems, f"{key} of shape {shape} was accepted"
+            _write(weights, {**tensors, key: torch.full_like(tensor, float("nan"))})
+            assert "non_finite" in dict(problems_of(base, directory)), key
+        path = next(iter(tensors)).rpartition(".layers.")[0]
+        _write(weights, {**tensors, f"{path}.layers.0.self_attn.q_proj.strange": torch.ones(3)})
+        assert problems_of(base, directory), "a tensor that nothing reads was accepted"
+        _write(weights, {})
+        assert problems_of(base, directory), "a checkpoint without tensors was accepted"
+        _write(weights, tensors)
+        edit(directory, use_magic=True)
+        assert ("unknown_config_key", "'use_magic'") in problems_of(base, directory)
+        edit(directory, use_magic=None)
+    finally:
+        _write(weights, tensors)
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def problems_of(base: PreTrainedModel, directory: Path) -> list[tuple[str, str]]:
+    """(code, where) of everything that is wrong; empty when the adapter is accepted."""
+    try:
+        load(directory, base)
+    except AdapterRejected as error:
+        return [(problem.code, problem.where or "") for problem in error.problems]
+    return []
+
+
+def check_refused(base: PreTrainedModel, directory: Path, code: str, words: str) -> None:
+    """Assert that the adapter is refused with this code and a message that holds `words`."""
+    with pytest.raises(AdapterRejected) as caught:
+        load(directory, base)
+    found = [(problem.code, problem.message) for problem in caught.value.problems]
+    assert any(given == code and words in message for given, message in found), found
+
+
+def edit(directory: Path, **values: Any) -> None:
+    """Change keys of the adapter's config."""
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change(directory: Path, **tensors: torch.Tensor | None) -> None:
+    """Put tensors into the checkpoint by their whole names; None takes one out."""
+    path = directory / "adapter_model.safetensors"
+    merged = {**load_file(path), **tensors}
+    _write(path, {key: tensor for key, tensor in merged.items() if tensor is not None})
+
+
+def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+
+
+# --------------------------------------------------------------------------- Deltas, naively
+def apply(base: PreTrainedModel, deltas: Mapping[int, Delta]) -> PreTrainedModel:
+    """A copy of the model that computes with the Deltas."""
+    model = copy.deepcopy(base)
+    for site_id, delta in deltas.items():
+        site = base_spec(base).sites[site_id]
+        parent_path, _, name = site.path.rpartition(".")
+        kinds = {"linear": _Linear, "embedding": _Embedding, "norm": _Norm, "bias": _Norm}
+        module = model.get_submodule(site.path)
+        setattr(model.get_submodule(parent_path), name, kinds[site.kind](module, delta))
+    return model
+
+
+class _Linear(nn.Module):
+    def __init__(self, base: nn.Module, delta: Delta) -> None:
+        super().__init__()
+        self.weight, self.bias, self.delta = dense_weight(base), base.bias, delta
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        delta, y = self.delta, x
+        if delta.transform is not None:
+            num, g, _ = delta.transform.shape
+            blocks = y.reshape(*y.shape[:-1], num, 1, g)
+            y = (blocks @ delta.transform).reshape(x.shape)
+        y = y @ self.weight.t()
+        if self.bias is not None:
+            y = y + self.bias
+        if delta.swap is not None:
+            halves = y.reshape(*y.shape[:-1], -1, 2, delta.group // 2)
+            y = (1 + delta.swap[0]) * y + delta.swap[1] * halves.flip(-2).reshape(y.shape)
+        if delta.out_scale is not None:
+            y = y + delta.out_scale * y
+        y = y + x @ delta.a.t() @ delta.b.t()
+        if delta.bias is not None:
+            y = y + delta.bias
+        return y if delta.dense is None else y + x @ delta.dense.t()
+
+
+class _Embedding(nn.Module):
+    def __init__(self, base: nn.Embedding, delta: Delta) -> None:
+        super().__init__()
+        self.weight, self.delta = base.weight, delta
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        delta, y = self.delta, self.weight[ids]
+        if delta.out_scale is not None:
+            y = y + delta.out_scale * y
+        y = y + delta.a.t()[ids] @ delta.b.t()
+        return y if delta.dense is None else y + delta.dense[ids]
+
+
+class _Norm(nn.Module):
+    def __init__(self, base: nn.Module, delta: Delta) -> None:
+        super().__init__()
+        self.base = copy.deepcopy(base)
+        with torch.no_grad():
+            if delta.weight is not None:
+                self.base.weight.copy_(delta.weight)
+            if delta.bias is not None:
+                self.base.bias.add_(delta.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x)

@@ -1,0 +1,290 @@
+"""What each family costs a decode step beside plain LoRA of equal stored rank: a row per family.
+
+    python -m bench.families [--model DIR] [--rows 8] [--steps 40]
+
+PEFT makes one checkpoint per family on the default model; as many copies as there are rows are
+loaded, so that every row has an adapter of its own. Blocks of decode steps of an engine in this
+process alternate: plain LoRA, a family, plain LoRA, the next. A family's figure is the median step
+of the two blocks of LoRA around it over its own. Results: bench/results/<date>-<machine>/families.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from bench.machine import CpuWatch, describe
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from polyadapt.config import EngineConfig
+from polyadapt.engine.build import build_engine
+from polyadapt.engine.engine import Engine
+from polyadapt.engine.output import Call, Submit
+from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
+from polyadapt_store.blobs import BlobStore, list_files
+from polyadapt_store.manifest import digest_of
+
+ROOT = Path(__file__).parents[1]
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RANK = 16  # components that the device holds per module, unless a family cannot
+TARGET = 0.95  # of plain LoRA's throughput, for families that are low rank once loaded
+
+Make = Callable[[], peft.PeftConfig]
+# name -> (how PEFT makes it, whether it is low rank once loaded)
+FAMILIES: dict[str, tuple[Make, bool]] = {
+    "lora, rank-stabilised": (
+        lambda: peft.LoraConfig(r=RANK, use_rslora=True, target_modules=LINEARS),
+        True,
+    ),
+    "dora": (lambda: peft.LoraConfig(r=RANK, use_dora=True, target_modules=LINEARS), True),
+    "adalora": (
+        lambda: peft.AdaLoraConfig(
+            init_r=RANK, target_r=RANK, total_step=10, target_modules=LINEARS
+        ),
+        True,
+    ),
+    "vera": (lambda: peft.VeraConfig(r=RANK, target_modules=LINEARS), True),
+    "miss": (lambda: peft.MissConfig(r=RANK, target_modules=LINEARS), True),
+    "hra": (lambda: peft.HRAConfig(r=RANK, target_modules=LINEARS), True),
+    "delora": (lambda: peft.DeloraConfig(r=RANK, target_modules=LINEARS), True),
+    "gralora": (lambda: peft.GraloraConfig(r=RANK, gralora_k=2, target_modules=LINEARS), True),
+    "loha": (lambda: peft.LoHaConfig(r=4, target_modules=LINEARS), True),
+    "vblora": (
+        lambda: peft.VBLoRAConfig(r=RANK, num_vectors=64, vector_length=64, target_modules=LINEARS),
+        True,
+    ),
+    "ia3": (
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        False,
+    ),
+    "oft": (lambda: peft.OFTConfig(oft_block_size=32, target_modules=LINEARS), False),
+    "road": (lambda: peft.RoadConfig(target_modules=LINEARS), False),
+    "ln_tuning": (
+        lambda: peft.LNTuningConfig(
+            target_modules=["input_layernorm", "post_attention_layernorm", "norm"]
+        ),
+        False,
+    ),
+    "lokr": (lambda: peft.LoKrConfig(r=8, target_modules=["q_proj", "v_proj"]), False),
+    "c3a": (lambda: peft.C3AConfig(block_size=64, target_modules=["q_proj", "v_proj"]), False),
+    "fourierft": (
+        lambda: peft.FourierFTConfig(n_frequency=500, target_modules=["q_proj", "v_proj"]),
+        False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One family's figures."""
+
+    family: str
+    is_low_rank: bool
+    relative: float | None  # throughput over plain LoRA's; None: it could not be measured
+    step_ms: float | None
+    nbytes: int  # device bytes of one adapter
+    note: str = ""
+
+
+def main() -> int:
+    """Measure every family; the exit status is 1 when a low-rank one is below its target."""
+    args = _parse()
+    machine = describe()
+    started = datetime.datetime.now(datetime.UTC)
+    with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
+        bench = Bench(args.model or _default_model(), Path(scratch), machine.dtype, args)
+        watch = CpuWatch([os.getpid()])
+        lines = bench.run(args.families or list(FAMILIES))
+        other = watch.other_cores()
+    print(render(lines))
+    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
+    out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "started": started.isoformat(timespec="seconds"),
+        "machine": asdict(machine),
+        "method": {"rows": args.rows, "steps": args.steps, "rank": RANK, "linears": LINEARS},
+        "other_cores": other,
+        "families": [asdict(line) for line in lines],
+    }
+    (out / "families.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(f"saved under {out}; {other} other cores")
+    missed = [x for x in lines if x.is_low_rank and (x.relative is None or x.relative < TARGET)]
+    return 1 if missed else 0
+
+
+def render(lines: list[Line]) -> str:
+    """Return the lines as a table."""
+    rows = [
+        "| family | of plain LoRA's throughput | step, ms | MiB an adapter |",
+        "|---|---|---|---|",
+    ]
+    for line in lines:
+        if line.relative is None:
+            rows.append(f"| {line.family} | {line.note} | - | - |")
+            continue
+        is_missed = line.is_low_rank and line.relative < TARGET
+        rows.append(
+            f"| {line.family} | {line.relative:.2f}{' **missed**' if is_missed else ''} "
+            f"| {line.step_ms:.1f} | {line.nbytes / (1 << 20):.1f} |"
+        )
+    return "\n".join(rows)
+
+
+class Bench:
+    """The model, PEFT's checkpoints as blobs, and an engine in this process."""
+
+    def __init__(
+        self, model_dir: Path, scratch: Path, dtype: str, args: argparse.Namespace
+    ) -> None:
+        self.model_dir = model_dir
+        self.scratch = scratch
+        self.dtype = dtype
+        self.num_rows, self.num_steps = args.rows, args.steps
+        self.threads = args.threads
+        self._blobs = BlobStore(scratch / "blobs")
+        self._ids = itertools.count()
+
+    def run(self, names: list[str]) -> list[Line]:
+        """Measure the families between blocks of plain LoRA."""
+        base = AutoModelForCausalLM.from_pretrained(self.model_dir, dtype=torch.float32)
+        plain = self._copies(base, peft.LoraConfig(r=RANK, target_modules=LINEARS), "plain")
+        made: dict[str, list[AdapterId] | str] = {}
+        for name in names:
+            try:
+                made[name] = self._copies(base, FAMILIES[name][0](), name)
+            except Exception as error:  # PEFT's own refusal is the row's note
+                made[name] = f"PEFT: {error}"
+        del base
+        lines = []
+        with self._engine() as engine:
+            before = self._step_s(engine, plain)[0]
+            for name in names:
+                adapters, is_low_rank = made[name], FAMILIES[name][1]
+                if isinstance(adapters, str):
+                    lines.append(Line(name, is_low_rank, None, None, 0, adapters))
+                    continue
+                try:
+                    own, nbytes = self._step_s(engine, adapters)
+                except RuntimeError as error:
+                    lines.append(Line(name, is_low_rank, None, None, 0, str(error)))
+                    continue
+                after = self._step_s(engine, plain)[0]
+                relative = (before + after) / 2 / own
+                lines.append(
+                    Line(name, is_low_rank, round(relative, 3), round(own * 1e3, 2), nbytes)
+                )
+                print(f"{name}: {relative:.2f}", file=sys.stderr, flush=True)
+                before = after
+        return lines
+
+    def _copies(self, base: Any, config: peft.PeftConfig, name: str) -> list[AdapterId]:
+        """PEFT's checkpoint with small random weights, as often as there are rows."""
+        directory = self.scratch / name.replace(" ", "-").replace(",", "")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        noise = torch.randn(parameter.shape, generator=generator)
+                        parameter.add_(noise * 0.02)
+            model.save_pretrained(directory)
+        tensors = load_file(directory / "adapter_model.safetensors")
+        found = []
+        for number in range(self.num_rows):
+            staged = self._blobs.new_staging()
+            config_text = (directory / "adapter_config.json").read_text()
+            (staged / "adapter_config.json").write_text(config_text)
+            metadata = {"format": "pt", "copy": str(number)}
+            save_file(tensors, staged / "adapter_model.safetensors", metadata=metadata)
+            digest = digest_of(list_files(staged))
+            self._blobs.put(staged, digest)
+            found.append(AdapterId(f"{name}-{number}", 1, digest))
+        return found
+
+    @contextmanager
+    def _engine(self) -> Iterator[Engine]:
+        config = EngineConfig(
+            model=str(self.model_dir), device="cpu", dtype=self.dtype, num_threads=self.threads,
+            max_num_seqs=self.num_rows, kv_cache_bytes=256 << 20, max_adapter_bytes=4 << 30,
+            prefix_cache=False,
+        )  # fmt: skip
+        engine = build_engine(
+            config, self.model_dir, self.scratch / "blobs", lambda: None, name="base"
+        )
+        try:
+            yield engine
+        finally:
+            engine.pool.close()
+
+    def _step_s(self, engine: Engine, adapters: list[AdapterId]) -> tuple[float, int]:
+        """Seconds of a decode step with one row of every adapter, and bytes of an adapter."""
+        for adapter in adapters:
+            engine.execute(Call(next(self._ids), "load", adapter.digest))
+        nbytes, refused = 0, ""
+        while engine.has_work:
+            output = engine.step()
+            for residency in output.residencies:
+                nbytes = max(nbytes, residency.nbytes)
+            refused = next((r.error_message or "" for r in output.replies if r.error_code), refused)
+            time.sleep(1e-3)  # the reader needs the interpreter
+        if refused:
+            raise RuntimeError(refused)
+        params = SamplingParams(max_tokens=self.num_steps + 4, temperature=0.0, ignore_eos=True)
+        for adapter in adapters:
+            prompt = tuple(range(3, 35))
+            applied = (AppliedAdapter(adapter),)
+            engine.execute(Submit(Request(f"r{next(self._ids)}", prompt, params, applied)))
+        times = []
+        while engine.has_work:
+            began = time.perf_counter()
+            output = engine.step()
+            if output.num_rows == len(adapters):
+                times.append(time.perf_counter() - began)
+        for adapter in adapters:
+            engine.execute(Call(next(self._ids), "unload", adapter.digest))
+        while engine.has_work:
+            engine.step()
+        return statistics.median(times[2:]), nbytes
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, help="a Llama-like transformers directory")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, help="default: all")
+    parser.add_argument("--rows", type=int, default=8, help="rows, each with its own adapter")
+    parser.add_argument("--steps", type=int, default=40, help="decode steps of a block")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
+    return parser.parse_args()
+
+
+def _default_model() -> Path:
+    from polyadapt.config import default_home
+    from polyadapt.models.fetch import fetch_model
+
+    return fetch_model("smollm2", default_home(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,6 +23,7 @@ import random
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,7 +50,7 @@ NUM_COLD_LOADS, NUM_ALONE_TOKENS = 100, 120
 NUM_ROUNDS = 10  # of as many cold loads, so that the tail between tokens is more than one token
 NUM_FIRST_TOKENS = 10
 REGISTERED = (10, 100, 1000, 10_000)
-NUM_ROWS, NUM_SERVED, NUM_ROW_TOKENS = 16, 8, 16
+NUM_ROWS, NUM_SERVED, NUM_ROW_TOKENS = 16, 8, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,8 @@ class Bench:
         """Throughput and host time of a step over the number of adapters that the pool knows."""
         adapters = self._tiny(counts[-1])
         config = self._config(max_adapter_bytes=64 << 20, max_num_seqs=NUM_ROWS)
-        engine = build_engine(config, self.model, self._blob_root, lambda: None, name="base")
+        wake = threading.Event()
+        engine = build_engine(config, self.model, self._blob_root, wake.set, name="base")
         watch = CpuWatch([os.getpid()])
         forward_s = 0.0
         run = engine.runner.run
@@ -297,7 +299,9 @@ class Bench:
                 engine.execute(Call(number, "prepare", adapters[number].digest))
             known = count
             while engine.has_work:
-                engine.step()
+                if engine.step().num_rows == 0:
+                    wake.wait(0.01)  # the reader needs the interpreter
+                    wake.clear()
             for row in range(NUM_ROWS):
                 adapter = adapters[row % min(NUM_SERVED, count)]
                 engine.execute(Submit(self._request(adapter, NUM_ROW_TOKENS, 8)))

@@ -1,4 +1,4 @@
-"""One checkpoint of every family, made by PEFT on a model's directory: what a server is filled with.
+"""One checkpoint of every family, made by PEFT on a model: what a server is filled with.
 
 Imports nothing of polyadapt.
 """

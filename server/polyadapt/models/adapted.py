@@ -69,15 +69,18 @@ class AdaptedEmbedding(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [..., ] int64 -> [..., width]."""
-        y = self.weight.take(ids).to(self.dtype) if self.base is None else self.base(ids)
-        if not self.site.plan.lanes:
-            return y
         if self.delta_scale is None:
-            self._add(y, ids)
+            y = self.weight.take(ids).to(self.dtype) if self.base is None else self.base(ids)
+            if self.site.plan.lanes:
+                self._add(y, ids)
             return y
-        delta = torch.zeros_like(y)
-        self._add(delta, ids)
-        return y + delta * self.delta_scale.to(y.dtype)
+        if not self.site.plan.lanes:
+            assert self.base is not None, "only a plain embedding is taken apart"
+            return self.base(ids)  # type: ignore[no-any-return]
+        # An adapter may scale what is looked up, so it has to see that before the model scales it.
+        y = self.weight.take(ids).to(self.dtype)
+        self._add(y, ids)
+        return y * self.delta_scale.to(y.dtype)
 
     def _add(self, y: torch.Tensor, ids: torch.Tensor) -> None:
         gated_embedding_(y.view(-1, y.shape[-1]), ids.reshape(-1), self.weight.shape[0], self.site)

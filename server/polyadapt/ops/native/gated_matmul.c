@@ -206,6 +206,18 @@ INLINE void expand_block(const segment_t *segment, float (*delta)[MAX_COLUMNS], 
         delta[r][o] = fma1(weights[r][c], load1(b[c], o, b_half), delta[r][o]);
 }
 
+/* delta += vector[low..] times y, or times the segment's scale where y is NULL. */
+INLINE void add_scaled(const segment_t *segment, float *delta, const void *vector, const void *y, int64_t low,
+                       int64_t width, int y_half, int b_half) {
+  int64_t o = 0;
+  for (; o + LANES <= width; o += LANES) {
+    vf factor = y ? loadv(y, o, y_half) : splat(segment->scale);
+    *(vf_any *)&delta[o] = fmav(factor, loadv(vector, low + o, b_half), *(vf_any *)&delta[o]);
+  }
+  for (; o < width; o++)
+    delta[o] = fma1(y ? load1(y, o, y_half) : segment->scale, load1(vector, low + o, b_half), delta[o]);
+}
+
 INLINE void expand_rows(const job_t *job, const segment_t *segment, int64_t p, int num_rows, int64_t low,
                         int64_t width, int y_half, int b_half) {
   float delta[2][MAX_COLUMNS];
@@ -221,12 +233,8 @@ INLINE void expand_rows(const job_t *job, const segment_t *segment, int64_t p, i
   for (int r = 0; r < num_rows; r++) {
     int64_t first = job->rows[p + r] * job->y_stride + segment->column + low;
     void *y = (char *)job->y + first * (int64_t)element_size(y_half);
-    if (segment->bias)
-      for (int64_t o = 0; o < width; o++)
-        delta[r][o] = fma1(segment->scale, load1(segment->bias, low + o, b_half), delta[r][o]);
-    if (segment->out_scale)
-      for (int64_t o = 0; o < width; o++)
-        delta[r][o] = fma1(load1(segment->out_scale, low + o, b_half), load1(y, o, y_half), delta[r][o]);
+    if (segment->bias) add_scaled(segment, delta[r], segment->bias, NULL, low, width, y_half, b_half);
+    if (segment->out_scale) add_scaled(segment, delta[r], segment->out_scale, y, low, width, y_half, b_half);
     for (int64_t o = 0; o < width; o++) store1(y, o, load1(y, o, y_half) + delta[r][o], y_half);
   }
 }

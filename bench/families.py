@@ -5,7 +5,8 @@
 PEFT makes one checkpoint per family on the default model; as many copies as there are rows are
 loaded, so that every row has an adapter of its own. Blocks of decode steps of an engine in this
 process alternate: plain LoRA, a family, plain LoRA, the next. A family's figure is the median step
-of the two blocks of LoRA around it over its own. Results: bench/results/<date>-<machine>/families.json.
+of the two blocks of LoRA around it over its own. Results go to
+bench/results/<date>-<machine>/families.json.
 """
 
 from __future__ import annotations

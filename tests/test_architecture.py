@@ -48,6 +48,7 @@ TORCH_FREE = (
     "polyadapt.tasks",
     "polyadapt.adapters.adapter",
     "polyadapt.adapters.families",
+    "polyadapt.adapters.gates",
     "polyadapt.adapters.registry",
     "polyadapt.adapters.validator",
     "polyadapt.engine.client",

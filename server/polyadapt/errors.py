@@ -22,6 +22,7 @@ PolyadaptError
 ├── Unavailable                   503 unavailable             retry_after_s
 │   ├── EngineUnavailable         503 engine_unavailable
 │   └── AdapterUnavailable        503 adapter_unavailable     its weights cannot be placed now
+│       └── AdapterCold           503 adapter_cold            not on the device yet; on_cold said so
 ├── RequestTimeout                504 request_timeout
 └── StartupError                  never HTTP: the server or a command cannot start
 """
@@ -232,6 +233,14 @@ class AdapterUnavailable(Unavailable):
     code = "adapter_unavailable"
 
 
+class AdapterCold(AdapterUnavailable):
+    """The adapter was not on the device within the time that the request gives it; it is on its
+    way.
+    """
+
+    code = "adapter_cold"
+
+
 class RequestTimeout(PolyadaptError):
     """The request's own time limit passed before it ended."""
 
@@ -246,9 +255,11 @@ class StartupError(PolyadaptError):
     code = "startup_error"
 
 
-def by_code(code: str, message: str) -> PolyadaptError:
-    """Rebuild the error that crossed a process border as (code, message)."""
-    return _BY_CODE.get(code, InternalError)(message)
+def by_code(code: str, message: str, param: str | None = None) -> PolyadaptError:
+    """Rebuild the error that crossed a process border as (code, message, param)."""
+    error = _BY_CODE.get(code, InternalError)(message)
+    error.param = param
+    return error
 
 
 def _leaves(root: type[PolyadaptError]) -> list[type[PolyadaptError]]:

@@ -12,6 +12,8 @@ FinishReason = Literal["stop", "length"]
 Tier = Literal["device", "host", "store"]
 SiteKind = Literal["linear", "embedding", "norm"]
 
+MAX_ADAPTERS = 4  # of one request
+
 
 # --------------------------------------------------------------------------- adapters
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,25 @@ class AdapterId:
 
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
-    """One adapter of one request. `scale` 0 equals the base exactly."""
+    """One adapter of one request. `scale` 0 equals the base exactly; `rank` chooses how many
+    components of a nested adapter are used, None: all.
+    """
 
     adapter: AdapterId
     scale: float = 1.0
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class WhenCold:
+    """What becomes of a request whose adapters are not on the device.
+
+    They are waited for, wait_ms from the request's arrival on (None: as long as it takes). Then it
+    is served with `instead`, () being the base alone; None: it fails.
+    """
+
+    wait_ms: float | None = None
+    instead: tuple[AppliedAdapter, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +128,7 @@ class Request:
     cache_salt: tuple[str, ...] = ()  # only requests with an equal one share cached prefixes
     priority: int = 0  # lower is served earlier; never changes the output
     speculative_tokens: int | None = None  # drafts a step verifies; 0 = off, None: the engine's own
+    when_cold: WhenCold = WhenCold()
 
 
 # --------------------------------------------------------------------------- events
@@ -172,11 +190,12 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The request ended with an error; `code` is one of errors.py."""
+    """The request ended with an error; `code` is one of errors.py, `param` the field to blame."""
 
     request_id: str
     code: str
     message: str
+    param: str | None = None
 
 
 Event = Started | PromptScored | Tokens | Finished | Failed

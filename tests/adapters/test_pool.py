@@ -159,13 +159,27 @@ def test_acquire_waits_for_the_load_and_reports_it_once(rig):
     assert (again.tier, again.load_ms) == ("device", 0.0)
 
 
-def test_a_leased_adapter_says_what_it_is_to_keys_and_values(rig):
+def test_a_leased_adapter_says_what_it_is(rig):
     it = rig(a=10, b=10)
     it.store.adapters["b"] = replace(it.store.adapters["b"], traits=Traits(is_kv_neutral=True))
     it.take("a")
     it.take("b")
-    applied = tuple(AppliedAdapter(AdapterId(f"named-{name}", 1, name)) for name in "bab")
-    assert it.pool.kv_identities(applied) == ("", "a", "")
+    slots = it.pool.acquire(
+        tuple(AppliedAdapter(AdapterId(f"named-{name}", 1, name)) for name in "bab")
+    )
+    traits = [it.pool.traits(slot) for slot in slots]
+    assert [own.is_kv_neutral for own in traits] == [True, False, True]
+    it.pool.release(slots)
+
+
+def test_asking_whether_adapters_are_on_the_device_brings_none(rig):
+    it = rig(a=10, b=10)
+    it.take("a")
+    a, b = (AppliedAdapter(AdapterId(name, 1, name)) for name in "ab")
+    assert it.pool.are_on_device([a])
+    assert it.pool.are_on_device([])
+    assert not it.pool.are_on_device([a, b])
+    assert it.store.reads["b"] == 0
 
 
 def test_a_prepared_adapter_comes_from_the_host(rig):

@@ -9,6 +9,7 @@ from hashlib import sha256
 
 import pytest
 
+from polyadapt.adapters.gates import NEVER, GatedAdapter
 from polyadapt.engine.prefix import PageKeys, encode
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
@@ -18,10 +19,20 @@ B = AppliedAdapter(AdapterId("b", 1, "sha256:b"))
 REQUEST = Request("r", (1, 2, 3, 4, 5), SamplingParams(4), (A,), cache_salt=("tenant",))
 
 
-def root(request: Request = REQUEST, identities: tuple[str, ...] | None = None, **engine) -> bytes:
-    if identities is None:
-        identities = tuple(applied.adapter.digest for applied in request.adapters)
-    return PageKeys(**{**ENGINE, **engine}).root(request, identities)
+def lanes(request: Request, neutral: tuple[AppliedAdapter, ...] = ()) -> list[GatedAdapter]:
+    return [
+        GatedAdapter(applied, place, is_kv_neutral=applied in neutral)
+        for place, applied in enumerate(request.adapters)
+    ]
+
+
+def root(request: Request = REQUEST, neutral: tuple[AppliedAdapter, ...] = (), **engine) -> bytes:
+    keys = PageKeys(**{**ENGINE, **engine})
+    return keys.root(request.cache_salt, lanes(request, neutral))
+
+
+def invoked(first: int, applied: AppliedAdapter = A, **options) -> GatedAdapter:
+    return GatedAdapter(applied, 0, first, is_invoked=True, **options)
 
 
 @pytest.mark.parametrize(
@@ -63,10 +74,47 @@ def test_an_adapter_at_scale_zero_is_the_base(scale):
 
 def test_an_adapter_that_keeps_keys_and_values_is_the_base_at_any_scale():
     base = root(replace(REQUEST, adapters=()))
-    assert root(identities=("",)) == base
-    assert root(replace(REQUEST, adapters=(replace(A, scale=0.5),)), identities=("",)) == base
+    assert root(neutral=(A,)) == base
+    half = replace(A, scale=0.5)
+    assert root(replace(REQUEST, adapters=(half,)), neutral=(half,)) == base
     both = replace(REQUEST, adapters=(A, B))
-    assert root(both, identities=("", B.adapter.digest)) == root(replace(REQUEST, adapters=(B,)))
+    assert root(both, neutral=(A,)) == root(replace(REQUEST, adapters=(B,)))
+
+
+def test_the_rank_counts_where_it_takes_components_away():
+    keys, ranked = PageKeys(**ENGINE), replace(A, rank=4)
+    roots = {
+        keys.root((), [GatedAdapter(applied, 0, weights=weights)])
+        for applied, weights in [
+            (A, ()),
+            (replace(A, rank=8), ()),  # the full rank, said aloud
+            (ranked, (2.0,) * 4 + (0.0,) * 4),
+            (replace(A, rank=2), (4.0,) * 2 + (0.0,) * 6),
+        ]
+    }
+    assert len(roots) == 3
+
+
+def test_an_invoked_adapter_joins_at_the_page_of_its_first_position():
+    keys = PageKeys(**ENGINE)  # pages of 4
+    base = keys.root((), [])
+    assert keys.root((), [invoked(9)]) == base
+    for first, page in [(0, 0), (3, 0), (4, 1), (9, 2)]:
+        assert list(keys.turns([invoked(first)])) == [page]
+    assert keys.turns([invoked(NEVER)]) == {}
+    assert keys.turns([invoked(9, replace(A, scale=0.0))]) == {}
+    assert keys.turns([invoked(9, is_kv_neutral=True)]) == {}
+    parent = keys.page(base, (1, 2, 3, 4))
+    turned = {
+        keys.turn(parent, joined)
+        for lane in (invoked(4), invoked(5), invoked(4, B), invoked(4, replace(A, scale=0.5)))
+        for joined in keys.turns([lane]).values()
+    }
+    assert len(turned) == 4, "position, digest and scale count"
+    assert parent not in turned
+    both = keys.turns([invoked(4), invoked(6, B)])
+    assert list(both) == [1]
+    assert keys.turn(parent, both[1]) not in turned
 
 
 def test_a_page_hangs_on_its_parent_and_its_tokens():

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyadapt.adapters.adapter import Traits
 from polyadapt.engine import scheduler as scheduler_module
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
@@ -26,6 +27,7 @@ class FakeSlots:
         self.leases: Counter[int] = Counter()
         self.loading: set[str] = set()  # on their way, as against short of room
         self.neutral: set[str] = set()  # they leave keys and values as the base's
+        self.special: dict[str, Traits] = {}
         self.asked: list[str] = []
 
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
@@ -41,10 +43,12 @@ class FakeSlots:
         digests = {applied.adapter.digest for applied in adapters}
         return bool(digests - set(self.ready) - self.loading)
 
-    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
-        digests = [applied.adapter.digest for applied in adapters]
-        assert all(self.leases[self.ready.index(digest)] for digest in digests)
-        return tuple("" if digest in self.neutral else digest for digest in digests)
+    def traits(self, slot: int) -> Traits:
+        assert self.leases[slot], "only of a leased adapter"
+        digest = self.ready[slot]
+        if digest in self.neutral:
+            return Traits(is_kv_neutral=True)
+        return self.special.get(digest, Traits())
 
     def release(self, slots: tuple[int, ...]) -> None:
         self.leases.subtract(slots)
@@ -754,8 +758,8 @@ class DeviceSlots:
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         return any(applied.adapter.digest in self.short for applied in adapters)
 
-    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
-        return tuple(applied.adapter.digest for applied in adapters)
+    def traits(self, slot: str) -> Traits:
+        return Traits()
 
 
 @pytest.mark.parametrize("seed", range(16))

@@ -15,7 +15,7 @@ import enum
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -196,12 +196,10 @@ class AdapterPool:
         """What the engine has to know of the resident adapter."""
         return self._by_slot[slot].traits
 
-    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
-        """What each adapter is to keys and values while it is leased: its digest, or "" when it
-        leaves all of them as the base's.
-        """
-        digests = (applied.adapter.digest for applied in adapters)
-        return tuple("" if self._entries[d].traits.is_kv_neutral else d for d in digests)
+    def are_on_device(self, adapters: Iterable[AppliedAdapter]) -> bool:
+        """Whether a lease of all of them would be given now; changes nothing."""
+        entries = (self._entries.get(applied.adapter.digest) for applied in adapters)
+        return all(entry is not None and entry.state is _State.DEVICE for entry in entries)
 
     # ------------------------------------------------------------------ commands
     def prepare(self, digest: str, done: Done) -> None:

@@ -23,15 +23,17 @@ from polyadapt.engine.runner import ModelRunner, StepLogits
 from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
 from polyadapt.engine.scheduler import ScheduledRows, Scheduler, is_overdue
 from polyadapt.errors import (
+    AdapterCold,
     AdapterDeleted,
     AdapterRejected,
     InternalError,
-    InvalidRequest,
     NumericalError,
     PolyadaptError,
     RequestTimeout,
+    Unavailable,
 )
 from polyadapt.types import (
+    AppliedAdapter,
     EngineInfo,
     EngineStats,
     Event,
@@ -39,6 +41,7 @@ from polyadapt.types import (
     Finished,
     FinishReason,
     PromptScored,
+    Request,
     Residency,
     Started,
     TokenLogprob,
@@ -53,6 +56,10 @@ _STATS_INTERVAL_S = 0.1
 _PATIENCE = 0.25
 _NUM_PREFETCHED = 8  # sequences at the head of the queue
 _IDLE_PATIENCE_S = 0.25  # nobody runs; commands are taken in between
+# Adapters that a request did not wait for are brought to the device all the same, the latest so
+# many and for so long: whoever asks next shall find them.
+_NUM_LEFT_COLD = 16
+_LEFT_COLD_S = 30.0
 
 
 class Engine:
@@ -75,6 +82,8 @@ class Engine:
         self._pace = pace
         self.counters = counters
         self._groups: dict[str, RequestGroup] = {}
+        self._impatient: dict[str, RequestGroup] = {}  # who fails rather than wait for adapters
+        self._left_cold: dict[str, _LeftCold] = {}  # by digest, the oldest first
         self._steps_by_adapters: Counter[int] = Counter()
         self._events: list[Event] = []
         self._replies: list[Reply] = []
@@ -88,6 +97,9 @@ class Engine:
             group = RequestGroup.of(command.request, time.monotonic())
             self._groups[command.request.id] = group
             self.scheduler.add(group)
+            cold = command.request.when_cold
+            if cold.wait_ms is not None and cold.instead is None:
+                self._impatient[command.request.id] = group
         elif isinstance(command, Cancel):
             group_or_none = self._groups.get(command.request_id)
             if group_or_none is not None:  # else it ended while the message was on its way
@@ -99,7 +111,8 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything: requests, loads, or answers not handed out yet."""
-        return bool(self.scheduler.has_work or self.pool.is_busy or self._events or self._replies)
+        is_loading = self.pool.is_busy or self._left_cold
+        return bool(self.scheduler.has_work or is_loading or self._events or self._replies)
 
     # ------------------------------------------------------------------ the step
     def step(self) -> StepOutput:
@@ -109,10 +122,13 @@ class Engine:
         batch = self.scheduler.schedule()
         # A full batch admits nobody; the next in the queue need not find their adapters cold.
         for sequence in itertools.islice(self.scheduler.waiting, _NUM_PREFETCHED):
-            self.pool.prefetch(sequence.group.request.adapters)
+            self.pool.prefetch(sequence.group.adapters)
             # Nobody behind it is admitted: their adapters must not keep its own from the device.
             if is_overdue(sequence.group):
                 break
+        self._fail_refused()
+        self._fail_cold()
+        self._bring_left_cold()
         self._fail_unloadable()
         batch = self._start(batch)
         self._pace.is_shared = bool(batch)
@@ -151,7 +167,7 @@ class Engine:
         waiting = [
             applied.adapter.digest
             for group in self.scheduler.waiting_groups()
-            for applied in group.request.adapters
+            for applied in group.adapters
         ]
         return EngineStats(
             num_steps=self.counters["steps"],
@@ -222,31 +238,18 @@ class Engine:
         return drawn
 
     def _start(self, batch: list[ScheduledRows]) -> list[ScheduledRows]:
-        """Announce requests on their first rows; refuse those whose adapters cannot be scaled
-        so.
-        """
+        """Announce requests on their first rows; leave out what has ended meanwhile."""
         for rows in batch:
             group = rows.sequence.group
             if group.is_started or group.request.id not in self._groups:
                 continue
             group.is_started = True
-            adapters = group.request.adapters
-            for applied, slot in zip(adapters, rows.sequence.slots, strict=True):
-                if applied.scale not in (0.0, 1.0) and not self.pool.traits(slot).is_scalable:
-                    self._fail(
-                        group,
-                        InvalidRequest(
-                            f"adapter '{applied.adapter.name}' replaces weights of the base and "
-                            f"cannot be scaled by {applied.scale}; use a scale of 1 or 0",
-                            param="adapters",
-                        ),
-                    )
-                    break
-            if group.request.id in self._groups:
-                served = tuple(self.pool.served(applied.adapter) for applied in adapters)
-                # None of its rows has run yet: what counts as computed was found in the cache.
-                num_cached = rows.sequence.num_computed
-                self._events.append(Started(group.request.id, served, num_cached))
+            assert group.lanes is not None, "whoever has rows has its adapters settled"
+            lanes = sorted(group.lanes, key=lambda lane: lane.place)  # as the caller wrote them
+            served = tuple(self.pool.served(lane.applied.adapter) for lane in lanes)
+            # None of its rows has run yet: what counts as computed was found in the cache.
+            num_cached = rows.sequence.num_computed
+            self._events.append(Started(group.request.id, served, num_cached))
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
 
     def _advance(
@@ -382,6 +385,7 @@ class Engine:
     # ------------------------------------------------------------------ how requests end
     def _end(self, group: RequestGroup, event: Finished | Failed) -> None:
         del self._groups[group.request.id]
+        self._impatient.pop(group.request.id, None)
         for sequence in group.sequences:
             if sequence.state is not SequenceState.DONE:
                 self.scheduler.finish(sequence)
@@ -390,7 +394,7 @@ class Engine:
     def _fail(self, group: RequestGroup, error: PolyadaptError) -> None:
         self.counters["failed_requests"] += 1
         logger.info("request %s failed: %s", group.request.id, error.message)
-        self._end(group, Failed(group.request.id, error.code, error.message))
+        self._end(group, Failed(group.request.id, error.code, error.message, error.param))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -401,15 +405,72 @@ class Engine:
                 self._fail(group, RequestTimeout(f"the request did not end within {limit:g} s"))
 
     def _fail_unloadable(self) -> None:
-        """Fail every waiting request whose adapters could not be read or do not fit."""
+        """Fail every waiting request whose adapters could not be read or do not fit, or have it
+        served with what it names instead of adapters that cannot be had now.
+        """
         errors = self.pool.take_failures()
         if not errors:
             return
+        for digests in errors:
+            for digest in digests:
+                self._left_cold.pop(digest, None)
+        now = time.monotonic()
         for group in list(self.scheduler.waiting_groups()):
-            asked = {applied.adapter.digest for applied in group.request.adapters}
-            error = next((error for digests, error in errors.items() if digests <= asked), None)
+            error = _error_for(group.adapters, errors)
+            instead = group.request.when_cold.instead
+            if isinstance(error, Unavailable) and instead is not None and _is_open(group):
+                group.turn()
+                error = _error_for(instead, errors)
+            elif error is None and instead and group.has_waited_enough(now):
+                error = _error_for(instead, errors)
             if error is not None:
                 self._fail(group, error)
+
+    def _fail_refused(self) -> None:
+        """Fail requests whose adapters cannot be used in the way that they ask for."""
+        refused, self.scheduler.refused = self.scheduler.refused, []
+        for group in refused:
+            assert group.refusal is not None
+            self._fail(group, group.refusal)
+
+    def _fail_cold(self) -> None:
+        """Fail requests that do not wait any longer for adapters that are not on the device.
+
+        After the schedule: whoever had its turn has got a short copy made at once.
+        """
+        now = time.monotonic()
+        for group in list(self._impatient.values()):
+            if not group.has_waited_enough(now) or self.pool.are_on_device(group.adapters):
+                continue
+            self.counters["cold_failures"] += 1
+            cold = [a for a in group.adapters if not self.pool.are_on_device([a])]
+            self.scheduler.left_cold += cold
+            names = ", ".join(f"'{applied.adapter.name}'" for applied in cold)
+            wait_ms = group.request.when_cold.wait_ms
+            self._fail(
+                group,
+                AdapterCold(
+                    f"not on the device within cold_timeout_ms {wait_ms:g}: {names}; they are "
+                    "being loaded, try again"
+                ),
+            )
+
+    def _bring_left_cold(self) -> None:
+        """Go on loading what requests did not wait for, behind the queue's adapters."""
+        now = time.monotonic()
+        left, self.scheduler.left_cold = self.scheduler.left_cold, []
+        for applied in left:
+            self._left_cold.pop(applied.adapter.digest, None)
+            self._left_cold[applied.adapter.digest] = _LeftCold(applied, now + _LEFT_COLD_S)
+        if not self._left_cold:
+            return
+        for digest, item in list(self._left_cold.items()):
+            is_crowded_out = len(self._left_cold) > _NUM_LEFT_COLD
+            if is_crowded_out or now > item.until or self.pool.are_on_device([item.applied]):
+                del self._left_cold[digest]
+        waiting = self.scheduler.waiting
+        if not (waiting and is_overdue(waiting[0].group)):  # as for those behind it in the queue
+            self.pool.prefetch(tuple(item.applied for item in self._left_cold.values()))
 
     # ------------------------------------------------------------------ calls
     def _call(self, call: Call) -> None:
@@ -440,13 +501,38 @@ class Engine:
 
     def _cancel_adapter(self, digest: str) -> int:
         groups = [
-            group
-            for group in self._groups.values()
-            if any(applied.adapter.digest == digest for applied in group.request.adapters)
+            group for group in self._groups.values() if digest in _digests_held(group.request)
         ]
         for group in groups:
             self._fail(group, AdapterDeleted("the adapter was deleted while the request ran"))
         return len(groups)
+
+
+def _is_open(group: RequestGroup) -> bool:
+    """Whether it may still turn to what it names instead of its adapters."""
+    return group.lanes is None and not group.has_turned
+
+
+def _error_for(
+    adapters: tuple[AppliedAdapter, ...], errors: dict[frozenset[str], PolyadaptError]
+) -> PolyadaptError | None:
+    """Why these adapters cannot be had together, if one of the errors says so."""
+    asked = {applied.adapter.digest for applied in adapters}
+    return next((error for digests, error in errors.items() if digests <= asked), None)
+
+
+def _digests_held(request: Request) -> set[str]:
+    """Every adapter whose use the caller counts until the request ends."""
+    named = (*request.adapters, *(request.when_cold.instead or ()))
+    return {applied.adapter.digest for applied in named}
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftCold:
+    """An adapter that is loaded though nobody waits for it, until a moment in monotonic seconds."""
+
+    applied: AppliedAdapter
+    until: float
 
 
 @dataclass(slots=True)

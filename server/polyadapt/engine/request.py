@@ -8,8 +8,10 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
+from polyadapt.adapters.gates import GatedAdapter
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
-from polyadapt.types import Request, TokenLogprob
+from polyadapt.errors import PolyadaptError
+from polyadapt.types import AppliedAdapter, Request, TokenLogprob
 
 
 class SequenceState(enum.Enum):
@@ -35,7 +37,7 @@ class Sequence:
     num_prompt: int
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    slots: tuple[int, ...] = ()  # device slots of the request's adapters while running
+    slots: tuple[int, ...] = ()  # device slots of the group's adapters while running
     state: SequenceState = SequenceState.WAITING
     companions: tuple[Sequence, ...] = ()
     is_companion: bool = False
@@ -63,13 +65,24 @@ class Sequence:
 
 @dataclass(slots=True, eq=False)
 class RequestGroup:
-    """One request and its n sequences."""
+    """One request and its n sequences.
+
+    `adapters` are what it is served with: the request's, or what its when_cold names instead. The
+    first admission of a sequence settles that for all of them and puts the adapters into the order
+    of the plan's lanes.
+    """
 
     request: Request
     arrived: float  # monotonic seconds
+    adapters: tuple[AppliedAdapter, ...] = ()
+    lanes: tuple[GatedAdapter, ...] | None = None  # beside `adapters`; None: not settled yet
+    is_gated: bool = False  # whether any of them is
+    has_turned: bool = False  # from its own adapters to those of when_cold
+    refusal: PolyadaptError | None = None  # why it cannot be served, found before its first row
     sequences: list[Sequence] = field(default_factory=list)
     is_started: bool = False
     root_key: bytes | None = None  # what every page's key of the request hangs on, once admitted
+    key_turns: dict[int, bytes] = field(default_factory=dict)  # see PageKeys.turns
     order: int = 0  # of arrival; given by the scheduler
     num_overtaken: int = 0  # admissions before it, or at its cost, of requests that came later
     prompt_ngrams: NgramIndex | None = None  # of the prompt, shared by its sequences
@@ -85,10 +98,34 @@ class RequestGroup:
         """Whether every sequence has ended."""
         return all(sequence.state is SequenceState.DONE for sequence in self.sequences)
 
+    def has_waited_enough(self, now: float) -> bool:
+        """Whether its when_cold applies from now on, if its adapters are not on the device."""
+        wait_ms = self.request.when_cold.wait_ms
+        is_open = self.lanes is None and not self.has_turned
+        return is_open and wait_ms is not None and now >= self.arrived + wait_ms / 1e3
+
+    def turn(self) -> None:
+        """Be served with what the request names instead of its own adapters, from now on."""
+        assert self.lanes is None, "a request that runs keeps its adapters"
+        assert self.request.when_cold.instead is not None
+        self.adapters, self.has_turned = self.request.when_cold.instead, True
+
+    def reopen(self, adapters: tuple[AppliedAdapter, ...], has_turned: bool) -> None:
+        """Undo what was decided for an admission that did not come about."""
+        self.adapters, self.has_turned = adapters, has_turned
+        self.lanes, self.is_gated = None, False
+        self.root_key, self.key_turns = None, {}
+
+    def settle(self, lanes: tuple[GatedAdapter, ...]) -> None:
+        """Fix the adapters, which are `lanes` in another order, for all of its sequences."""
+        self.lanes = lanes
+        self.adapters = tuple(lane.applied for lane in lanes)
+        self.is_gated = any(lane.is_gated for lane in lanes)
+
     @classmethod
     def of(cls, request: Request, arrived: float) -> RequestGroup:
         """Make the group with its n sequences, all waiting."""
-        group = cls(request, arrived)
+        group = cls(request, arrived, request.adapters)
         group.sequences = [
             Sequence(group, index, list(request.prompt_ids), len(request.prompt_ids))
             for index in range(request.n)

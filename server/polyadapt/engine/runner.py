@@ -111,11 +111,12 @@ class ModelRunner:
         Decoding goes on with the same sequences for many steps, and with the same plans.
         """
         slots = [sequence.slots for sequence in sequences]
-        # A sequence keeps its request and with it the scales; its slots may change.
-        planned = (sequences, slots, lengths.tobytes(), num_outputs.tobytes())
+        idle = _idle_rows(sequences, lengths)
+        # A sequence keeps its scales and weights once it runs; its slots may change.
+        planned = (sequences, slots, idle, lengths.tobytes(), num_outputs.tobytes())
         if planned != self._planned:
             limit = self.strategy.adapter_gemm_rows
-            self._plans = _plans(sequences, lengths, num_outputs, limit)
+            self._plans = _plans(sequences, lengths, num_outputs, idle, limit)
             self._planned = planned
         tokens, outputs = self._plans
         self.tokens.load(tokens)
@@ -211,31 +212,86 @@ class PageTable:
         return [self._row_of[of] for of in sequences]
 
 
+_Idle = dict[int, tuple[int, ...]]  # place in the batch -> rows, lane by lane
+
+
+def _idle_rows(sequences: Seq[Sequence], lengths: np.ndarray) -> _Idle:
+    """How many of a sequence's first rows come before its adapters act, where any do."""
+    found: _Idle = {}
+    for i, sequence in enumerate(sequences):
+        group = sequence.group
+        if group.is_gated:
+            assert group.lanes is not None
+            length, position = int(lengths[i]), sequence.num_computed
+            found[i] = tuple(min(max(lane.first - position, 0), length) for lane in group.lanes)
+    return found
+
+
 def _plans(
-    sequences: Seq[Sequence], lengths: np.ndarray, num_outputs: np.ndarray, gemm_rows: int
+    sequences: Seq[Sequence],
+    lengths: np.ndarray,
+    num_outputs: np.ndarray,
+    idle: _Idle,
+    gemm_rows: int,
 ) -> tuple[BatchPlan, BatchPlan]:
-    """The plans of tokens and of outputs; lengths and num_outputs are int64 [sequences]."""
-    starts, out_starts = np.cumsum(lengths) - lengths, np.cumsum(num_outputs) - num_outputs
-    token_lanes, output_lanes = [], []
+    """The plans of tokens and of outputs; lengths and num_outputs are int64 [sequences], and a
+    sequence's outputs are its last rows.
+    """
+    ends, out_ends = np.cumsum(lengths), np.cumsum(num_outputs)
+    num_rows, num_kept = int(ends[-1]), int(out_ends[-1])
+    token_lanes, output_lanes = _Lanes(num_rows), _Lanes(max(num_kept, 1))
     for lane_id in range(max(len(sequence.slots) for sequence in sequences)):
         members = [i for i, sequence in enumerate(sequences) if len(sequence.slots) > lane_id]
-        served = [sequences[i] for i in members]
-        slots = np.array([of.slots[lane_id] for of in served], np.int64)
-        scales = np.array([of.group.request.adapters[lane_id].scale for of in served], np.float64)
         at = np.array(members, np.int64)
-        token_lanes.append(Runs(starts[at], lengths[at], slots, scales))
-        has_output = num_outputs[at] > 0
-        out = at[has_output]
-        output_lanes.append(
-            Runs(out_starts[out], num_outputs[out], slots[has_output], scales[has_output])
-        )
-    num_rows, num_kept = int(lengths.sum()), int(num_outputs.sum())
-    tokens = plan_of(token_lanes, num_rows, gemm_rows=gemm_rows)
+        active = lengths[at]
+        if idle:
+            active = active - np.array([idle[i][lane_id] if i in idle else 0 for i in members])
+        served = [sequences[i] for i in members]
+        token_lanes.add(lane_id, served, ends[at], active)
+        output_lanes.add(lane_id, served, out_ends[at], np.minimum(num_outputs[at], active))
+    tokens = token_lanes.plan(gemm_rows)
     # Where every row has one output both row spaces are the same.
     is_same = num_kept == num_rows == len(sequences) and bool((num_outputs == 1).all())
-    return tokens, tokens if is_same else plan_of(
-        output_lanes, max(num_kept, 1), gemm_rows=gemm_rows
-    )
+    return tokens, tokens if is_same else output_lanes.plan(gemm_rows)
+
+
+class _Lanes:
+    """The lanes of one row space of num_rows rows, one after the other."""
+
+    def __init__(self, num_rows: int) -> None:
+        self._num_rows = num_rows
+        self._runs: list[Runs] = []
+        self._gates: list[np.ndarray | None] = []
+
+    def add(
+        self, lane_id: int, served: list[Sequence], ends: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Add a lane: of each sequence the `lengths` rows before `ends`, int64 [sequences]."""
+        if not lengths.all():
+            kept = lengths > 0
+            served = [of for of, is_kept in zip(served, kept.tolist(), strict=True) if is_kept]
+            ends, lengths = ends[kept], lengths[kept]
+        slots = np.array([of.slots[lane_id] for of in served], np.int64)
+        scales = np.array([of.group.adapters[lane_id].scale for of in served], np.float64)
+        self._runs.append(Runs(ends - lengths, lengths, slots, scales))
+        self._gates.append(self._gate(lane_id, served, ends, lengths))
+
+    def plan(self, gemm_rows: int) -> BatchPlan:
+        """The plan of all of them."""
+        return plan_of(self._runs, self._num_rows, self._gates, gemm_rows)
+
+    def _gate(
+        self, lane_id: int, served: list[Sequence], ends: np.ndarray, lengths: np.ndarray
+    ) -> np.ndarray | None:
+        """float32 [rows, widest], ones where nobody has weights; None where nobody has any."""
+        weights = [of.group.lanes[lane_id].weights if of.group.lanes else () for of in served]
+        width = max(map(len, weights), default=0)
+        if width == 0:
+            return None
+        table = np.ones((self._num_rows, width), np.float32)
+        for own, end, length in zip(weights, ends.tolist(), lengths.tolist(), strict=True):
+            table[end - length : end, : len(own)] = own
+        return table
 
 
 def _inputs(batch: Seq[ScheduledRows], decodes: list[Sequence]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,16 +19,20 @@ Nobody waits for ever:
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from polyadapt.adapters.adapter import Traits
+from polyadapt.adapters.gates import arrange
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
+from polyadapt.errors import InvalidRequest
 from polyadapt.types import AppliedAdapter
 
 # As often may requests that came later be preferred to one, for their priority or because its
@@ -53,8 +57,8 @@ class AdapterSlots(Protocol):
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         """Whether they wait for room, and not for a read or a copy under way."""
 
-    def kv_identities(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[str, ...]:
-        """What each leased adapter is in the keys of cached pages; see PageKeys.root."""
+    def traits(self, slot: int) -> Traits:
+        """What has to be known of the adapter in a leased slot."""
 
 
 # Not frozen, which would treble the time to make one: every row of every step is one.
@@ -89,6 +93,7 @@ class Scheduler:
         page_keys: PageKeys | None = None,  # None: no prefix cache
         speculative_tokens: int = 0,
         max_model_len: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`speculative_tokens` counts for requests that say nothing; no draft lies at position
         `max_model_len` or behind it.
@@ -103,6 +108,9 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # oldest admission first
+        self.refused: list[RequestGroup] = []  # whose `refusal` nobody has told yet
+        self.left_cold: list[AppliedAdapter] = []  # by those who turned to others; see Engine
+        self._clock = clock
         self._num_arrived = 0
         for name in ("prefix_query_tokens", "prefix_hit_tokens"):
             self.counters[name] += 0  # listed from the start
@@ -230,20 +238,34 @@ class Scheduler:
             unit, group = leader.unit, leader.group
             if budget < len(unit) or len(self.running) + len(unit) > self.max_num_seqs:
                 break
-            slots = self.adapters.acquire(group.request.adapters)
+            if group.refusal is not None:
+                continue
+            undecided = None if group.lanes is not None else (group.adapters, group.has_turned)
+            slots = self._acquire(group)
             if slots is None:
-                if not self.adapters.is_short_of_room(group.request.adapters):
+                if not self.adapters.is_short_of_room(group.adapters):
                     loading.add(group.order)
                 if is_overdue(group):
                     break
                 continue
+            if undecided is not None:
+                slots = self._settle(group, slots)
+                if slots is None:
+                    continue
             self._take_cached(leader)
             share = budget // len(unit)
             counts = [_share(member, share, num_prompt_tokens) for member in unit]
             if not self._has_room(unit, counts):
                 self.adapters.release(slots)
                 self._give_back(leader)
+                if undecided is not None:  # what is on the device may be another then
+                    group.reopen(*undecided)
+                    leader.page_keys.clear()
                 break
+            if undecided is not None and group.has_turned:
+                self.left_cold += group.request.adapters
+                name = "fallback" if group.adapters else "base"
+                self.counters[f"cold_turned_to_{name}"] += 1
             if self._is_cacheable(leader):
                 self.counters["prefix_query_tokens"] += len(leader.token_ids)
                 self.counters["prefix_hit_tokens"] += leader.num_computed
@@ -346,9 +368,37 @@ class Scheduler:
         return self.pages.num_free >= num_pages + len(self.running)
 
     def _lease(self, member: Sequence) -> tuple[int, ...]:
-        slots = self.adapters.acquire(member.group.request.adapters)
+        slots = self.adapters.acquire(member.group.adapters)
         assert slots is not None, "the leader's lease keeps its companions' adapters on the device"
         return slots
+
+    def _acquire(self, group: RequestGroup) -> tuple[int, ...] | None:
+        """Lease the group's adapters or, when it need not wait for them any longer, what it names
+        instead.
+        """
+        slots = self.adapters.acquire(group.adapters)
+        instead = group.request.when_cold.instead
+        if slots is not None or instead is None or not group.has_waited_enough(self._clock()):
+            return slots
+        slots = self.adapters.acquire(instead)
+        if slots is not None:
+            group.turn()
+        return slots
+
+    def _settle(self, group: RequestGroup, slots: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Fix what the group's first admission decides and return its slots in the order of the
+        lanes; None when its adapters cannot be served so: then the lease is given back.
+        """
+        traits = [self.adapters.traits(slot) for slot in slots]
+        try:
+            lanes = arrange(group.adapters, traits, group.request.prompt_ids)
+        except InvalidRequest as error:
+            self.adapters.release(slots)
+            group.refusal = error
+            self.refused.append(group)
+            return None
+        group.settle(lanes)
+        return tuple(slots[lane.place] for lane in lanes)
 
     def _enter(self, sequence: Sequence, slots: tuple[int, ...]) -> None:
         self.waiting.remove(sequence)
@@ -409,11 +459,14 @@ class Scheduler:
         assert self.page_keys is not None
         group, keys, size = sequence.group, sequence.page_keys, self.pages.page_size
         if group.root_key is None:
-            identities = self.adapters.kv_identities(group.request.adapters)
-            group.root_key = self.page_keys.root(group.request, identities)
+            assert group.lanes is not None, "pages are looked for once the adapters are settled"
+            group.root_key = self.page_keys.root(group.request.cache_salt, group.lanes)
+            group.key_turns = self.page_keys.turns(group.lanes)
         while len(keys) <= number:
             start = len(keys) * size
             parent = keys[-1] if keys else group.root_key
+            if len(keys) in group.key_turns:
+                parent = self.page_keys.turn(parent, group.key_turns[len(keys)])
             keys.append(self.page_keys.page(parent, sequence.token_ids[start : start + size]))
         return keys[number]
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-MAX_LANES = 4
+from polyadapt.types import MAX_ADAPTERS
+
+MAX_LANES = MAX_ADAPTERS
 
 # From this many rows of one adapter on two plain GEMMs serve them. One AVX2 core, 576 to 1536, 512
 # rows: as fast as the kernel at rank 16, 1.1 times at rank 64, 2.6 times at rank 256; with 128 rows

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 import polyadapt
-from polyadapt.api import adapters, keys, openai, ops
+from polyadapt.api import adapters, capabilities, keys, openai, ops
 from polyadapt.api.access import Authenticator, KeylessGuard
 from polyadapt.api.document import install_document
 from polyadapt.api.errors import install_handlers
@@ -108,7 +108,7 @@ def build_app(
     app.state.services = services
     install_handlers(app)
     install_document(app)
-    for module in (openai, adapters, keys, ops):
+    for module in (openai, adapters, capabilities, keys, ops):
         module.add_routes(app.router)
     return app
 

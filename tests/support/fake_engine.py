@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from polyadapt.errors import AdapterDeleted, EngineUnavailable, PolyadaptError
+from polyadapt.errors import AdapterCold, AdapterDeleted, EngineUnavailable, PolyadaptError
 from polyadapt.types import (
     AdapterId,
     BaseSpec,
@@ -37,8 +37,8 @@ def say(text: str) -> Reply:
 
 
 def name_the_adapter(request: Request, index: int) -> Sequence[int]:
-    """Say which adapter answers, and for n > 1 which sequence it is."""
-    who = request.adapters[0].adapter.name if request.adapters else "base"
+    """Say which adapters answer, and for n > 1 which sequence it is."""
+    who = "+".join(applied.adapter.name for applied in request.adapters) or "base"
     return [*f"I am {who} {index}.".encode(), EOS]
 
 
@@ -77,6 +77,7 @@ class FakeEngine:
     tokens_per_event: int = 1  # more, as accepted drafts bring
     gate: asyncio.Semaphore | None = None  # one permit a step
     num_cached_tokens: int = 0  # that every prompt finds
+    cold: set[str] = field(default_factory=set)  # digests whose loading takes for ever
     refusal: PolyadaptError | None = None  # raised by the first step of submit
     failure: tuple[int, str, str] | None = None  # after so many tokens: code, message
     crash: Exception | None = None  # a bug in the engine's client
@@ -129,8 +130,13 @@ class FakeEngine:
                 self.changed.notify_all()
 
     async def _generate(self, request: Request) -> AsyncGenerator[Event, None]:
-        digests = {applied.adapter.digest for applied in request.adapters}
         await self._step()
+        if self.cold & {applied.adapter.digest for applied in request.adapters}:
+            if request.when_cold.instead is None:
+                yield Failed(request.id, AdapterCold.code, "it is being loaded")
+                return
+            request = replace(request, adapters=request.when_cold.instead)
+        digests = {applied.adapter.digest for applied in request.adapters}
         for applied in request.adapters:
             self._touch(applied.adapter.digest)
         served = tuple(ServedAdapter(a.adapter, "device", 1.5) for a in request.adapters)

@@ -43,6 +43,7 @@ def text_request(request: CompletionRequest, request_id: str, tenant: str) -> Te
         stop=tuple(request.stop or ()),
         n=request.n or 1,
         adapters=request.adapter_refs(),
+        on_cold=request.cold(),
         cache_salt=request.cache_salt,
         priority=request.priority or 0,
         speculative_tokens=request.speculative_tokens,

@@ -52,7 +52,7 @@ from polyadapt.tasks.text import (
     TextRequest,
     TokenPrompt,
 )
-from polyadapt.types import EngineInfo, ServedAdapter
+from polyadapt.types import AdapterId, EngineInfo, ServedAdapter
 from polyadapt_store.manifest import AdapterRecord
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,9 @@ _GENERATION_ERRORS = (404, 410, 429, 499, 504)
 _DIGEST_HEADER = {
     "x-adapter-digest": {
         "schema": {"type": "string"},
-        "description": "the digest of the adapter that answered; absent when the base did",
+        "description": "the digests of the adapters that answered, separated by commas, in the "
+        "request's order; absent when the base did, and in a stream that had to begin before "
+        "on_cold was decided (its last event says what was served)",
     }
 }
 
@@ -191,11 +193,12 @@ async def _answer(
     try:
         accepted = await anext(events)
         assert isinstance(accepted, Accepted)
-        headers = _digest_header(accepted)
         if not is_stream:
             generation = await until_disconnect(request.receive, collect(events, accepted, task.n))
+            headers = _digest_header(served.adapter for served in generation.served)
             return json_reply(form.reply(accepted, generation), headers=headers)
         first = await _first_event(request, services, events)
+        headers = _digest_header(_answering(accepted, first))
     except BaseException:
         await events.aclose()
         raise
@@ -407,8 +410,16 @@ def _head(prefix: str, model: str, services: Services) -> Head:
     )
 
 
-def _digest_header(accepted: Accepted) -> dict[str, str]:
-    digests = [adapter.digest for adapter in accepted.lease.ids]
+def _answering(accepted: Accepted, first: asyncio.Task[TextEvent]) -> Iterable[AdapterId]:
+    """Return the adapters that answer a stream; none while on_cold leaves that open."""
+    if first.done() and isinstance(event := first.result(), Queued):
+        return [served.adapter for served in event.served]
+    lease = accepted.lease
+    return [a.adapter for a in lease.applied] if lease.when_cold.instead is None else []
+
+
+def _digest_header(adapters: Iterable[AdapterId]) -> dict[str, str]:
+    digests = [adapter.digest for adapter in adapters]
     return {"x-adapter-digest": ",".join(digests)} if digests else {}
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal, Protocol
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import AdapterUnavailable, EngineUnavailable, InvalidRequest, ModelNotFound
 from polyadapt.tasks.model_name import NamedAdapter, parse_adapter, split_base
-from polyadapt.types import AdapterId, AppliedAdapter, Residency
+from polyadapt.types import AdapterId, AppliedAdapter, Residency, WhenCold
 from polyadapt_store.manifest import AdapterRecord
 from polyadapt_store.registry import Page
 from polyadapt_store.staging import StagedUpload
@@ -25,6 +25,7 @@ from polyadapt_store.staging import StagedUpload
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
+WAIT = WhenCold()
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
 _PAGE = 500
@@ -85,10 +86,27 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One adapter as the caller wrote it: `name` or `name@version`, and how strongly it applies."""
+    """One adapter as the caller wrote it: `name` or `name@version`, how strongly it applies, and
+    with how many of its components.
+    """
 
     name: str
     scale: float = 1.0
+    rank: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OnCold:
+    """What the caller wants done when its adapters are not on the device.
+
+    They are waited for, as long as it takes or `timeout_ms`; then `action`: wait and fail are an
+    error, base the base alone, fallback the adapter of that name. Without a timeout those that do
+    not wait are done at once.
+    """
+
+    action: Literal["wait", "base", "fallback", "fail"] = "wait"
+    fallback: str = ""
+    timeout_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,19 +118,26 @@ class UploadedFile:
 
 
 class Lease:
-    """The adapter versions of one request, counted as used until `release`."""
+    """The adapter versions of one request, counted as used until `release`: those that it is to
+    be served with, and those that `when_cold` names instead.
+    """
 
     def __init__(
-        self, applied: tuple[AppliedAdapter, ...], on_release: Callable[[Lease], None]
+        self,
+        applied: tuple[AppliedAdapter, ...],
+        on_release: Callable[[Lease], None],
+        when_cold: WhenCold = WAIT,
     ) -> None:
         self.applied = applied
+        self.when_cold = when_cold
         self._on_release = on_release
         self._is_released = False
 
     @property
     def ids(self) -> tuple[AdapterId, ...]:
-        """The adapters in the order they apply."""
-        return tuple(applied.adapter for applied in self.applied)
+        """Every adapter version that is counted, in the caller's order."""
+        held = (*self.applied, *(self.when_cold.instead or ()))
+        return tuple(applied.adapter for applied in held)
 
     def release(self) -> None:
         """Give the use back; the second time is an error of ours."""
@@ -154,12 +179,17 @@ class AdapterDirectory:
 
     # ----------------------------------------------------------------------------- use
     def acquire(
-        self, tenant: str, model: str, adapters: Sequence[AdapterRef] | None = None
+        self,
+        tenant: str,
+        model: str,
+        adapters: Sequence[AdapterRef] | None = None,
+        on_cold: OnCold | None = None,
     ) -> Lease:
-        """Resolve what a request names and count its use; raises ModelNotFound.
+        """Resolve what a request names and count its use; raises ModelNotFound, and InvalidRequest
+        for what contradicts itself.
 
         `adapters` replaces the adapter that `model` would choose; the model must exist all the
-        same.
+        same, and both may not name two versions of one adapter.
         Nothing awaits between resolving and counting, so no deletion can pass in between.
         """
         chosen = self.find(tenant, model)
@@ -168,7 +198,9 @@ class AdapterDirectory:
             applied = (AppliedAdapter(chosen.adapter_id),)
         elif adapters is not None:
             applied = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
-        lease = Lease(applied, self._release)
+            _check_together(applied, chosen)
+        when_cold = self._when_cold(tenant, on_cold, applied)
+        lease = Lease(applied, self._release, when_cold)
         for adapter in lease.ids:
             self._uses[adapter] += 1
         return lease
@@ -216,7 +248,35 @@ class AdapterDirectory:
                 f"scale is {ref.scale:g}, expected 0 or 1",
                 param=f"adapters[{position}].scale",
             )
-        return AppliedAdapter(record.adapter_id, ref.scale)
+        return AppliedAdapter(record.adapter_id, ref.scale, ref.rank)
+
+    def _when_cold(
+        self, tenant: str, on_cold: OnCold | None, applied: tuple[AppliedAdapter, ...]
+    ) -> WhenCold:
+        if on_cold is None or not applied:
+            return WAIT
+        if on_cold.action == "wait":
+            return WhenCold(on_cold.timeout_ms)
+        wait_ms = on_cold.timeout_ms or 0
+        if on_cold.action == "fail":
+            return WhenCold(wait_ms)
+        if on_cold.action == "base":
+            return WhenCold(wait_ms, instead=())
+        if on_cold.fallback == self.base_name:
+            raise InvalidRequest(
+                "the fallback is the base model; send on_cold: base", param="on_cold"
+            )
+        named = parse_adapter(on_cold.fallback)
+        if named is None:
+            raise _model_not_found(on_cold.fallback, "on_cold")
+        fallback = self._resolve(tenant, named, param="on_cold").adapter_id
+        if any(fallback.digest == other.adapter.digest for other in applied):
+            raise InvalidRequest(
+                f"the fallback {named.name!r} is one of the request's own adapters; "
+                "name another one",
+                param="on_cold",
+            )
+        return WhenCold(wait_ms, instead=(AppliedAdapter(fallback),))
 
     def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
         try:
@@ -402,6 +462,25 @@ class AdapterDirectory:
     async def _wait_unused(self, adapter: AdapterId) -> None:
         while self._uses[adapter] and not self._is_closing:
             await self._unused.setdefault(adapter, asyncio.Event()).wait()
+
+
+def _check_together(applied: Sequence[AppliedAdapter], chosen: AdapterRecord | None) -> None:
+    """Raise InvalidRequest for one adapter that is named twice, or in two versions."""
+    for i, own in enumerate(applied):
+        adapter = own.adapter
+        for j, earlier in enumerate(applied[:i]):
+            if adapter.digest == earlier.adapter.digest:
+                raise InvalidRequest(
+                    f"adapters[{i}] {adapter.name!r} and adapters[{j}] {earlier.adapter.name!r} "
+                    "are the same adapter; name it once and add up the scales",
+                    param=f"adapters[{i}].name",
+                )
+        if chosen is not None and chosen.name == adapter.name and chosen.version != adapter.version:
+            raise InvalidRequest(
+                f"model names version {chosen.version} of {adapter.name!r} and adapters[{i}] "
+                f"version {adapter.version}; name one of them",
+                param=f"adapters[{i}].name",
+            )
 
 
 def _model_not_found(model: str, param: str = "model") -> ModelNotFound:

@@ -24,7 +24,7 @@ from polyadapt.errors import (
     RequestCancelled,
     by_code,
 )
-from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease
+from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease, OnCold
 from polyadapt.tasks.sequence_text import SequenceText, TextDelta
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import (
@@ -89,6 +89,7 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     n: int = 1
     adapters: tuple[AdapterRef, ...] | None = None  # replaces what `model` would choose
+    on_cold: OnCold | None = None  # None: wait for them
     cache_salt: str | None = None  # parts the tenant's cached prefixes
     priority: int = 0  # lower is served earlier
     speculative_tokens: int | None = None  # None: the engine's own
@@ -191,7 +192,9 @@ class TextService:
         generator cancels what still runs. The lease is released exactly once, however it ends.
         """
         info = self.info()
-        lease = self._directory.acquire(request.tenant, request.model, request.adapters)
+        lease = self._directory.acquire(
+            request.tenant, request.model, request.adapters, request.on_cold
+        )
         try:
             prepared = await self._prepare(request, info)
             runs = self._plan(request, lease, prepared, info)
@@ -287,6 +290,7 @@ class TextService:
                 cache_salt=(request.tenant, *((request.cache_salt,) if request.cache_salt else ())),
                 priority=request.priority,
                 speculative_tokens=request.speculative_tokens,
+                when_cold=lease.when_cold,
             )
             sequences = [
                 SequenceText(
@@ -318,7 +322,7 @@ class TextService:
                 if isinstance(item, PolyadaptError):
                     raise item
                 if isinstance(item, Failed):
-                    raise by_code(item.code, item.message)
+                    raise by_code(item.code, item.message, item.param)
                 if isinstance(item, Started):
                     run.is_started = True
                     run.num_cached_tokens = item.num_cached_tokens

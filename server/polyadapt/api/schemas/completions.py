@@ -79,6 +79,12 @@ class CompletionRequest(GenerationRequest):
             raise wrong("best_of", "best_of is served only when it equals n; leave it out")
         if self.stream and self.prompt_logprobs is not None:
             raise wrong("prompt_logprobs", "prompt_logprobs is not sent in streams")
+        if len(self.prompts) > 1 and self.on_cold not in (None, "wait", "fail"):
+            raise wrong(
+                "on_cold",
+                "several prompts could be answered by different adapters, of which a reply names "
+                "one list; send them one by one, or with on_cold wait or fail",
+            )
         return self
 
     @property

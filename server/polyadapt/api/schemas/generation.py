@@ -5,13 +5,13 @@ A field that would change the output is either served or refused by name, never 
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from polyadapt.api.schemas.base import MAX_NAME, Body, StreamOptions, only, unsupported, wrong
-from polyadapt.tasks.directory import AdapterRef
-from polyadapt.types import SamplingParams
+from polyadapt.tasks.directory import AdapterRef, OnCold
+from polyadapt.types import MAX_ADAPTERS, SamplingParams
 
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
@@ -22,20 +22,35 @@ MAX_LOGPROBS = 20
 MAX_METADATA = 16
 MAX_PRIORITY = 100
 MAX_SPECULATIVE_TOKENS = 16
+MAX_RANK = 1 << 16
+MAX_COLD_TIMEOUT_MS = 3_600_000
+_FALLBACK = "fallback:"
+_Action = Literal["wait", "base", "fail"]
 
 
 class AdapterChoice(Body):
     """One adapter of the request; replaces the one that `model` would choose."""
 
     name: str = Field(min_length=1, max_length=MAX_NAME)
-    scale: float = Field(1.0, ge=-100.0, le=100.0)
-    rank: Annotated[
-        None, BeforeValidator(only((None,), "choosing a rank is not served; leave `rank` out"))
-    ] = None
-    options: Annotated[
-        dict[str, Any] | None,
-        BeforeValidator(only((None, {}), "adapter options are not served; leave them out")),
-    ] = None
+    scale: float = Field(
+        1.0, ge=-100.0, le=100.0, description="0 is the base exactly, whatever the adapter"
+    )
+    rank: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_RANK,
+        description="how many components of a nested adapter to use; the default is all",
+    )
+    options: dict[str, Any] | None = Field(
+        None, description="what the adapter's family lets a request choose; none does so far"
+    )
+
+    @field_validator("options", mode="after")
+    @classmethod
+    def _options_are_known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        for name in value or {}:
+            raise unsupported(f"the option {name[:64]!r} is not known; leave it out")
+        return value
 
 
 def _stop_list(value: Any) -> Any:
@@ -78,14 +93,28 @@ class GenerationRequest(Body):
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_token_ids: bool | None = None
 
-    adapters: list[AdapterChoice] | None = None
-    on_cold: Annotated[
-        str | None,
-        BeforeValidator(only((None, "wait"), "on_cold serves only 'wait'; leave it out")),
-    ] = None
-    cold_timeout_ms: Annotated[
-        None, BeforeValidator(only((None,), "cold_timeout_ms is not served; leave it out"))
-    ] = None
+    adapters: list[AdapterChoice] | None = Field(
+        None,
+        max_length=MAX_ADAPTERS,
+        description="served together, without merging, in place of the adapter that `model` would "
+        "choose; [] is the base. `model` may name an adapter too, but no other version of one here",
+    )
+    on_cold: str | None = Field(
+        None,
+        max_length=len(_FALLBACK) + MAX_NAME,
+        pattern=rf"^(wait|base|fail|{_FALLBACK}.+)$",
+        description="what is done when an adapter is not on the device: `wait` for it (the "
+        "default), answer from the `base`, answer from another adapter with `fallback:<name>` (or "
+        "from whichever of them is there first), or `fail` with 503 adapter_cold. The adapter is "
+        "loaded all the same, and the reply says what served it",
+    )
+    cold_timeout_ms: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_COLD_TIMEOUT_MS,
+        description="how long the adapters are waited for before on_cold is done: 0 for `base`, "
+        "`fallback` and `fail`, without end for `wait`, which fails when a given time is over",
+    )
 
     # Only requests of the same tenant with the same salt share cached prefixes.
     cache_salt: str | None = Field(None, min_length=1, max_length=1024)
@@ -119,15 +148,6 @@ class GenerationRequest(Body):
         BeforeValidator(only((None, "auto", "default"), "there is one service tier: 'default'")),
     ] = None
 
-    @field_validator("adapters", mode="after")
-    @classmethod
-    def _at_most_one_adapter(cls, value: list[AdapterChoice] | None) -> list[AdapterChoice] | None:
-        if value is not None and len(value) > 1:
-            raise unsupported(
-                f"{len(value)} adapters in one request: composition is not served yet; send one"
-            )
-        return value
-
     @field_validator("logit_bias", mode="after")
     @classmethod
     def _bias_keys_are_ids(cls, value: dict[str, float] | None) -> dict[str, float] | None:
@@ -146,7 +166,17 @@ class GenerationRequest(Body):
         """Return the adapters that replace the model's own, or None."""
         if self.adapters is None:
             return None
-        return tuple(AdapterRef(choice.name, choice.scale) for choice in self.adapters)
+        return tuple(AdapterRef(choice.name, choice.scale, choice.rank) for choice in self.adapters)
+
+    def cold(self) -> OnCold | None:
+        """Return what is done when the adapters are not on the device; None if nothing is asked."""
+        if self.on_cold is None and self.cold_timeout_ms is None:
+            return None
+        asked = self.on_cold or "wait"
+        if asked.startswith(_FALLBACK):
+            name = asked.removeprefix(_FALLBACK)
+            return OnCold("fallback", name, timeout_ms=self.cold_timeout_ms)
+        return OnCold(cast("_Action", asked), timeout_ms=self.cold_timeout_ms)
 
     def sampling(
         self, *, num_logprobs: int | None, num_prompt_logprobs: int | None

@@ -263,9 +263,7 @@ PROMPTS = {
 
 
 @pytest.mark.parametrize("num_tokens", [512, 7])
-def test_an_invoked_adapter_equals_pefts_own(
-    start, identities, directories, model_dir, num_tokens
-):
+def test_an_invoked_adapter_equals_pefts_own(start, identities, directories, model_dir, num_tokens):
     """In one batch with the base, another adapter and a composition; in one chunk and in many."""
     driver = start(INVOKED, max_num_batched_tokens=num_tokens, max_num_seqs=9)
     driver.load(*identities.values())
@@ -368,7 +366,7 @@ def test_equal_tokens_of_a_page_are_not_enough_where_the_invocation_ends_behind_
 
 
 def test_a_replaced_invoked_adapter_finds_only_the_bases_pages(start, identities):
-    driver = start({name: INVOKED["a"] for name in ("a", "b")})
+    driver = start(dict.fromkeys(("a", "b"), INVOKED["a"]))
     prompt = invoking(PAGE + 1, length=3 * PAGE + 2)
     old = AppliedAdapter(replace(identities["a"], name="n"))
     new = AppliedAdapter(AdapterId("n", 2, identities["b"].digest))

@@ -1,14 +1,20 @@
-"""The runner's host side: the page table follows the sequences, whatever happens to them."""
+"""The runner's host side: the page table follows the sequences, whatever happens to them, and the
+plans the positions of their rows.
+"""
 
 from __future__ import annotations
 
 import random
+from collections import Counter
 
+import numpy as np
 import pytest
 
+from polyadapt.adapters.gates import NEVER, GatedAdapter
 from polyadapt.engine.request import RequestGroup, Sequence
-from polyadapt.engine.runner import PageTable
-from polyadapt.types import Request, SamplingParams
+from polyadapt.engine.runner import PageTable, _idle_rows, _plans
+from polyadapt.ops.plan import BatchPlan
+from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
 
 def new_sequence(pages: list[int]) -> Sequence:
@@ -55,3 +61,79 @@ def test_a_table_is_the_callers_own():
     second = table.of([sequence])
     assert first.tolist() == [[1, 2]]
     assert second.tolist() == [[9, 2]]
+
+
+# --------------------------------------------------------------------------- the plans
+def new_gated(rng: random.Random, position: int) -> Sequence:
+    """A running sequence with up to three adapters, some invoked later, some with weights."""
+    uses = [
+        AppliedAdapter(AdapterId("x", 1, str(i)), rng.choice([1.0, 0.5, 0.0]))
+        for i in range(rng.randrange(4))
+    ]
+    lanes = tuple(
+        GatedAdapter(
+            use,
+            place,
+            first=rng.choice([0, 0, rng.randrange(12), NEVER]),
+            weights=tuple(rng.choice([(), (), (2.0, 0.0), (0.5,) * 4])),
+        )
+        for place, use in enumerate(uses)
+    )
+    request = Request("r", (1,), SamplingParams(max_tokens=100), tuple(uses))
+    (sequence,) = RequestGroup.of(request, 0.0).sequences
+    sequence.group.settle(lanes)
+    sequence.slots = tuple(rng.randrange(3) for _ in uses)
+    sequence.num_computed = position
+    return sequence
+
+
+def rows_of(plan: BatchPlan) -> list[dict[tuple[int, float, tuple[float, ...]], int]]:
+    """What acts on each row, and how often: (slot, scale, the first four weights)."""
+    found: list[Counter[tuple[int, float, tuple[float, ...]]]] = [
+        Counter() for _ in range(plan.num_rows)
+    ]
+    for lane in plan.lanes:
+        for segment in range(lane.num_segments):
+            for row in lane.rows[lane.bounds[segment] : lane.bounds[segment + 1]].tolist():
+                own = [] if lane.gate is None else lane.gate[row].tolist()
+                weights = (*own, *[1.0] * (4 - len(own)))
+                found[row][int(lane.slots[segment]), float(lane.scales[segment]), weights] += 1
+    return [dict(row) for row in found]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_plans_hold_what_acts_on_each_row_by_its_position(seed):
+    rng = random.Random(seed)
+    sequences = [new_gated(rng, rng.choice([0, 3, 11, 40])) for _ in range(rng.randint(1, 6))]
+    lengths = [rng.choice([1, 1, 2, 9]) for _ in sequences]
+    outputs = [rng.choice([0, 1, length, min(2, length)]) for length in lengths]
+    expected_tokens, expected_outputs = [], []
+    for sequence, length, num_outputs in zip(sequences, lengths, outputs, strict=True):
+        own = []
+        for row in range(length):
+            position = sequence.num_computed + row
+            acting: Counter[tuple[int, float, tuple[float, ...]]] = Counter()
+            for lane, slot in zip(sequence.group.lanes or (), sequence.slots, strict=True):
+                if lane.applied.scale and position >= lane.first:
+                    weights = (*lane.weights, *[1.0] * (4 - len(lane.weights)))
+                    acting[slot, lane.applied.scale, weights] += 1
+            own.append(dict(acting))
+        expected_tokens += own
+        expected_outputs += own[length - num_outputs :]
+    num_tokens, num_outputs = np.array(lengths), np.array(outputs)
+    idle = _idle_rows(sequences, num_tokens)
+    tokens, kept = _plans(sequences, num_tokens, num_outputs, idle, 4)
+    assert rows_of(tokens) == expected_tokens
+    assert rows_of(kept)[: len(expected_outputs)] == expected_outputs
+
+
+def test_ordinary_sequences_cost_no_gate():
+    rng = random.Random(0)
+    sequences = [new_gated(rng, 0) for _ in range(4)]
+    for sequence in sequences:
+        lanes = sequence.group.lanes or ()
+        sequence.group.settle(tuple(GatedAdapter(lane.applied, lane.place) for lane in lanes))
+    lengths = np.array([3, 1, 2, 1])
+    assert _idle_rows(sequences, lengths) == {}
+    tokens, _ = _plans(sequences, lengths, lengths, {}, 4)
+    assert all(lane.gate is None for lane in tokens.lanes)

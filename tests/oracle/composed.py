@@ -1,4 +1,4 @@
-"""Oracles for what PEFT does not serve at once: sums of adapters, truncated adapters, and PEFT's own
+"""Oracles for what PEFT does not serve at once: sums of adapters, truncated adapters; and PEFT's own
 activated adapter. Imports nothing of polyadapt.
 """
 
@@ -53,7 +53,11 @@ def logits(model_dir: Path, parts: Sequence[Part], ids: Sequence[int]) -> torch.
 
 
 def activated_logits(
-    model_dir: Path, adapter_dir: Path, invocation: Sequence[int], ids: Sequence[int], num_prompt: int
+    model_dir: Path,
+    adapter_dir: Path,
+    invocation: Sequence[int],
+    ids: Sequence[int],
+    num_prompt: int,
 ) -> torch.Tensor:
     """Return PEFT's logits of an adapter that the invocation in the prompt activates."""
     directory = adapter_dir.with_name(f"{adapter_dir.name}-{'-'.join(map(str, invocation))}")

@@ -61,7 +61,8 @@ async def test_generation_declares_every_error_that_can_end_it(server: Server) -
         answers = body["paths"][path]["post"]["responses"]
         classes = [errors.ModelNotFound, errors.QueueFull, errors.RequestCancelled,
                    errors.AdapterDeleted, errors.NumericalError, errors.AdapterUnavailable,
-                   errors.RequestTimeout, errors.ContextLengthExceeded]  # fmt: skip
+                   errors.RequestTimeout, errors.ContextLengthExceeded,
+                   errors.AdapterCold]  # fmt: skip
         assert {str(cls.status) for cls in classes} <= set(answers)
         assert {"application/json", "text/event-stream"} == set(answers["200"]["content"])
         assert "x-adapter-digest" in answers["200"]["headers"]
@@ -79,4 +80,5 @@ async def test_requests_are_closed_and_bounded(server: Server) -> None:
     for name in ("ChatRequest", "CompletionRequest", "ChatMessage", "AdapterChoice"):
         assert schemas[name]["additionalProperties"] is False
     fields = schemas["ChatRequest"]["properties"]
+    assert fields["adapters"]["anyOf"][0]["maxItems"] == 4
     assert fields["n"]["anyOf"][0] == {"type": "integer", "maximum": 128, "minimum": 1}

@@ -25,6 +25,8 @@ from polyadapt_client import (  # noqa: E402
     NotFound,
     Polyadapt,
     Unavailable,
+    Use,
+    generation_fields,
 )
 
 FILES = {name: content for _, (name, content) in peft_files("poet")}
@@ -141,6 +143,55 @@ def test_tokens_go_there_and_back(client: Polyadapt) -> None:
     tokens = client.tokenize("hé").tokens
     assert tokens == (104, 0xC3, 0xA9)
     assert client.detokenize(tokens) == "hé"
+
+
+def test_several_adapters_complete_a_text(client: Polyadapt) -> None:
+    for name in ("haiku", "pirate"):
+        client.upload(name, {**FILES, "adapter_model.safetensors": name.encode()})
+    reply = client.complete(
+        "hi", model="fake-base", adapters=["haiku", Use("pirate", scale=0.5)], max_tokens=64
+    )
+    assert reply.text == "I am haiku+pirate 0."
+    assert [served.name for served in reply.adapters] == ["haiku", "pirate"]
+    assert reply.adapters[0].digest == client.adapter("haiku").digest
+    assert client.complete("hi", model="haiku", adapters=[]).adapters == ()
+    with pytest.raises(ApiError) as caught:
+        client.complete("hi", model="fake-base", adapters=["haiku", "haiku"])
+    assert caught.value.param == "adapters[1].name"
+
+
+def test_a_cold_adapter_is_what_the_caller_said(client: Polyadapt, running: Running) -> None:
+    digest = client.upload("poet", FILES).digest
+    running.server.engine.cold = {digest}
+    try:
+        assert client.complete("hi", model="poet", on_cold="base").adapters == ()
+        with pytest.raises(Unavailable) as caught:
+            client.complete("hi", model="poet", on_cold="fail", cold_timeout_ms=5)
+        assert (caught.value.code, caught.value.retry_after_s) == ("adapter_cold", 1)
+    finally:
+        running.server.engine.cold = set()
+
+
+def test_the_fields_for_openais_client_hold_what_was_given() -> None:
+    assert generation_fields() == {}
+    assert generation_fields([]) == {"adapters": []}
+    uses = ["a", Use("b", scale=0.5, rank=4, options={"x": 1})]
+    assert generation_fields(uses, on_cold="fallback:c", cold_timeout_ms=0) == {
+        "adapters": [
+            {"name": "a", "scale": 1.0},
+            {"name": "b", "scale": 0.5, "rank": 4, "options": {"x": 1}},
+        ],
+        "on_cold": "fallback:c",
+        "cold_timeout_ms": 0,
+    }
+
+
+def test_the_server_says_what_it_can_do(client: Polyadapt) -> None:
+    found = client.capabilities()
+    assert found.model == "fake-base"
+    assert "lora" in found.families
+    assert found.limits["max_adapters_per_request"] == 4
+    assert found.features["composition"] is True
 
 
 def test_the_server_says_how_it_is(client: Polyadapt) -> None:

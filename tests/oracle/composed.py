@@ -1,4 +1,4 @@
-"""Oracles for what PEFT does not serve at once: sums of adapters, truncated adapters; and PEFT's own
+"""Oracles for sums of adapters and for truncated ones, which PEFT does not serve, and PEFT's own
 activated adapter. Imports nothing of polyadapt.
 """
 

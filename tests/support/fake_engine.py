@@ -79,7 +79,8 @@ class FakeEngine:
     num_cached_tokens: int = 0  # that every prompt finds
     cold: set[str] = field(default_factory=set)  # digests whose loading takes for ever
     refusal: PolyadaptError | None = None  # raised by the first step of submit
-    failure: tuple[int, str, str] | None = None  # after so many tokens: code, message
+    # After so many tokens: code, message and, if any, param.
+    failure: tuple[int, str, str] | tuple[int, str, str, str] | None = None
     crash: Exception | None = None  # a bug in the engine's client
     prepare_error: PolyadaptError | None = None
     is_ready: bool = False
@@ -152,7 +153,7 @@ class FakeEngine:
         size = self.tokens_per_event
         for position in range(0, max(map(len, replies)), size):
             if self.failure is not None and position == self.failure[0]:
-                yield Failed(request.id, self.failure[1], self.failure[2])
+                yield Failed(request.id, *self.failure[1:])
                 return
             if self.crash is not None:
                 raise self.crash

@@ -18,8 +18,14 @@ from polyadapt.errors import (
     ModelNotFound,
     Problem,
 )
-from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease, UploadedFile
-from polyadapt.types import AdapterId, AppliedAdapter
+from polyadapt.tasks.directory import (
+    AdapterDirectory,
+    AdapterRef,
+    Lease,
+    OnCold,
+    UploadedFile,
+)
+from polyadapt.types import AdapterId, AppliedAdapter, WhenCold
 from polyadapt_store.manifest import ValidationReport
 from polyadapt_store.store import AdapterStore
 
@@ -134,6 +140,45 @@ async def test_adapters_replace_what_the_model_names(directory: AdapterDirectory
     with pytest.raises(ModelNotFound) as caught:
         directory.acquire(TENANT, "poet", [AdapterRef("nobody")])
     assert caught.value.param == "adapters[0].name"
+
+
+async def test_a_composition_is_counted_adapter_by_adapter(directory: AdapterDirectory) -> None:
+    poet, chef = await upload(directory, "poet"), await upload(directory, "chef")
+    refs = [AdapterRef("chef", -0.5), AdapterRef("poet@1", rank=3)]
+    lease = directory.acquire(TENANT, "fake-base", refs)
+    assert lease.applied == (AppliedAdapter(chef, -0.5), AppliedAdapter(poet, 1.0, 3))
+    assert (directory.num_uses(poet), directory.num_uses(chef)) == (1, 1)
+    lease.release()
+    assert (directory.num_uses(poet), directory.num_uses(chef)) == (0, 0)
+
+
+async def test_what_contradicts_itself_is_counted_nowhere(directory: AdapterDirectory) -> None:
+    poet, twin = await upload(directory, "poet", "x"), await upload(directory, "twin", "x")
+    newer = await upload(directory, "poet", "y")
+    for model, refs in (
+        ("fake-base", [AdapterRef("poet@1"), AdapterRef("twin")]),
+        ("fake-base", [AdapterRef("poet"), AdapterRef("poet", 0.5)]),
+        ("poet@1", [AdapterRef("poet")]),
+    ):
+        with pytest.raises(InvalidRequest):
+            directory.acquire(TENANT, model, refs)
+    assert all(directory.num_uses(adapter) == 0 for adapter in (poet, twin, newer))
+
+
+async def test_a_fallback_is_counted_until_the_request_ends(
+    directory: AdapterDirectory, store: AdapterStore
+) -> None:
+    poet, chef = await upload(directory, "poet"), await upload(directory, "chef")
+    lease = directory.acquire(TENANT, "poet", on_cold=OnCold("fallback", "chef", timeout_ms=7))
+    assert lease.applied == (AppliedAdapter(poet),)
+    assert lease.when_cold == WhenCold(7, (AppliedAdapter(chef),))
+    deletion = asyncio.create_task(directory.delete(TENANT, "chef", None, "drain"))
+    await _until_gone(directory, "chef")
+    await _settle()
+    assert store.path(chef.digest).exists()
+    lease.release()
+    await deletion
+    assert not store.path(chef.digest).exists()
 
 
 async def test_a_scale_is_refused_where_the_family_is_not_linear(

@@ -1,8 +1,18 @@
-"""The adapter calls of a Polyadapt server, typed."""
+"""The calls of a Polyadapt server that OpenAI's client does not have, typed."""
 
-from polyadapt_client.client import Polyadapt
+from polyadapt_client.client import Polyadapt, generation_fields
 from polyadapt_client.errors import AdapterRejected, ApiError, NotFound, Problem, Unavailable
-from polyadapt_client.types import Adapter, Report, Residency, Tokenized, Version
+from polyadapt_client.types import (
+    Adapter,
+    Capabilities,
+    Completion,
+    Report,
+    Residency,
+    Served,
+    Tokenized,
+    Use,
+    Version,
+)
 
 __version__ = "0.1.0"
 
@@ -10,12 +20,17 @@ __all__ = [
     "Adapter",
     "AdapterRejected",
     "ApiError",
+    "Capabilities",
+    "Completion",
     "NotFound",
     "Polyadapt",
     "Problem",
     "Report",
     "Residency",
+    "Served",
     "Tokenized",
     "Unavailable",
+    "Use",
     "Version",
+    "generation_fields",
 ]

@@ -13,7 +13,15 @@ from urllib.parse import quote
 import httpx
 
 from polyadapt_client.errors import error_of
-from polyadapt_client.types import Adapter, Tokenized, Version
+from polyadapt_client.types import (
+    Adapter,
+    Capabilities,
+    Completion,
+    Served,
+    Tokenized,
+    Use,
+    Version,
+)
 
 _PAGE = 100
 
@@ -116,6 +124,32 @@ class Polyadapt:
         """Release an adapter's memory once its running requests have ended; the name stays."""
         return Adapter.of(_body(self._http.post(f"{_path(name)}/unload", timeout=None)))
 
+    # ------------------------------------------------------------------ text
+    def complete(
+        self,
+        prompt: str,
+        *,
+        model: str,
+        adapters: Sequence[Use | str] | None = None,
+        on_cold: str | None = None,
+        cold_timeout_ms: int | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """Continue a text with several adapters at once; see generation_fields.
+
+        `fields` are the call's others, such as max_tokens and temperature. Chats and streams are
+        for OpenAI's client. Raises Unavailable with on_cold "fail" and a cold adapter.
+        """
+        body = {"model": model, "prompt": prompt, **fields}
+        body |= generation_fields(adapters, on_cold=on_cold, cold_timeout_ms=cold_timeout_ms)
+        reply = _body(self._http.post("/v1/completions", json=body))
+        (choice,) = reply["choices"]
+        served = tuple(
+            Served(s["name"], s["version"], s["digest"], s["tier"], s["load_ms"])
+            for s in reply["adapters"]
+        )
+        return Completion(choice["text"], choice["finish_reason"], served)
+
     # ------------------------------------------------------------------ tokens
     def tokenize(self, prompt: str, *, model: str | None = None) -> Tokenized:
         """Return the ids of a text, with what the tokenizer puts around it."""
@@ -148,8 +182,40 @@ class Polyadapt:
             strategy=body["strategy"],
         )
 
+    def capabilities(self) -> Capabilities:
+        """Return what the server serves, and how much of it."""
+        body = self._get("/v1/capabilities")
+        return Capabilities(
+            model=body["model"],
+            families=tuple(family["name"] for family in body["families"]),
+            limits=dict(body["limits"]),
+            features=dict(body["features"]),
+        )
+
     def _get(self, path: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return _body(self._http.get(path, params=params))
+
+
+def generation_fields(
+    adapters: Sequence[Use | str] | None = None,
+    *,
+    on_cold: str | None = None,
+    cold_timeout_ms: int | None = None,
+) -> dict[str, Any]:
+    """Return the fields that OpenAI's calls do not have, for the `extra_body` of its client.
+
+    `adapters` are served together, without merging, in place of the adapter that `model` names; []
+    is the base. `on_cold` is "wait", "base", "fail" or "fallback:<name>".
+    """
+    body: dict[str, Any] = {}
+    if adapters is not None:
+        uses = [Use(adapter) if isinstance(adapter, str) else adapter for adapter in adapters]
+        body["adapters"] = [use.body for use in uses]
+    if on_cold is not None:
+        body["on_cold"] = on_cold
+    if cold_timeout_ms is not None:
+        body["cold_timeout_ms"] = cold_timeout_ms
+    return body
 
 
 def _path(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Tier = Literal["device", "host", "store"]
@@ -86,6 +86,56 @@ class Adapter:
             description=body["description"],
             tags=tuple(body["tags"]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """One adapter of a request: `name` or `name@version`; `rank` only for nested adapters."""
+
+    name: str
+    scale: float = 1.0
+    rank: int | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The API's form of it, without what is left at its default."""
+        body: dict[str, Any] = {"name": self.name, "scale": self.scale}
+        if self.rank is not None:
+            body["rank"] = self.rank
+        if self.options:
+            body["options"] = dict(self.options)
+        return body
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """An adapter that a reply was made with; `tier` is where it lay when the request began."""
+
+    name: str
+    version: int
+    digest: str
+    tier: Tier
+    load_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A text that was continued, and what served it: no adapter means the base."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    adapters: tuple[Served, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Capabilities:
+    """What a server can do. `limits` and `features` hold what it says, by name."""
+
+    model: str
+    families: tuple[str, ...]
+    limits: Mapping[str, int]
+    features: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,21 +70,27 @@ class Held:
     def own_gate(self, identity: AdapterId) -> threading.Event:
         return self.gates.setdefault(identity.digest, threading.Event())
 
-    def end(self, request_id: str, max_steps: int = 2000):
-        """Step until the request has ended; return its last event."""
-        transcript = self.driver.transcripts[request_id]
+    def until(self, condition: Callable[[], bool], max_steps: int = 2000) -> None:
+        """Step until it holds."""
         for _ in range(max_steps):
-            if transcript.events and isinstance(transcript.last, Finished | Failed):
-                return transcript.last
+            if condition():
+                return
             self.driver.step()
             if not self.driver.rows_per_step[-1]:
                 time.sleep(0.002)
-        raise AssertionError(f"{request_id} did not end")
+        raise AssertionError(f"not within {max_steps} steps")
+
+    def end(self, request_id: str):
+        """Step until the request has ended; return its last event."""
+        events = self.driver.transcripts[request_id].events
+        self.until(lambda: bool(events) and isinstance(events[-1], Finished | Failed))
+        return events[-1]
 
     def settle(self) -> None:
         """Let every load end."""
         self.gate.set()
-        self.driver.run()
+        self.until(lambda: not self.driver.engine.has_work)
+        self.driver.engine.check_integrity()
 
     def served(self, request_id: str) -> list[str] | None:
         """The names that its reply gives; None before it was admitted."""
@@ -168,8 +174,7 @@ def test_every_sample_of_a_request_is_answered_by_the_same(hold, identities, max
     """Also those that are admitted after the adapter has come."""
     held = hold(max_num_seqs=max_num_seqs)
     held.driver.submit(ask("r", identities[0], BASE, n=3))
-    while held.served("r") is None:
-        held.driver.step_or_wait()
+    held.until(lambda: held.served("r") is not None)
     held.gate.set()
     held.driver.load(identities[0])
     held.end("r")
@@ -246,8 +251,7 @@ def test_the_base_is_chosen_when_the_turn_comes_and_not_before(hold, identities)
     for _ in range(3):
         held.driver.step()
     held.gate.set()
-    while not held.is_on_device(identities[0]):
-        held.driver.step()
+    held.until(lambda: held.is_on_device(identities[0]))
     held.end("r")
     assert held.served("r") == ["a0"]
 
@@ -263,8 +267,7 @@ def test_no_pages_means_no_decision(hold, identities):
         held.driver.step()
     assert held.served("r") is None
     held.gate.set()
-    while not held.is_on_device(identities[0]):
-        held.driver.step()
+    held.until(lambda: held.is_on_device(identities[0]))
     held.end("r")
     assert held.served("r") == ["a0"]
     assert held.count("cold_turned_to_base") == 0
@@ -341,8 +344,7 @@ def test_a_request_of_the_base_finds_and_leaves_the_bases_pages(hold, identities
 def test_a_preempted_request_goes_on_with_what_it_began_with(hold, identities):
     held = hold()
     held.driver.submit(ask("r", identities[0], BASE))
-    while len(held.driver.transcripts["r"].token_ids.get(0, ())) < 2:
-        held.driver.step()
+    held.until(lambda: len(held.driver.transcripts["r"].token_ids.get(0, ())) >= 2)
     (sequence,) = held.driver.engine.scheduler.running
     held.driver.engine.scheduler._preempt(sequence)
     held.gate.set()

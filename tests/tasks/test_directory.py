@@ -172,6 +172,7 @@ async def test_a_fallback_is_counted_until_the_request_ends(
     lease = directory.acquire(TENANT, "poet", on_cold=OnCold("fallback", "chef", timeout_ms=7))
     assert lease.applied == (AppliedAdapter(poet),)
     assert lease.when_cold == WhenCold(7, (AppliedAdapter(chef),))
+    assert (directory.num_uses(poet), directory.num_uses(chef)) == (1, 1)
     deletion = asyncio.create_task(directory.delete(TENANT, "chef", None, "drain"))
     await _until_gone(directory, "chef")
     await _settle()

@@ -353,6 +353,24 @@ def test_a_preempted_request_goes_on_with_what_it_began_with(hold, identities):
     assert held.driver.transcripts["r"].tokens == alone(hold, None)
 
 
+@pytest.mark.parametrize("when_cold", [FAIL, BASE])
+def test_whoever_has_begun_waits_for_its_adapter_whatever_it_said(hold, identities, when_cold):
+    held = hold()
+    held.resident(identities[0])
+    held.driver.submit(ask("r", identities[0], when_cold))
+    held.until(lambda: len(held.driver.transcripts["r"].token_ids.get(0, ())) >= 2)
+    held.own_gate(identities[0]).clear()
+    (sequence,) = held.driver.engine.scheduler.running
+    held.driver.engine.scheduler._preempt(sequence)
+    held.driver.call(Call(1, "unload", identities[0].digest))
+    for _ in range(10):
+        held.driver.step()
+    assert sequence in held.driver.engine.scheduler.waiting
+    held.own_gate(identities[0]).set()
+    assert held.end("r") == Finished("r")
+    assert held.driver.transcripts["r"].tokens == alone(hold, identities[0])
+
+
 def test_what_cannot_be_read_now_turns_and_what_cannot_be_served_fails(hold, identities):
     held = hold()
     held.broken[identities[0].digest] = AdapterUnavailable("the disk is away")

@@ -65,8 +65,8 @@ class SiteSpec:
     """One place of the base model that an adapter can change.
 
     kind `linear`: y [rows, out] = W x [rows, in] (+ bias); `embedding`: in = vocabulary size, out
-    = width; `bias`: a module such as LayerNorm whose additive bias alone can be replaced (in =
-    out = width).
+    = width; `norm`: y = weight * normalised x (+ bias) over the last `width` = in = out elements,
+    once a row or, of query and key, once a head.
     """
 
     path: str  # module path in the base, e.g. "model.layers.0.self_attn.q_proj"

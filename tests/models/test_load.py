@@ -49,18 +49,15 @@ def test_a_context_beyond_the_models_positions_is_refused(tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "is_tied", "kinds"),
-    [
-        ("llama", False, {"linear", "embedding"}),
-        ("gemma2", True, {"linear", "embedding"}),
-        ("gpt2", True, {"linear", "embedding", "bias"}),
-    ],
+    ("architecture", "is_tied", "num_norms"),
+    [("llama", False, 7), ("gemma2", True, 17), ("gemma3", True, 25), ("gpt2", True, 5)],
 )
-def test_the_description_names_every_site(architecture, is_tied, kinds, tiny_model):
+def test_the_description_names_every_site(architecture, is_tied, num_norms, tiny_model):
     base = load(tiny_model(architecture))
     spec = base.spec
     assert spec.is_tied is is_tied
-    assert {site.kind for site in spec.sites} == kinds
+    assert {site.kind for site in spec.sites} == {"linear", "embedding", "norm"}
+    assert sum(site.kind == "norm" for site in spec.sites) == num_norms
     assert len({site.path for site in spec.sites}) == len(spec.sites)
     assert {spec.embedding_path, spec.head_path} <= {site.path for site in spec.sites}
     reference = AutoModelForCausalLM.from_pretrained(tiny_model(architecture))
@@ -70,6 +67,9 @@ def test_the_description_names_every_site(architecture, is_tied, kinds, tiny_mod
         if site.kind == "linear":
             shape = modules[site.path].weight.shape
             assert {site.in_features, site.out_features} == set(shape)
+        elif site.kind == "norm":
+            assert torch.equal(base.weight(site_id), modules[site.path].weight)
+            assert site.has_bias is (architecture == "gpt2")
         assert (base.bias(site_id) is not None) is site.has_bias
 
 

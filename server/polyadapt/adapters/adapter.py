@@ -69,7 +69,8 @@ class Delta:
 
     linear     v = W T(x) + b, exchanged by `swap`;  y = (1 + out_scale) v + bias + B A x + dense x
     embedding  y = W[id] + B A[:, id] + dense[id]
-    norm       y = weight * normalised x + b + bias
+    norm       y = weight * normalised x + b + bias, `weight` being what the model itself keeps: of
+               Gemma the difference to one. A bias where the base has none needs a weight beside it
     Shapes: a [rank, in], b [out, rank], rank may be 0; bias, out_scale and weight [out]; transform
     [in / g, g, g]: block n of x times matrix n; swap [2, out] with `group` g: v becomes
     (1 + swap[0]) v + swap[1] v', where v' exchanges the halves of every g columns; dense [out, in],
@@ -174,8 +175,8 @@ class BaseWeights(Protocol):
         """The precision that the base is served in."""
 
     def weight(self, site_id: int) -> torch.Tensor:
-        """The site's weight [out, in] (embedding: [vocabulary, width]) as a view or copy, any
-        dtype.
+        """The site's weight [out, in] (embedding: [vocabulary, width]; norm: [width], as the model
+        keeps it) as a view or copy, any dtype.
         """
 
     def bias(self, site_id: int) -> torch.Tensor | None:

@@ -12,7 +12,13 @@ import torch
 
 from polyadapt.adapters.adapter import ORDINARY, Delta, Traits
 from polyadapt.ops import cells as layout
-from polyadapt.types import BaseSpec
+from polyadapt.types import BaseSpec, SiteKind, SiteSpec
+
+_ANYWHERE: dict[SiteKind, int] = {
+    "linear": layout.BIAS | layout.OUT_SCALE | layout.TRANSFORM | layout.SWAP | layout.DENSE,
+    "embedding": layout.DENSE,
+    "norm": layout.BIAS | layout.WEIGHT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +66,15 @@ class Layout:
 def pack(
     modules: Mapping[int, Delta], base: BaseSpec, dtype: torch.dtype, traits: Traits
 ) -> PackedAdapter:
-    """Lay the modules end to end in site order, cast once to the arena's dtype."""
+    """Lay the modules end to end in site order, cast once to the arena's dtype.
+
+    Raises ValueError for a part that its site has no place for, or whose shape is not the site's.
+    """
     ranks, parts = [-1] * len(base.sites), [0] * len(base.sites)
     blocks: list[torch.Tensor] = []
     for site_id in sorted(modules):
         module, site = modules[site_id], base.sites[site_id]
+        _check(module, site)
         a = module.a.t() if site.kind == "embedding" else module.a
         blocks += [a, module.b.t(), *(tensor for _, tensor in module.tails)]
         ranks[site_id], parts[site_id] = module.a.shape[0], module.parts
@@ -78,3 +88,33 @@ def pack(
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
     return PackedAdapter(weights, cells, rank, traits)
+
+
+def _check(module: Delta, site: SiteSpec) -> None:
+    """What no step could compute is refused here, whatever family made it."""
+    rank, num_in, num_out = module.a.shape[0], site.in_features, site.out_features
+    parts, group = module.parts & ((1 << layout.GROUP_SHIFT) - 1), layout.group_of(module.parts)
+    given = {bit: tuple(tensor.shape) for bit, tensor in module.tails}
+    expected: dict[int, tuple[int, ...]] = {
+        layout.BIAS: (num_out,),
+        layout.OUT_SCALE: (num_out,),
+        layout.TRANSFORM: (num_in // group if group else 0, group, group),
+        layout.SWAP: (2, num_out),
+        layout.DENSE: (num_in, num_out) if site.kind == "embedding" else (num_out, num_in),
+        layout.WEIGHT: (num_out,),
+    }
+    is_plain = module.a.shape == (rank, num_in) and module.b.shape == (num_out, rank)
+    is_whole = not parts & layout.TRANSFORM or num_in % group == 0
+    is_paired = not parts & layout.SWAP or (
+        module.group in (0, group) and group and not group % 2 and num_out % group == 0
+    )
+    is_placed = not parts & ~_ANYWHERE[site.kind] and not (site.kind == "norm" and rank)
+    # The norms of most models have no bias to begin with: such a step is told by the weight.
+    is_seen = site.kind != "norm" or site.has_bias or parts != layout.BIAS
+    has_shapes = all(given[bit] == expected[bit] for bit in given)
+    if not (is_plain and is_whole and is_paired and is_placed and is_seen and has_shapes):
+        raise ValueError(
+            f"the {site.kind} {site.path} of {num_in} inputs and {num_out} outputs takes no parts "
+            f"{given} in groups of {group} beside A {tuple(module.a.shape)} and B "
+            f"{tuple(module.b.shape)}; see ops/cells.py and adapters/adapter.py: Delta"
+        )

@@ -28,6 +28,7 @@ from polyadapt.adapters.eviction import EvictionOrder, Standing
 from polyadapt.adapters.load_estimate import LoadEstimate
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
+from polyadapt.ops import cells as layout
 from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter, Tier
 
 logger = logging.getLogger(__name__)
@@ -88,10 +89,15 @@ class AdapterPool:
         wake: Callable[[], None],
         keeps_host_copies: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        has_overrides: np.ndarray | None = None,
     ) -> None:
         """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
-        need not be read again after an eviction.
+        need not be read again after an eviction. has_overrides: bool [num_slots], written here,
+        read by the plans' buffers.
         """
+        if has_overrides is None:
+            has_overrides = np.zeros(cells.shape[0], np.bool_)
+        self.has_overrides = has_overrides
         self.weights = arena  # [num_elements], on the device
         self.cells = cells  # int64 [num_slots, num_sites, 3], on the host
         self.host_bytes = host_bytes
@@ -306,6 +312,7 @@ class AdapterPool:
             assert not entry.on_device or entry.digest in self._commanded, "a load left alone"
         free = self.cells[self._free_slots, :, 0]
         assert bool((free == -1).all()), "a free slot still has cells"
+        assert not self.has_overrides[self._free_slots].any(), "a free slot still has overrides"
 
     # ------------------------------------------------------------------ inside
     def _want(self, digest: str) -> _Entry | None:
@@ -585,6 +592,8 @@ class AdapterPool:
         cells = entry.packed.cells.clone()
         cells[cells[:, 0] >= 0, 0] += entry.extent.start
         self.cells[entry.slot] = cells
+        parts = cells[:, layout.PARTS] & layout.OVERRIDES
+        self.has_overrides[entry.slot] = bool(parts.any())
 
     def _evict(self, entry: _Entry) -> None:
         self.counters["adapter_evictions"] += 1
@@ -614,6 +623,7 @@ class AdapterPool:
             return
         assert entry.extent is not None
         self.cells[entry.slot, :, 0] = -1
+        self.has_overrides[entry.slot] = False
         self._arena.release(entry.extent)
         self._free_slots.append(entry.slot)
         self._no_room_from = None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from polyadapt.adapters.pace import Pace
@@ -64,7 +65,8 @@ def build_engine(
     arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device)
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-    tokens, outputs = PlanBuffers(max_rows, device), PlanBuffers(max_rows, device)
+    has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
+    tokens, outputs = (PlanBuffers(max_rows, device, has_overrides) for _ in range(2))
     wrap_sites(base, arena, cells, tokens, outputs)
     chosen = choose(dtype, is_exact=config.exact)
     fused = fuse(base, config.page_size, chosen)
@@ -74,6 +76,7 @@ def build_engine(
     pool = AdapterPool(
         arena=arena,
         cells=cells,
+        has_overrides=has_overrides,
         read=AdapterReader(blob_root, base.spec, base, dtype, pace, int(config.packed_cache_bytes)),
         host_bytes=int(config.host_adapter_bytes),
         counters=counters,

@@ -178,7 +178,11 @@ class Engine:
             num_pages=pages.num_pages,
             adapter_bytes_used=self.pool.nbytes_used,
             waiting_digests=tuple(dict.fromkeys(waiting)),
-            counters=dict(self.counters, native_layer_steps=self.runner.num_native_steps),
+            counters=dict(
+                self.counters,
+                native_layer_steps=self.runner.num_native_steps,
+                override_steps=self.runner.num_override_steps,
+            ),
             steps_by_adapters=dict(self._steps_by_adapters),
         )
 

@@ -55,6 +55,7 @@ class ModelRunner:
         self.tokens = tokens
         self.outputs = outputs
         self.page_size = page_size
+        self.num_override_steps = 0  # in which a segment needed more than the gated product
         self._page_table = PageTable()
         self._planned: tuple[object, ...] = ()  # what the plans below were made for
         self._plans = BatchPlan(0), BatchPlan(0)
@@ -87,6 +88,7 @@ class ModelRunner:
         keep, counts = _wanted(batch, decodes, starts)
         num_outputs = lengths if len(keep) == len(starts) == len(ids) else np.array(counts)
         self._load_plans(sequences, lengths, num_outputs)
+        self.num_override_steps += bool(self.tokens.overrides or self.outputs.overrides)
         # A step without logits still runs the head, on one row that nobody reads.
         indices = keep if len(keep) else np.array([len(ids) - 1])
         for layer in self.base.layers:

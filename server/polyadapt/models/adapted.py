@@ -5,11 +5,14 @@ Outside a plan each is exactly the module it replaced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from polyadapt.ops import overrides
 from polyadapt.ops.gated_matmul import Site, gated_embedding_, gated_matmul_
 from polyadapt.ops.linear import Weight
 
@@ -44,9 +47,18 @@ class AdaptedLinear(nn.Module):
         if rows.stride(1) != 1:  # a transposed input: the native products read whole rows
             rows = rows.contiguous()
         y = self.weight.product(rows, self.bias)
-        if self.site.plan.lanes:
+        plan = self.site.plan
+        if plan.overrides:
+            self._add_around(y, rows)
+        elif plan.lanes:
             gated_matmul_(y, rows, self.site, self.columns)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _add_around(self, y: torch.Tensor, rows: torch.Tensor) -> None:
+        parts = self.columns.tolist()
+        overrides.replace_products_(y, rows, self.site, parts, self.weight, self.bias)
+        gated_matmul_(y, rows, self.site, self.columns)
+        overrides.add_dense_(y, rows, self.site, parts)
 
 
 class AdaptedEmbedding(nn.Module):
@@ -83,20 +95,62 @@ class AdaptedEmbedding(nn.Module):
         return y * self.delta_scale.to(y.dtype)
 
     def _add(self, y: torch.Tensor, ids: torch.Tensor) -> None:
-        gated_embedding_(y.view(-1, y.shape[-1]), ids.reshape(-1), self.weight.shape[0], self.site)
+        rows, ids, num_in = y.view(-1, y.shape[-1]), ids.reshape(-1), self.weight.shape[0]
+        gated_embedding_(rows, ids, num_in, self.site)
+        if self.site.plan.overrides:
+            overrides.add_dense_rows_(rows, ids, num_in, self.site)
 
 
-class AdaptedBias(nn.Module):
-    """A norm whose last step adds its bias: each row's adapter may replace that bias."""
+class AdaptedNorm(nn.Module):
+    """A norm: each row's adapter may replace its weight and add to its bias.
 
-    def __init__(self, base: nn.Module, site: Site) -> None:
+    row_dim: which dimension of x counts the plan's rows; another one may count heads.
+    """
+
+    def __init__(self, base: nn.Module, site: Site, row_dim: int) -> None:
         super().__init__()
         self.base = base
         self.site = site
+        self.row_dim = row_dim
+        self.has_bias = getattr(base, "bias", None) is not None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., width] -> [..., width]."""
+        """x [..., width] -> the same shape."""
         y: torch.Tensor = self.base(x)
-        if self.site.plan.lanes:
-            gated_matmul_(y.view(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), self.site)
+        plan = self.site.plan
+        # Where the base has no bias an adapter has one only beside a weight.
+        if plan.overrides or (self.has_bias and plan.lanes):
+            adapt_norm_(y, x, self.site, self.row_dim, self._with_weight)
         return y
+
+    def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        own = self.base.weight
+        assert isinstance(own, torch.Tensor)
+        y: torch.Tensor = functional_call(self.base, {"weight": weight.to(own.dtype)}, (x,))
+        return y
+
+
+def adapt_norm_(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    site: Site,
+    row_dim: int,
+    with_weight: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> None:
+    """Put each row's own norm into y, in place.
+
+    y and x [..., width], y what the base makes of x; dimension row_dim counts the plan's rows.
+    with_weight(some rows of x, weight [width]) is the base's norm with that weight.
+    """
+    width = y.shape[-1]
+    for override, weight in overrides.norm_weights(site, width):
+        index = override.index
+        if isinstance(index, slice):
+            length = index.stop - index.start
+            rows = with_weight(x.narrow(row_dim, index.start, length), weight)
+            y.narrow(row_dim, index.start, length).copy_(rows)
+        else:
+            y.index_copy_(row_dim, index, with_weight(x.index_select(row_dim, index), weight))
+    heads = y.movedim(row_dim, 0).view(y.shape[row_dim], -1, width)
+    for head in heads.unbind(1):  # [rows, width]
+        gated_matmul_(head, head, site)  # of rank 0: only a bias, which reads no input

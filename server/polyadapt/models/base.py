@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -79,6 +79,8 @@ class BaseModel:
     dtype: torch.dtype
     device: torch.device
     step: Step | None = None  # of the native decoder layers, where all layers are
+    # By the site id of a norm: which dimension of its input counts rows, in the model as loaded.
+    row_dims: dict[int, int] = field(default_factory=dict)
 
     @property
     def layer_shapes(self) -> list[LayerShape]:
@@ -86,8 +88,8 @@ class BaseModel:
         return [layer.shape for layer in self.layers if layer.shape is not None]
 
     def weight(self, site_id: int) -> torch.Tensor:
-        """The site's weight [out, in] (embedding: [vocabulary, width]) in the dtype that it is
-        stored in; a view, or a copy of a packed one.
+        """The site's weight [out, in] (embedding: [vocabulary, width], norm: [width], as the model
+        keeps it) in the dtype that it is stored in; a view, or a copy of a packed one.
         """
         block = self.blocks[site_id]
         return block.weight.block(block.start, block.stop)

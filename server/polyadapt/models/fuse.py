@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from polyadapt.errors import StartupError
-from polyadapt.models.adapted import AdaptedEmbedding, AdaptedLinear, Part
+from polyadapt.models.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Part
 from polyadapt.models.base import BaseModel, LayerCache
 from polyadapt.models.fused import FusedAttention, FusedLayer, FusedMlp, FusedNorm, FusedRotary
-from polyadapt.models.wrap import set_submodule
+from polyadapt.models.wrap import is_norm, norm_eps, set_submodule
 from polyadapt.ops import native
 from polyadapt.ops.attention import AttentionBatch, Chunk
 from polyadapt.ops.linear import DenseWeight, PackedWeight
@@ -203,10 +203,14 @@ class _Run:
 
             return note
 
+        modules = dict(self.base.module.named_modules())
+        inner = {id(m.base) for m in modules.values() if isinstance(m, AdaptedNorm)}
         hooks = [
             module.register_forward_hook(noting(path), with_kwargs=True)
-            for path, module in self.base.module.named_modules()
-            if path and not isinstance(module, AdaptedLinear | AdaptedEmbedding)
+            for path, module in modules.items()
+            if path
+            and id(module) not in inner
+            and not isinstance(module, AdaptedLinear | AdaptedEmbedding)
         ]
         try:
             return calls, self.logits(first).clone()
@@ -241,15 +245,16 @@ def _scaled(module: nn.Module, call: _Call, factor: float) -> _Call:
 
 
 def _norm(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | None:
-    weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    is_like = isinstance(weight, torch.Tensor) and weight.dim() == 1 and isinstance(eps, float)
-    if not is_like or len(list(module.parameters())) != 1 or list(module.children()):
+    adapted = module if isinstance(module, AdaptedNorm) else None
+    own = module if adapted is None else adapted.base
+    eps = norm_eps(own)
+    if not is_norm(own) or eps is None or len(list(own.parameters())) != 1:
         return None
-    assert isinstance(weight, torch.Tensor)
-    assert isinstance(eps, float)
-    for effective in (weight.float().clone(), 1.0 + weight.float()):
-        fused = FusedNorm(effective, eps)
+    assert isinstance(own.weight, torch.Tensor)
+    for offset in (0.0, 1.0):
+        fused = FusedNorm(own.weight.float() + offset, eps, offset=offset)
+        if adapted is not None:
+            fused.site, fused.row_dim = adapted.site, adapted.row_dim
         if _is_equal(base, fused, calls[0]):
             # Norms are also of tiny rows, where eps counts, and the model's were not.
             others = [_scaled(module, calls[0], factor) for factor in (1e-3, 64.0)]

@@ -7,24 +7,48 @@ from typing import Any
 import torch
 from torch import nn
 
-from polyadapt.models.adapted import AdaptedLinear
+from polyadapt.models.adapted import AdaptedLinear, adapt_norm_
 from polyadapt.models.base import LayerCache
+from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import PackedWeight
 from polyadapt.ops.native import dense
 from polyadapt.ops.native.layer import Layer, LayerSpec, Product, Step
 
 
 class FusedNorm(nn.Module):
-    """Root mean square norm in one step. weight float32 [width]: what the last product uses."""
+    """Root mean square norm in one step, and each row's adapter. weight float32 [width]: what the
+    last product uses, which is `offset` more than the model keeps.
 
-    def __init__(self, weight: torch.Tensor, eps: float) -> None:
+    row_dim: which dimension of x counts the plan's rows; site None: no adapter can change it.
+    """
+
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        eps: float,
+        *,
+        offset: float = 0.0,
+        site: Site | None = None,
+        row_dim: int = 0,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.eps = eps
+        self.offset = offset
+        self.site = site
+        self.row_dim = row_dim
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, row_dim: int | None = None) -> torch.Tensor:
         """x [..., width] -> the same shape and dtype."""
-        return dense.rms_norm(x, self.weight, self.eps)
+        y = dense.rms_norm(x, self.weight, self.eps)
+        if self.site is not None and self.site.plan.overrides:
+            adapt_norm_(
+                y, x, self.site, self.row_dim if row_dim is None else row_dim, self._with_weight
+            )
+        return y
+
+    def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return dense.rms_norm(x, weight.float() + self.offset, self.eps)
 
 
 class FusedRotary(nn.Module):
@@ -68,15 +92,15 @@ class FusedAttention(nn.Module):
         self,
         qkv: AdaptedLinear,
         output: AdaptedLinear,
-        norms: tuple[nn.Module, nn.Module] | None,
+        norms: tuple[FusedNorm, FusedNorm] | None,
         cache: LayerCache,
         num_heads: int,
     ) -> None:
         super().__init__()
         self.qkv = qkv
         self.output = output
-        self.q_norm: nn.Module | None = norms[0] if norms else None
-        self.k_norm: nn.Module | None = norms[1] if norms else None
+        self.q_norm: FusedNorm | None = norms[0] if norms else None
+        self.k_norm: FusedNorm | None = norms[1] if norms else None
         self.cache = cache
         self.num_heads = num_heads
 
@@ -102,8 +126,8 @@ class FusedAttention(nn.Module):
             dense.rope_(qkv[:, : heads + kv_heads], cos, sin)
             query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
         else:
-            query = self.q_norm(qkv[:, :heads])
-            key = self.k_norm(qkv[:, heads : heads + kv_heads])
+            query = self.q_norm(qkv[:, :heads], row_dim=0)
+            key = self.k_norm(qkv[:, heads : heads + kv_heads], row_dim=0)
             dense.rope_(query, cos, sin)
             dense.rope_(key, cos, sin)
         out = self.cache.attend(query, key, value)
@@ -167,6 +191,7 @@ class FusedLayer(nn.Module):
             gate_up=gate_up,
             down=down,
             norms=((pair[0].weight, pair[0].eps), (pair[1].weight, pair[1].eps)),
+            norm_sites=tuple(norm.site.id for norm in (*pair, *heads) if norm.site is not None),
             head_norms=(
                 ((heads[0].weight, heads[0].eps), (heads[1].weight, heads[1].eps))
                 if heads

@@ -6,9 +6,11 @@ accepts packed rows. What cannot be served exactly is refused here with the reas
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from polyadapt.types import BaseSpec
 
 logger = logging.getLogger(__name__)
 
+_PROBED = 3  # tokens
 ATTENTION = "polyadapt"
 # Their frequencies depend on the longest position in the batch, so that a packed neighbour would
 # change a row's result.
@@ -91,12 +94,13 @@ def load_base(
         module=module,
         spec=spec,
         layers=_attach_caches(module),
-        blocks=list_blocks(module),
+        blocks=list_blocks(module, spec.sites),
         eos_token_ids=_eos_token_ids(module, text_config),
         dtype=dtype,
         device=device,
     )
     _probe(base)
+    _settle_norms(base)
     return base
 
 
@@ -120,21 +124,97 @@ def _attach_caches(module: nn.Module) -> list[LayerCache]:
     return [layers[layer_id] for layer_id in sorted(layers)]
 
 
-@torch.inference_mode()
-def _probe(base: BaseModel) -> None:
-    """Run two tokens to learn each layer's cache shape and that the registry is honoured."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=base.device)
-    positions = torch.arange(2, device=base.device)[None]
-    keep = torch.tensor([1], device=base.device)
-    logits = base.module(
+def _forward(base: BaseModel, num_tokens: int) -> torch.Tensor:
+    """The logits of the last of some tokens."""
+    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=base.device)
+    positions = torch.arange(num_tokens, device=base.device)[None]
+    keep = torch.tensor([num_tokens - 1], device=base.device)
+    logits: torch.Tensor = base.module(
         input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep
     ).logits
+    return logits
+
+
+@torch.inference_mode()
+def _probe(base: BaseModel) -> None:
+    """Run a few tokens to learn each layer's cache shape, that the registry is honoured, and which
+    dimension of a norm's input counts rows.
+    """
+    with _seen_row_dims(base, _PROBED) as dims:
+        logits = _forward(base, _PROBED)
+    if any(len(found) > 1 for found in dims.values()):  # as many heads, say, as tokens
+        with _seen_row_dims(base, _PROBED - 1) as others:
+            _forward(base, _PROBED - 1)
+        dims = {site_id: found & others[site_id] for site_id, found in dims.items()}
+    base.row_dims = {site_id: min(found) for site_id, found in dims.items() if len(found) == 1}
     base.layers = [layer for layer in base.layers if layer.shape is not None]
     if not base.layers or tuple(logits.shape[:2]) != (1, 1):
         raise StartupError(
             f"{base.spec.architecture} cannot be served: its attention does not go through "
             "transformers' attention registry, or it cannot return the logits of chosen rows"
         )
+
+
+@contextlib.contextmanager
+def _seen_row_dims(base: BaseModel, num_rows: int) -> Iterator[dict[int, set[int]]]:
+    """Watch a forward of so many rows; by a norm's site id, the dimensions that may count them.
+
+    None where the norm was not called as one, or does not take each row by itself.
+    """
+    seen: dict[int, set[int]] = {}
+
+    def noting(site_id: int, width: int) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+            found = set[int]()
+            if len(args) == 1 and not kwargs and isinstance(args[0], torch.Tensor):
+                found = _row_dims(module, args[0], y, num_rows, width)
+            seen[site_id] = seen.get(site_id, found) & found
+
+        return note
+
+    hooks = [
+        base.module.get_submodule(site.path).register_forward_hook(
+            noting(site_id, site.out_features), with_kwargs=True
+        )
+        for site_id, site in enumerate(base.spec.sites)
+        if site.kind == "norm"
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _row_dims(module: nn.Module, x: torch.Tensor, y: Any, num_rows: int, width: int) -> set[int]:
+    if not isinstance(y, torch.Tensor) or y.shape != x.shape or x.shape[-1] != width:
+        return set()
+    found = set()
+    for dim in range(x.dim() - 1):
+        if x.shape[dim] == num_rows:
+            last, expected = x.narrow(dim, num_rows - 1, 1), y.narrow(dim, num_rows - 1, 1)
+            # Not through the module's hooks, of which this is one.
+            if torch.allclose(module.forward(last), expected, rtol=1e-2, atol=1e-4):
+                found.add(dim)
+    return found
+
+
+def _settle_norms(base: BaseModel) -> None:
+    """Leave out what looks like a norm and was not seen to be one: no adapter can change it."""
+    kept = [
+        site_id
+        for site_id, site in enumerate(base.spec.sites)
+        if site.kind != "norm" or site_id in base.row_dims
+    ]
+    if len(kept) == len(base.spec.sites):
+        return
+    left = [site.path for i, site in enumerate(base.spec.sites) if i not in set(kept)]
+    logger.info("not taken as norms, so that adapters cannot change them: %s", ", ".join(left))
+    base.row_dims = {
+        new: base.row_dims[old] for new, old in enumerate(kept) if old in base.row_dims
+    }
+    base.blocks = [base.blocks[site_id] for site_id in kept]
+    base.spec = replace(base.spec, sites=tuple(base.spec.sites[site_id] for site_id in kept))
 
 
 def _attention_function(

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from polyadapt.models.adapted import AdaptedBias, AdaptedEmbedding, AdaptedLinear, Part
+from polyadapt.models.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Part
 from polyadapt.models.base import BaseModel, WeightBlock
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import DenseWeight
@@ -21,14 +21,17 @@ from polyadapt.types import SiteSpec
 
 
 def list_sites(model: nn.Module) -> tuple[SiteSpec, ...]:
-    """Describe every linear, Conv1D, embedding and biased norm of the model."""
+    """Describe every linear, Conv1D, embedding and norm of the model."""
     return tuple(spec for spec, _ in _walk(model))
 
 
-def list_blocks(model: nn.Module) -> list[WeightBlock]:
-    """Return where each site's weight and bias lie, by site id; [out, in] whatever the module."""
+def list_blocks(model: nn.Module, sites: tuple[SiteSpec, ...]) -> list[WeightBlock]:
+    """Return where each site's weight and bias lie, by site id; [out, in] whatever the module, of
+    a norm [width].
+    """
     blocks = []
-    for _, module in _walk(model):
+    for site in sites:
+        module = model.get_submodule(site.path)
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
@@ -46,10 +49,15 @@ def wrap_sites(
 ) -> None:
     """Replace every site's module in place. The head sees only the rows whose logits are wanted."""
     model = base.module
-    for site_id, (spec, module) in enumerate(list(_walk(model))):
+    for site_id, spec in enumerate(base.spec.sites):
         plan = outputs if spec.path == base.spec.head_path else tokens
         site = Site(site_id, arena, cells, plan)
-        set_submodule(model, spec.path, _wrapped(module, site, base.blocks[site_id]))
+        module = model.get_submodule(spec.path)
+        if spec.kind == "norm":
+            wrapped: nn.Module = AdaptedNorm(module, site, base.row_dims[site_id])
+        else:
+            wrapped = _wrapped(module, site, base.blocks[site_id])
+        set_submodule(model, spec.path, wrapped)
 
 
 def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -61,8 +69,6 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
 def _wrapped(module: nn.Module, site: Site, block: WeightBlock) -> nn.Module:
     if isinstance(module, nn.Embedding):
         return AdaptedEmbedding(module, block.weight, module.weight.dtype, site)
-    if isinstance(module, nn.LayerNorm):
-        return AdaptedBias(module, site)
     return AdaptedLinear(block.weight, block.bias, (Part(site, 0, block.weight.shape[0]),))
 
 
@@ -77,9 +83,29 @@ def _walk(model: nn.Module) -> Iterator[tuple[SiteSpec, nn.Module]]:
         elif isinstance(module, nn.Embedding):
             rows, width = module.weight.shape
             yield SiteSpec(path, "embedding", rows, width, False), module
-        elif isinstance(module, nn.LayerNorm) and module.bias is not None:
-            width = module.bias.shape[0]
-            yield SiteSpec(path, "norm", width, width, True), module
+        elif is_norm(module):
+            assert isinstance(module.weight, torch.Tensor)
+            width, has_bias = module.weight.shape[0], getattr(module, "bias", None) is not None
+            yield SiteSpec(path, "norm", width, width, has_bias), module
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether it is LayerNorm, or has the structure of a root mean square norm: nothing but one
+    vector of weights and an epsilon, whatever its class is called.
+    """
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
+        return False
+    if isinstance(module, nn.LayerNorm):
+        return True
+    is_plain = len(list(module.parameters())) == 1 and not list(module.children())
+    return is_plain and norm_eps(module) is not None
+
+
+def norm_eps(module: nn.Module) -> float | None:
+    """The epsilon of a norm, under the names that transformers gives it."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
 
 
 def _linear(path: str, in_features: int, out_features: int, has_bias: bool) -> SiteSpec:

@@ -16,7 +16,7 @@ import torch
 
 from polyadapt.ops import cells as cells_layout
 from polyadapt.ops import native
-from polyadapt.ops.plan import PlanBuffers
+from polyadapt.ops.plan import PlanBuffers, index_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,12 +170,7 @@ def _segments(
     ):
         if offset < 0 or start == stop:
             continue
-        members = rows[start:stop]
-        first, last = int(members[0]), int(members[-1])
-        index: slice | torch.Tensor = members.long()
-        if last - first == stop - start - 1:
-            index = slice(first, last + 1)
-        yield _Segment((offset, rank, parts), scale, index)
+        yield _Segment((offset, rank, parts), scale, index_of(rows[start:stop]))
 
 
 def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> torch.Tensor:

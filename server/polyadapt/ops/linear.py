@@ -40,6 +40,11 @@ class Weight(Protocol):
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> x W^T + bias [rows, out], of x's dtype."""
 
+    def columns(
+        self, x: torch.Tensor, bias: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
+        """Columns start..stop-1 of `product`, [rows, stop - start]."""
+
     def take(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows W[ids], [..., in], in the stored dtype; ids int64 [...]."""
 
@@ -76,6 +81,12 @@ class DenseWeight:
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x [rows, in] -> [rows, out]."""
         return F.linear(x, self.tensor, bias)
+
+    def columns(
+        self, x: torch.Tensor, bias: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
+        """The product with the rows start..stop-1 of W alone."""
+        return F.linear(x, self.tensor[start:stop], None if bias is None else bias[start:stop])
 
     def take(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows W[ids]."""
@@ -143,6 +154,16 @@ class PackedWeight:
                 y[:, start:stop] = F.linear(x, weight, part)
             return y
         return dense.linear(x, self.panels, self.num_out, bias)
+
+    def columns(
+        self, x: torch.Tensor, bias: torch.Tensor | None, start: int, stop: int
+    ) -> torch.Tensor:
+        """The product with the panels that hold the rows start..stop-1 of W."""
+        first, last = start // PANEL, -(-stop // PANEL)
+        low, high = first * PANEL, min(last * PANEL, self.num_out)
+        part = PackedWeight(self.panels[first:last], high - low, self.gemm_rows)
+        y = part.product(x, None if bias is None else bias[low:high])
+        return y[:, start - low : stop - low]
 
     def take(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows W[ids], gathered from their panels."""

@@ -6,7 +6,7 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,19 +183,40 @@ class LoadedLane:
     gate: torch.Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Override:
+    """A segment whose slot holds parts of cells.OVERRIDES somewhere; see ops/overrides.py.
+
+    rows int32 [n], a view of the buffers; index: the same rows, as a slice where they are
+    neighbours; is_short: it is shorter than the plan's limit for GEMMs.
+    """
+
+    slot: int
+    scale: float
+    rows: torch.Tensor
+    index: slice | torch.Tensor
+    is_short: bool
+
+
 class PlanBuffers:
     """Fixed-size tensors that one row space's plan is copied into before each forward.
 
     rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
     positions in `rows`, with one extra entry per lane. gate float32 [lanes, rows, width], grown on
-    demand. `lanes` are views of one lane each.
+    demand. `lanes` are views of one lane each; `overrides` are the segments, lane after lane, that
+    need more than the gated product.
     """
 
-    def __init__(self, max_rows: int, device: torch.device) -> None:
+    def __init__(
+        self, max_rows: int, device: torch.device, has_overrides: np.ndarray | None = None
+    ) -> None:
+        """has_overrides: bool [num_slots], owned by whoever fills the slots; None: no slot has."""
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
         self.device = device
         self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
+        self.overrides: tuple[Override, ...] = ()  # empty for nearly every step
+        self._has_overrides = has_overrides
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
         self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
         self.slots = torch.zeros(num, dtype=torch.int32, device=device)
@@ -203,6 +224,7 @@ class PlanBuffers:
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
         self._loaded: BatchPlan | None = None  # what the buffers hold
         self._loaded_lanes: tuple[LoadedLane, ...] = ()
+        self._loaded_overrides: tuple[Override, ...] = ()
 
     def load(self, plan: BatchPlan) -> None:
         """Copy the plan in; the previous step's content is gone afterwards.
@@ -210,12 +232,13 @@ class PlanBuffers:
         A plan that was the last to be loaded must not have been changed since.
         """
         if plan is self._loaded:
-            self.lanes = self._loaded_lanes
+            self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
             return
         if plan.num_rows > self.max_rows:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
         self._loaded = None  # unless all of it is copied
-        lanes = []
+        lanes: list[LoadedLane] = []
+        overrides: list[Override] = []
         widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
         self._widen_gate(max(widths, default=0))
         segment = row = 0
@@ -239,13 +262,27 @@ class PlanBuffers:
                     self.gate[lane_id] if lane.gate is not None else None,
                 )
             )
+            if self._has_overrides is not None and self._has_overrides[lane.slots].any():
+                overrides += self._overrides_of(lane, row)
             segment, row = stop, row + len(lane.rows)
         self._loaded, self._loaded_lanes = plan, tuple(lanes)
-        self.lanes = self._loaded_lanes
+        self._loaded_overrides = tuple(overrides)
+        self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
-        self.lanes = ()
+        self.lanes, self.overrides = (), ()
+
+    def _overrides_of(self, lane: Lane, row: int) -> Iterator[Override]:
+        """The lane's segments of slots with overrides; its rows begin at `row` of the buffer."""
+        assert self._has_overrides is not None
+        for segment in np.flatnonzero(self._has_overrides[lane.slots]).tolist():
+            start, stop = lane.bounds[segment : segment + 2].tolist()
+            if start == stop:
+                continue
+            rows = self.rows[row + start : row + stop]
+            slot, scale = int(lane.slots[segment]), float(lane.scales[segment])
+            yield Override(slot, scale, rows, index_of(rows), segment < lane.num_short)
 
     def _widen_gate(self, width: int) -> None:
         # Before any lane is filled: what was there is gone afterwards.
@@ -259,6 +296,14 @@ class PlanBuffers:
         # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
         self.gate[lane_id, : gate.shape[0]] = 1.0
         self.gate[lane_id, : gate.shape[0], :width] = torch.from_numpy(gate)
+
+
+def index_of(rows: torch.Tensor) -> slice | torch.Tensor:
+    """The rows, int32 [n] ascending, n > 0; a slice where they are neighbours, to spare copies."""
+    first, last = int(rows[0]), int(rows[-1])
+    if last - first == len(rows) - 1:
+        return slice(first, last + 1)
+    return rows.long()
 
 
 def _fill(buffer: torch.Tensor, start: int, values: np.ndarray) -> None:

@@ -52,11 +52,23 @@ typedef struct {
   int64_t site, column, num_out;
 } part_t;
 
+/* One part of one cell for the rows of one segment; what a kernel does not need is 0. */
+typedef struct {
+  void *y;
+  const void *x, *w;
+  const int32_t *rows;
+  int64_t y_stride, x_stride, num_positions, num_rows, num_in, num_out, group, is_half, w_half, threads;
+  double scale;
+} override_call_t;
+
 int64_t polyadapt_linear(const linear_call_t *call);
 int64_t polyadapt_rms_norm(const norm_call_t *call);
 int64_t polyadapt_gated_activation(const act_call_t *call);
 int64_t polyadapt_rope(const rope_call_t *call);
 int64_t polyadapt_gated_matmul(const gated_call_t *call);
+int64_t polyadapt_block_transform(const override_call_t *call);
+int64_t polyadapt_swap(const override_call_t *call);
+int64_t polyadapt_add_dense(const override_call_t *call);
 int64_t polyadapt_paged_attention(void *out, const void *q, const void *k, const void *v,
                                   const int32_t *page_table, const int32_t *kv_lens, const float *sinks,
                                   const int64_t *strides, int64_t page_stride, int64_t num_sequences,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from polyadapt.ops import cells as cells_layout
 from polyadapt.ops.attention import AttentionBatch
 from polyadapt.ops.native import build
 from polyadapt.ops.plan import LoadedLane, PlanBuffers
@@ -51,7 +52,8 @@ class LayerSpec:
     """All that stays the same about one layer.
 
     norms and head_norms are (float32 weight, eps): before attention and before the MLP; of query
-    and of key, or None. Caches [token slots, kv heads, dim] float32, contiguous.
+    and of key, or None; norm_sites are the sites of all of them. Caches [token slots, kv heads,
+    dim] float32, contiguous.
     """
 
     qkv: Product
@@ -59,6 +61,7 @@ class LayerSpec:
     gate_up: Product
     down: Product
     norms: tuple[tuple[torch.Tensor, float], tuple[torch.Tensor, float]]
+    norm_sites: tuple[int, ...]
     head_norms: tuple[tuple[torch.Tensor, float], tuple[torch.Tensor, float]] | None
     k_cache: torch.Tensor
     v_cache: torch.Tensor
@@ -68,6 +71,11 @@ class LayerSpec:
     softcap: float
     window: int
     sinks: torch.Tensor | None
+
+    def sites(self) -> list[int]:
+        """Every site of the layer."""
+        products = (self.qkv, self.output, self.gate_up, self.down)
+        return [*(site for of in products for site in of.parts[:, 0].tolist()), *self.norm_sites]
 
 
 class Layer:
@@ -112,6 +120,7 @@ class Step:
         self, arena: torch.Tensor, cells: torch.Tensor, plan: PlanBuffers, specs: list[LayerSpec]
     ) -> None:
         self._arena, self._cells, self._plan = arena, cells, plan
+        self._sites = torch.tensor(sorted({site for spec in specs for site in spec.sites()}))
         self.num_steps = 0  # that ran natively
         hidden = max(spec.qkv.panels.shape[1] for spec in specs)
         self._widths = (
@@ -163,8 +172,8 @@ class Step:
         self._made_for = made_for
         return self._block
 
-    @staticmethod
     def _fits(
+        self,
         x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
@@ -182,11 +191,22 @@ class Step:
             and lens.shape[0] >= batch.num_decodes
             and batch.write_slots.shape[0] == batch.num_decodes
             and all(lane.num_short == lane.num_segments for lane in lanes)
+            and not self._has_overrides()
             and x.is_contiguous()
             and cos.is_contiguous()
             and sin.is_contiguous()
             and x.dtype is cos.dtype is sin.dtype is torch.float32
         )
+
+    def _has_overrides(self) -> bool:
+        """Whether a segment replaces anything in a layer; a head of its own matters not."""
+        overrides = self._plan.overrides
+        if not overrides:
+            return False
+        slots = torch.tensor([override.slot for override in overrides])
+        cells = self._cells[slots[:, None], self._sites]  # [overrides, sites, 3]
+        parts = cells[:, :, cells_layout.PARTS] & cells_layout.OVERRIDES
+        return bool((parts.ne(0) & (cells[:, :, cells_layout.OFFSET] >= 0)).any())
 
 
 def _lane_block(lane: LoadedLane) -> bytes:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from polyadapt.adapters.arena import Arena
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
+from polyadapt.ops import cells as layout
 from polyadapt.types import AdapterId, AppliedAdapter, Residency
 
 NUM_SITES = 3
@@ -132,7 +134,7 @@ def rig(request: pytest.FixtureRequest):
     made: list[Rig] = []
 
     def make(**kwargs) -> Rig:
-        names = ("size", "slots", "host", "keeps_host_copies", "clock")
+        names = ("size", "slots", "host", "keeps_host_copies", "clock", "has_overrides")
         options = {key: kwargs.pop(key) for key in names if key in kwargs}
         made.append(Rig(Store(**kwargs), **options))
         return made[-1]
@@ -215,6 +217,21 @@ def test_the_least_recently_used_idle_adapter_makes_room_and_a_leased_one_never(
     assert it.tier("a") == "host", "a was used longest ago"
     assert it.tier("c") == "device"
     assert it.counters["adapter_evictions"] == 2
+
+
+def test_a_slot_is_known_to_have_overrides_as_long_as_its_adapter_lies_there(rig):
+    has = np.zeros(1, np.bool_)
+    pool = rig(plain=10, scaled=10, turned=10, slots=1, has_overrides=has)
+    adapters = pool.store.adapters
+    adapters["scaled"].cells[1, layout.PARTS] = layout.BIAS | layout.OUT_SCALE
+    adapters["turned"].cells[1, layout.PARTS] = layout.TRANSFORM | 4 << layout.GROUP_SHIFT
+    for name in ("plain", "turned", "scaled", "turned"):
+        slot = pool.take(name)
+        assert has[slot] == (name == "turned")
+        pool.pool.release((slot,))
+    pool.pool.unload("turned", lambda: None)
+    assert not has.any()
+    pool.pool.check_integrity()
 
 
 def test_a_pinned_adapter_is_not_evicted_until_it_is_unpinned(rig):

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from polyadapt.ops import native
+from polyadapt.ops.cells import BIAS, OUT_SCALE, num_elements
 from polyadapt.ops.gated_matmul import Site, gated_embedding_, gated_matmul_
 from polyadapt.ops.plan import PlanBuffers, RowUse, build_plan
 from polyadapt.ops.reference import reference_matmul
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}  # of the largest |y|
 SITE = 1
+PARTS = (BIAS, OUT_SCALE, 0, BIAS | OUT_SCALE)  # of slot 0, 1, ...
 
 
 @dataclass
@@ -34,13 +36,14 @@ def make_bank(
     offset = 13
     for slot in np.random.default_rng(3).permutation(len(ranks)):
         rank = ranks[slot]
-        has_bias = int(slot % 3 == 0 and not transposed)
+        bits = 0 if transposed else PARTS[slot % len(PARTS)]
         a = torch.randn(rank, num_in, generator=generator) / num_in**0.5
         b = torch.randn(rank, num_out, generator=generator) / max(rank, 1) ** 0.5
         blocks = [a.t() if transposed else a, b]
-        if has_bias:
-            blocks.append(torch.randn(num_out, generator=generator))
-        cells[slot, SITE] = torch.tensor([offset, rank, has_bias])
+        for bit in (BIAS, OUT_SCALE):
+            if bits & bit:
+                blocks.append(torch.randn(num_out, generator=generator))
+        cells[slot, SITE] = torch.tensor([offset, rank, bits])
         blocks.append(torch.full((5,), float("nan")))
         for block in blocks:
             parts.append(block.reshape(-1).to(dtype))
@@ -83,7 +86,8 @@ def check(
     buffers.load(plan)
     untouched = y.clone()
     gated_matmul_(y, x, Site(SITE, bank.arena, bank.cells, buffers))
-    allowed = TOLERANCE[dtype] * float(expected.abs().max())
+    tolerance = max(TOLERANCE[dtype], TOLERANCE[bank.arena.dtype])
+    allowed = tolerance * float(expected.abs().max())
     assert float((y.float() - expected).abs().max()) <= allowed
     in_plan = {row for use in uses if any(use.scales) for row in range(use.start, use.stop)}
     outside = sorted(set(range(num_rows)) - in_plan)
@@ -122,6 +126,31 @@ def test_adapters_that_leave_a_site_alone_or_only_replace_its_bias(form):
     bank.cells[1, SITE, 0] = -1
     uses, num_rows = runs("distinct", [1, 2, 3, 20], 4)
     check(bank, uses, num_rows, 16, 24, torch.float32)
+
+
+@pytest.mark.parametrize("arena_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_out", [1, 67, 2050])  # a kernel's block is 2048 columns
+def test_a_scale_of_the_output_acts_by_itself_and_beside_the_rest(
+    form, num_out, dtype, arena_dtype
+):
+    bank = make_bank([0, 0, 0, 0, 3, 3, 3, 3], 16, num_out, arena_dtype)
+    uses, num_rows = runs("distinct", [1, 2, 3, 1, 1, 40, 1, 5], 8)
+    check(bank, uses, num_rows, 16, num_out, dtype)
+
+
+def test_a_scale_of_the_output_is_not_the_requests_scale_and_acts_on_what_lanes_before_it_added(
+    form,
+):
+    bank = make_bank([2, 0, 2, 2], 8, 24, torch.float32)
+    uses = [RowUse(0, 3, (1, 2), (0.5, 2.0)), RowUse(3, 4, (2, 3), (1.0, 0.5))]
+    check(bank, uses, 4, 8, 24, torch.float32)
+    offset = int(bank.cells[1, SITE, 0])
+    y = torch.ones(1, 24)
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    buffers.load(build_plan([RowUse(0, 1, (1,), (0.5,))], 1))
+    gated_matmul_(y, torch.ones(1, 8), Site(SITE, bank.arena, bank.cells, buffers))
+    torch.testing.assert_close(y[0], 1 + bank.arena[offset : offset + 24])
 
 
 def test_lanes_scales_and_gates_add_up(form):
@@ -212,10 +241,12 @@ def test_sites_that_share_their_input_in_one_call_equal_a_call_each(form, length
     blocks, offset = [], 0
     for slot in range(3):
         for site, (width, rank) in enumerate(zip(widths, ranks[slot], strict=True)):
-            if rank:
-                cells[slot, site] = torch.tensor([offset, rank, 1])
-                blocks.append(torch.randn(rank * (num_in + width) + width, generator=generator))
-                offset += blocks[-1].numel()
+            bits = PARTS[(slot + site) % len(PARTS)]
+            if rank or bits:
+                cells[slot, site] = torch.tensor([offset, rank, bits])
+                size = num_elements(num_in, width, rank, bits)
+                blocks.append(torch.randn(size, generator=generator))
+                offset += size
     arena = torch.cat(blocks)
     uses, num_rows = runs("distinct", lengths, 3)
     buffers = PlanBuffers(num_rows, torch.device("cpu"))
@@ -223,13 +254,18 @@ def test_sites_that_share_their_input_in_one_call_equal_a_call_each(form, length
     x = torch.randn(num_rows, num_in, generator=generator)
     together = torch.randn(num_rows, sum(widths), generator=generator)
     alone = together.clone()
-    parts, column = [], 0
+    parts, column, plan = [], 0, build_plan(uses, num_rows)
+    expected = together.clone()
     for site, width in enumerate(widths):
+        columns = slice(column, column + width)
+        expected[:, columns] = reference_matmul(expected[:, columns], x, arena, cells, plan, site)
         parts.append([site, column, width])
         gated_matmul_(alone[:, column : column + width], x, Site(site, arena, cells, buffers))
         column += width
     gated_matmul_(together, x, Site(0, arena, cells, buffers), torch.tensor(parts))
     assert torch.equal(together, alone)
+    allowed = TOLERANCE[torch.float32] * float(expected.abs().max())
+    assert float((together - expected).abs().max()) <= allowed
 
 
 def test_a_part_outside_y_or_cells_is_refused():

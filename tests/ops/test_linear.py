@@ -45,6 +45,21 @@ def test_the_product_equals_float64(shape, is_half_weight, threads):
             assert error <= 2e-6 * num_in**0.5 * max(1.0, float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("gemm_rows", [1, 1 << 60])
+def test_some_columns_have_the_bits_of_the_whole_product(gemm_rows):
+    weight, bias, x = _random(131, 77), _random(131, seed=1), _random(9, 77, seed=2)
+    packed = PackedWeight.pack([weight], gemm_rows)
+    for start, stop in ((0, 131), (0, 16), (16, 48), (5, 6), (30, 35), (100, 131), (130, 131)):
+        for b in (None, bias):
+            found = packed.columns(x, b, start, stop)
+            expected = packed.product(x, b)[:, start:stop]
+            if gemm_rows == 1:
+                torch.testing.assert_close(found, expected)
+            else:
+                assert torch.equal(found, expected)
+            torch.testing.assert_close(DenseWeight(weight).columns(x, b, start, stop), expected)
+
+
 def test_a_rows_bits_do_not_depend_on_the_other_rows_or_the_threads():
     packed = PackedWeight.pack([_random(1000, 300).bfloat16().float()])
     x = _random(200, 300, seed=3)

@@ -592,8 +592,8 @@ class AdapterPool:
         cells = entry.packed.cells.clone()
         cells[cells[:, 0] >= 0, 0] += entry.extent.start
         self.cells[entry.slot] = cells
-        parts = cells[:, layout.PARTS] & layout.OVERRIDES
-        self.has_overrides[entry.slot] = bool(parts.any())
+        parts = cells[cells[:, layout.OFFSET] >= 0, layout.PARTS]
+        self.has_overrides[entry.slot] = bool((parts & layout.OVERRIDES).any())
 
     def _evict(self, entry: _Entry) -> None:
         self.counters["adapter_evictions"] += 1

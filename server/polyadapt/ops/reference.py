@@ -108,7 +108,7 @@ def reference_embedding(
     plan: BatchPlan,
     site: int,
 ) -> torch.Tensor:
-    """Return the adapted embedding [rows, width] as float32; ids [rows], weight [vocabulary, width].
+    """Return the adapted embedding [rows, width] as float32; ids [rows], weight [vocab, width].
 
     Per row and lane: B A[id] and dense[id] are added, A and dense being a row per token.
     """

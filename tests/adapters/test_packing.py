@@ -72,7 +72,7 @@ REFUSED = {
     "a bias of another width": (LINEAR, {"bias": torch.ones(12)}),
     "A of another width": (LINEAR, {"a": torch.ones(1, 8), "b": torch.ones(8, 1)}),
     "B of another rank": (LINEAR, {"b": torch.ones(8, 1)}),
-    "a bias on an embedding": (EMBEDDING, {"bias": torch.ones(8)}),
+    "a weight on an embedding": (EMBEDDING, {"weight": torch.ones(8)}),
     "a transform on an embedding": (EMBEDDING, {"transform": torch.ones(5, 2, 2)}),
     "A and B on a norm": (NORM, {"a": torch.ones(1, 8), "b": torch.ones(8, 1)}),
     "a scale on a norm": (NORM, {"out_scale": torch.ones(8)}),

@@ -53,8 +53,12 @@ def delta(kind: str, site_id: int, site: SiteSpec, weight: torch.Tensor) -> Delt
             bias=noise(num_out, of=0.2) if "bias" in parts else None,
         ) if has else None  # fmt: skip
     if site.kind == "embedding":
-        dense = noise(num_in, num_out, of=size) if "dense" in parts else None
-        return None if dense is None and not rank else Delta(a, b, dense=dense)
+        return Delta(
+            a, b,
+            bias=noise(num_out, of=size) if "bias" in parts else None,
+            out_scale=noise(num_out, of=0.3) if "out_scale" in parts else None,
+            dense=noise(num_in, num_out, of=size) if "dense" in parts else None,
+        ) if kind != "norms" else None  # fmt: skip
     # Not every site has everything: each of two parts is seen alone as well.
     some = [part for i, part in enumerate(parts) if kind != "everything" or (site_id + i) % 3]
     eye = torch.eye(GROUP).expand(num_in // GROUP, GROUP, GROUP)
@@ -128,8 +132,12 @@ def edited(model_dir: Path, spec: BaseSpec, changes: dict[int, Delta]) -> nn.Mod
             continue
         low_rank = change.b @ change.a
         if spec.sites[site_id].kind == "embedding":
-            dense = 0 if change.dense is None else change.dense
-            module.weight = nn.Parameter(module.weight + low_rank.t() + dense)
+            table = module.weight
+            if change.out_scale is not None:
+                table = table * (1 + change.out_scale)
+            for part in (change.bias, change.dense):
+                table = table if part is None else table + part
+            module.weight = nn.Parameter(table + low_rank.t())
             continue
         weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
         num_out, num_in = weight.shape
@@ -158,8 +166,18 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return request.param
 
 
-@pytest.mark.parametrize("max_num_batched_tokens", [1024, 16])
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "gpt2", "phi3", "qwen2"])
+@pytest.mark.parametrize(
+    ("form", "architecture", "max_num_batched_tokens"),
+    [
+        *(
+            ("native", architecture, 1024)
+            for architecture in ("llama", "qwen3", "gemma3", "gpt2", "phi3", "qwen2")
+        ),
+        *(("native", architecture, 16) for architecture in ("llama", "gemma3")),
+        *(("torch", architecture, 16) for architecture in ("qwen3", "gemma3")),
+    ],
+    indirect=["form"],
+)
 def test_every_row_of_a_mixed_batch_equals_a_model_edited_by_hand(
     form, architecture, max_num_batched_tokens, tiny_model, tmp_path
 ):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from tests.oracle.tiny import LENGTH_DEPENDENT_ROPE
 from transformers import AutoModelForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
 from polyadapt.errors import StartupError
+from polyadapt.models import load as load_module
 from polyadapt.models.load import BaseModel, load_base, model_digest
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops.plan import PlanBuffers
@@ -71,6 +73,41 @@ def test_the_description_names_every_site(architecture, is_tied, num_norms, tiny
             assert torch.equal(base.weight(site_id), modules[site.path].weight)
             assert site.has_bias is (architecture == "gpt2")
         assert (base.bias(site_id) is not None) is site.has_bias
+
+
+def test_rows_are_told_from_as_many_heads(tiny_model, monkeypatch):
+    monkeypatch.setattr(load_module, "_PROBED", 2)  # as many as key-value heads
+    for architecture, row_dim in (("qwen3", 1), ("gemma3", 2)):
+        base = load(tiny_model(architecture))
+        paths = {base.spec.sites[i].path: dim for i, dim in base.row_dims.items()}
+        dims = {path.rpartition(".")[2]: dim for path, dim in paths.items()}
+        assert dims["q_norm"] == dims["k_norm"] == row_dim
+        assert dims["input_layernorm"] == dims["norm"] == 1
+
+
+def test_what_was_not_called_as_a_norm_is_none():
+    norm, x = torch.nn.LayerNorm(4), torch.randn(1, 3, 4)
+    row_dims = load_module._row_dims
+    assert row_dims(norm, x, norm(x), 3, 4) == {1}
+    assert row_dims(norm, x, (norm(x),), 3, 4) == set()
+    assert row_dims(norm, x, norm(x)[:, :2], 3, 4) == set()
+    assert row_dims(norm, x, norm(x), 3, 8) == set()
+    assert row_dims(norm, x, norm(x), 2, 4) == set()
+
+
+def test_what_mixes_rows_is_no_norm(tiny_model, monkeypatch):
+    plain = Qwen3RMSNorm.forward
+    monkeypatch.setattr(  # those of query and key stay
+        Qwen3RMSNorm,
+        "forward",
+        lambda self, x: plain(self, x) + (x.dim() == 3) * x.mean(1, keepdim=True),
+    )
+    base = load(tiny_model("qwen3"))
+    norms = {i: site for i, site in enumerate(base.spec.sites) if site.kind == "norm"}
+    assert len(norms) == 4
+    assert base.row_dims == dict.fromkeys(norms, 1)
+    for site_id, site in enumerate(base.spec.sites):
+        assert torch.equal(base.weight(site_id), _module(base, site_id).weight), site.path
 
 
 def test_wrapping_keeps_a_tied_weight_one_tensor_and_the_base_exact(tiny_model):

@@ -36,7 +36,7 @@ def make_bank(
     offset = 13
     for slot in np.random.default_rng(3).permutation(len(ranks)):
         rank = ranks[slot]
-        bits = 0 if transposed else PARTS[slot % len(PARTS)]
+        bits = PARTS[slot % len(PARTS)]
         a = torch.randn(rank, num_in, generator=generator) / num_in**0.5
         b = torch.randn(rank, num_out, generator=generator) / max(rank, 1) ** 0.5
         blocks = [a.t() if transposed else a, b]
@@ -205,8 +205,8 @@ def test_a_nan_adapter_poisons_its_own_rows_only(form):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embeddings_gather_their_columns(form, dtype):
     vocab, width = 50, 24
-    bank = make_bank([3, 8, 1], vocab, width, dtype, transposed=True)
-    uses, num_rows = runs("uniform", [1, 4, 20, 2, 1], 3)
+    bank = make_bank([3, 0, 1, 8], vocab, width, dtype, transposed=True)
+    uses, num_rows = runs("distinct", [1, 4, 20, 2, 1], 4)
     plan = build_plan(uses, num_rows)
     ids = torch.randint(0, vocab, (num_rows,), generator=torch.Generator().manual_seed(2))
     y = torch.randn(num_rows, width).to(dtype)

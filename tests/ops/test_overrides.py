@@ -102,7 +102,7 @@ def adapted(
 )
 @pytest.mark.parametrize(
     ("lengths", "group", "rank"),
-    [([1] * 6, 2, 0), ([1, 40, 3, 2, 7, 1], 4, 3), ([300, 1, 300, 2, 260, 1], 12, 0)],
+    [([1] * 6, 2, 0), ([1, 40, 3, 2, 7, 1], 4, 3), ([130, 1, 2, 1, 3, 1], 12, 0)],
 )
 def test_every_part_of_fused_linears_equals_the_specification(
     form, lengths, group, rank, packed, dtype, arena_dtype
@@ -116,6 +116,8 @@ def test_every_part_of_fused_linears_equals_the_specification(
     uses, num_rows = uses_of(lengths, 6)
     plan, buffers = build_plan(uses, num_rows), bank.buffers(num_rows)
     buffers.load(plan)
+    is_long = any(not override.is_short for override in buffers.overrides)
+    assert is_long is (lengths[0] > 100), "a GEMM serves the long segments"
     weights = [torch.randn(width, num_in, generator=generator) / 7 for width in widths]
     weights = [weight.to(dtype) for weight in weights]
     bias = torch.randn(sum(widths), generator=generator)
@@ -162,7 +164,8 @@ def test_each_part_matters_to_the_specification(part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dense_rows_of_an_embedding_equal_the_specification(form, dtype):
     vocab, width = 30, 20
-    bank = make_bank([[DENSE], [DENSE], [0]], [(vocab, width)], dtype, rank=2)
+    parts = [[DENSE], [DENSE | BIAS | OUT_SCALE], [0]]
+    bank = make_bank(parts, [(vocab, width)], dtype, rank=2)
     uses, num_rows = uses_of([1, 20, 3], 3)
     plan, buffers = build_plan(uses, num_rows), bank.buffers(num_rows)
     buffers.load(plan)

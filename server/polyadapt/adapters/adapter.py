@@ -68,7 +68,7 @@ class Delta:
     """What one adapter does at one site, every constant scale already inside.
 
     linear     v = W T(x) + b, exchanged by `swap`;  y = (1 + out_scale) v + bias + B A x + dense x
-    embedding  y = W[id] + B A[:, id] + dense[id]
+    embedding  y = (1 + out_scale) W[id] + bias + B A[:, id] + dense[id]
     norm       y = weight * normalised x + b + bias, `weight` being what the model itself keeps: of
                Gemma the difference to one. A bias where the base has none needs a weight beside it
     Shapes: a [rank, in], b [out, rank], rank may be 0; bias, out_scale and weight [out]; transform

@@ -16,7 +16,7 @@ from polyadapt.types import BaseSpec, SiteKind, SiteSpec
 
 _ANYWHERE: dict[SiteKind, int] = {
     "linear": layout.BIAS | layout.OUT_SCALE | layout.TRANSFORM | layout.SWAP | layout.DENSE,
-    "embedding": layout.DENSE,
+    "embedding": layout.BIAS | layout.OUT_SCALE | layout.DENSE,
     "norm": layout.BIAS | layout.WEIGHT,
 }
 

@@ -125,12 +125,11 @@ def _attach_caches(module: nn.Module) -> list[LayerCache]:
 
 
 def _forward(base: BaseModel, num_tokens: int) -> torch.Tensor:
-    """The logits of the last of some tokens."""
-    ids = torch.zeros(1, num_tokens, dtype=torch.long, device=base.device)
+    """The logits of the last of some tokens, which differ: so their rows can be told apart."""
     positions = torch.arange(num_tokens, device=base.device)[None]
     keep = torch.tensor([num_tokens - 1], device=base.device)
     logits: torch.Tensor = base.module(
-        input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=keep
+        input_ids=positions, position_ids=positions, use_cache=False, logits_to_keep=keep
     ).logits
     return logits
 

@@ -106,20 +106,17 @@ def segments_matmul_(
     """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
     num_in, num_out = x.shape[-1], y.shape[-1]
     for segment in _segments(cells, rows, bounds, slots, scales, site):
-        offset, rank, parts = segment.cell
+        offset, rank, _ = segment.cell
         a_end = offset + rank * num_in
         b_end = a_end + rank * num_out
-        if parts & cells_layout.OUT_SCALE:
-            first = b_end + (num_out if parts & cells_layout.BIAS else 0)
-            y[segment.index] += (y[segment.index] * arena[first : first + num_out]).to(y.dtype)
+        _scale_output_(y, arena, b_end, segment)
         xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
         if rank:
             h = xs @ arena[offset:a_end].view(rank, num_in).t()  # [segment rows, rank]
             h = _apply(h, segment, gate)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
-        if parts & cells_layout.BIAS:
-            y[segment.index] += (segment.scale * arena[b_end : b_end + num_out]).to(y.dtype)
+        _add_bias_(y, arena, b_end, segment)
 
 
 def segments_embedding_(
@@ -139,13 +136,15 @@ def segments_embedding_(
     num_out = y.shape[-1]
     for segment in _segments(cells, rows, bounds, slots, scales, site):
         offset, rank, _ = segment.cell
-        if not rank:
-            continue
         a_end = offset + num_in * rank
-        table = arena[offset:a_end].view(num_in, rank)
-        h = _apply(table[ids[segment.index]], segment, gate)  # [segment rows, rank]
-        delta = h @ arena[a_end : a_end + rank * num_out].view(rank, num_out)
-        y[segment.index] += delta.to(y.dtype)
+        b_end = a_end + rank * num_out
+        _scale_output_(y, arena, b_end, segment)
+        if rank:
+            table = arena[offset:a_end].view(num_in, rank)
+            h = _apply(table[ids[segment.index]], segment, gate)  # [segment rows, rank]
+            delta = h @ arena[a_end:b_end].view(rank, num_out)
+            y[segment.index] += delta.to(y.dtype)
+        _add_bias_(y, arena, b_end, segment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +170,18 @@ def _segments(
         if offset < 0 or start == stop:
             continue
         yield _Segment((offset, rank, parts), scale, index_of(rows[start:stop]))
+
+
+def _scale_output_(y: torch.Tensor, arena: torch.Tensor, b_end: int, segment: _Segment) -> None:
+    parts, num_out = segment.cell[2], y.shape[-1]
+    if parts & cells_layout.OUT_SCALE:
+        first = b_end + (num_out if parts & cells_layout.BIAS else 0)
+        y[segment.index] += (y[segment.index] * arena[first : first + num_out]).to(y.dtype)
+
+
+def _add_bias_(y: torch.Tensor, arena: torch.Tensor, b_end: int, segment: _Segment) -> None:
+    if segment.cell[2] & cells_layout.BIAS:
+        y[segment.index] += (segment.scale * arena[b_end : b_end + y.shape[-1]]).to(y.dtype)
 
 
 def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> torch.Tensor:

@@ -56,12 +56,8 @@ def reference_linear(
     for cell in _cells(arena, cells, plan, site, num_in, num_out):
         t, g = cell.row, cell.group
         if TRANSFORM in cell.parts:
-            turned = [
-                block @ matrix
-                for block, matrix in zip(
-                    x[t].float().split(g), cell.parts[TRANSFORM].view(-1, g, g), strict=True
-                )
-            ]
+            blocks, matrices = x[t].float().view(-1, g), cell.parts[TRANSFORM].view(-1, g, g)
+            turned = [block @ matrix for block, matrix in zip(blocks, matrices, strict=True)]
             y[t] = weight.float() @ torch.cat(turned) + b
         if SWAP in cell.parts:
             first, second = cell.parts[SWAP].view(2, num_out)
@@ -110,13 +106,16 @@ def reference_embedding(
 ) -> torch.Tensor:
     """Return the adapted embedding [rows, width] as float32; ids [rows], weight [vocab, width].
 
-    Per row and lane: B A[id] and dense[id] are added, A and dense being a row per token.
+    Per row and lane: out_scale, then B A[id], bias and dense[id] are added; A and dense have a row
+    per token.
     """
     out = weight[ids].float()
     num_in, num_out = weight.shape
     for cell in _cells(arena, cells, plan, site, num_in, num_out):
         t, token = cell.row, int(ids[cell.row])
-        h = cell.scale * cell.a.view(num_in, -1)[token]
+        h = cell.scale * cell.a.view(num_in, -1)[token] if len(cell.gate) else cell.a
+        out[t] += cell.parts.get(OUT_SCALE, 0.0) * out[t]
+        out[t] += cell.scale * cell.parts.get(BIAS, 0.0)
         out[t] += torch.where(cell.gate != 0, cell.gate * h, 0.0) @ cell.b
         if DENSE in cell.parts:
             out[t] += cell.scale * cell.parts[DENSE].view(num_in, num_out)[token]

@@ -30,6 +30,8 @@ from polyadapt_store.checkpoint import Checkpoint
 
 IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
 TOLERANCE = 2e-5  # of the largest logit, in float32
+# These drop components that turn out to be zero, which only the numbers tell and no header does.
+PRUNING = frozenset({"sora"})
 
 
 def make_checkpoint(
@@ -65,7 +67,10 @@ def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int,
         plan = family.plan(config, checkpoint.header, spec)
         deltas = family.read(config, checkpoint, spec, ModelWeights(base))
     packed = pack(deltas, spec, torch.float32, plan.traits)
-    assert packed.weights.numel() == plan.num_elements, "the plan counts what the device holds"
+    if family.name in PRUNING:
+        assert packed.weights.numel() <= plan.num_elements, "the plan counts what is stored"
+    else:
+        assert packed.weights.numel() == plan.num_elements, "the plan counts what the device holds"
     return plan, deltas
 
 

@@ -57,7 +57,9 @@ class AdapterPlan:
     family: str
     rank: int  # the largest of any site
     target_modules: tuple[str, ...]  # distinct last path components, sorted
-    num_elements: int  # device elements, see ops/cells.py
+    # Device elements, see ops/cells.py: at most so many, where a family drops what the numbers, and
+    # no header, show to be zero; else exactly.
+    num_elements: int
     reads: tuple[TensorRead, ...]
     notes: tuple[str, ...] = ()  # config keys that were read and have no effect when serving
     traits: Traits = ORDINARY

@@ -182,6 +182,10 @@ class PeftFamily(Generic[SettingsT]):
         """Sites that the family adapts beside those that target_modules selects."""
         return set()
 
+    def replaced_whole(self, modules: Mapping[int, Module]) -> tuple[str, ...]:
+        """Paths of modules whose stored parameters replace the base's though no key says so."""
+        return ()
+
     def traits(self, settings: SettingsT) -> dict[str, Any]:
         """Fields of Traits that follow from the settings."""
         return {}
@@ -269,6 +273,9 @@ class PeftFamily(Generic[SettingsT]):
         settings = self.settings(reader, base)
         is_config_sound = not problems
         modules, shared = self._sort(header, base, problems)
+        if common is not None:
+            saved = (*common.saved_modules, *self.replaced_whole(modules))
+            common = replace(common, saved_modules=saved)
         shapes: dict[int, tuple[int, int]] = {}
         for module in modules.values():
             if self._measure(module, header, settings, problems) and is_config_sound:

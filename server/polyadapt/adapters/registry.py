@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.dylora import DyLora
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.sora import Sora
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
-FAMILIES: tuple[Family, ...] = (Lora(),)
+FAMILIES: tuple[Family, ...] = (Lora(), DyLora(), Sora())
 
 
 def read_config(path: Path, limits: StoreLimits | None = None) -> dict[str, Any]:

@@ -122,6 +122,12 @@ class Lora(PeftFamily[_Settings]):
         "lora_diag": "it belongs to KaSA",
     }
 
+    def claims(self, config: Mapping[str, Any]) -> bool:
+        """Whether PEFT calls it LORA and it does not call itself nested, which is another family's
+        mark.
+        """
+        return super().claims(config) and not config.get("nested")
+
     def settings(self, reader: ConfigReader, base: BaseSpec) -> _Settings:
         """See PeftFamily.settings. PEFT's defaults stand for keys that are left out."""
         for key in ("fan_in_fan_out",):

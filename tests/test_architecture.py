@@ -21,6 +21,7 @@ STORE = ROOT / "adapters_store" / "polyadapt_store"
 # everyone may use come last. `demo` is packaged data with its list.
 LAYERS = (
     ("polyadapt.__main__", "polyadapt.cli"),
+    ("polyadapt.offline",),
     ("polyadapt.serve",),
     ("polyadapt.app",),
     ("polyadapt.api",),

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,7 @@ def test_the_serving_process_needs_no_torch() -> None:
         (["keys", "create", "--scope", "root"], "scopes"),
         (["keys", "delete", "key-none"], "no API key"),
         (["model", "fetch", "no-such-model"], "no-such-model"),
+        (["inspect", "/no/such/adapter"], "is no directory"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(
@@ -84,6 +86,51 @@ def test_what_cannot_start_says_why_in_one_line(
     assert words in err
     assert err.startswith("polyadapt: ")
     assert err.count("\n") == 1, err
+
+
+DEMO = Path(__file__).parents[1] / "server" / "polyadapt" / "demo" / "pirate"
+
+
+def test_inspecting_an_adapter_tells_people_and_machines(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    status, out, _ = run("inspect", str(DEMO), home=tmp_path)
+    assert status == 0
+    assert "lora" in out
+    assert "give --model" in out
+
+    # Of another base: everything that does not fit is listed.
+    arguments = ["inspect", str(DEMO), "--model", str(tiny_model("llama")), "--json"]
+    status, out, _ = run(*arguments, home=tmp_path)
+    assert status == 1
+    found = json.loads(out)
+    assert found["verdict"] == "refused"
+    assert {problem["code"] for problem in found["problems"]} == {
+        "shape_mismatch",
+        "unknown_module",
+    }
+    assert len(found["problems"]) > 100
+
+
+def test_inspecting_an_adapter_of_the_base_reports_cost_and_parity(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from tests.oracle import adapters
+
+    model_dir = tiny_model("llama")
+    directory = adapters.make_lora(model_dir, tmp_path / "mine", 4, seed=1)
+    arguments = ["inspect", str(directory), "--model", str(model_dir)]
+    status, out, err = run(*arguments, home=tmp_path)
+    assert status == 0, err
+    assert "it is served exactly" in out
+    assert "parity" in out
+
+    status, out, _ = run(*arguments, "--json", home=tmp_path)
+    found = json.loads(out)
+    assert (status, found["verdict"], found["parity"]["is_equal"]) == (0, "served", True)
+    elements = found["cost"]["num_elements"]
+    assert found["cost"]["device_bytes"] == {"bfloat16": 2 * elements, "float32": 4 * elements}
+    assert 0 < found["cost"]["device_share"] < 1
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

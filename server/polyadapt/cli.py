@@ -1,4 +1,6 @@
-"""The command line: serve, model, keys. Light: what a command needs is imported when it runs."""
+"""The command line: serve, inspect, model, keys. Light: what a command needs is imported when it
+runs.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,7 @@ from polyadapt.config import Config, load_config
 from polyadapt.errors import InvalidRequest, NotFound, StartupError
 
 if TYPE_CHECKING:
+    from polyadapt.offline.inspection import Inspection
     from polyadapt_store.keys import KeyRing
 
 app = typer.Typer(
@@ -150,6 +153,33 @@ def serve(
         _serve(settings)
 
 
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="An adapter's directory.", metavar="DIR")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="The base: a transformers directory, a hub id, or smollm2."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    home: Home = None,
+) -> None:
+    """Say what an adapter is, what it will cost, and whether it is served exactly.
+
+    With --model also whether its tensors fit, and the adapter is served once by an engine of this
+    process, in float32, beside the same adapter written into the weights of a second copy. Status 1
+    when it is refused or the two differ.
+    """
+    with _one_clear_line():
+        if not directory.is_dir():
+            raise StartupError(f"{directory} is no directory; give that of an adapter")
+        from polyadapt.offline.report import show
+
+        found = _inspect(directory, model, home)
+        show(found, out, as_json=as_json)
+        if found.verdict in ("refused", "differs"):
+            raise typer.Exit(1)
+
+
 @model_app.command("fetch")
 def fetch(
     name: Annotated[str, typer.Argument(help="The model's name, such as smollm2.")],
@@ -233,6 +263,19 @@ def _serve(settings: Config) -> None:
             asyncio.run(serve_until_signal(settings, listener, model_dir, _announce))
         except asyncio.CancelledError:
             raise typer.Exit(130) from None  # a signal during the start
+
+
+def _inspect(directory: Path, model: str | None, home: Path | None) -> Inspection:
+    from polyadapt.offline.inspection import inspect_adapter, inspect_files
+
+    if model is None:
+        return inspect_files(directory)
+    from polyadapt.models.fetch import obtain_model
+
+    settings = load_config({"home": home, "model": model})
+    with _fetch_bar() as progress:
+        model_dir = obtain_model(settings.engine.model, settings.home, progress)
+    return inspect_adapter(directory, model_dir, settings.engine)
 
 
 def _announce(settings: Config, url: str) -> None:

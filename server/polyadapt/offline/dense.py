@@ -1,0 +1,123 @@
+"""The base with one adapter written into its weights: plain transformers in float32, none of the
+engine's modules, ops or kernels. What a served answer is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from polyadapt.adapters.adapter import Delta
+from polyadapt.types import BaseSpec, SiteSpec
+
+_WRITTEN = frozenset(
+    {"a", "b", "bias", "out_scale", "transform", "swap", "dense", "weight", "group"}
+)
+
+
+class NotDenseError(Exception):
+    """The adapter does something that no weights of the base can say; the text says what."""
+
+
+def load_dense(model_dir: Path) -> nn.Module:
+    """Return the model in `model_dir` as transformers computes it by itself, in float32."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model_dir,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, token_ids: list[int]) -> torch.Tensor:
+    """Return the logits float32 [tokens, vocabulary] of one sequence."""
+    logits: torch.Tensor = model(input_ids=torch.tensor([token_ids]), use_cache=False).logits[0]
+    return logits.float()
+
+
+@torch.no_grad()
+def write_into(model: nn.Module, deltas: Mapping[int, Delta], base: BaseSpec) -> None:
+    """Give every adapted module a weight and a bias of its own, in place, by the formulas of
+    adapters/adapter.py; raises NotDenseError. Shared weights are parted.
+    """
+    for site_id, delta in deltas.items():
+        site = base.sites[site_id]
+        for field in fields(delta):
+            value = getattr(delta, field.name)
+            if field.name not in _WRITTEN and value is not None:
+                raise NotDenseError(f"it gives {site.path} a {field.name}, which is no weight")
+        module = model.get_submodule(site.path)
+        if site.kind == "linear":
+            _write_linear(module, delta)
+        elif site.kind == "embedding":
+            _write_embedding(module, delta, site)
+        elif site.kind == "norm":
+            _write_norm(module, delta)
+        else:
+            raise NotDenseError(f"{site.path} is of kind {site.kind}")
+
+
+def _write_linear(module: nn.Module, delta: Delta) -> None:
+    is_transposed = isinstance(module, Conv1D)
+    stored, bias = module.weight, module.bias
+    assert isinstance(stored, torch.Tensor)
+    assert bias is None or isinstance(bias, torch.Tensor)
+    weight = stored.t() if is_transposed else stored  # [out, in]
+    constant = torch.zeros(weight.shape[0]) if bias is None else bias
+    if delta.transform is not None:
+        # A block of x times M from the right is M transposed times the block.
+        blocks = [block.t() for block in delta.transform]
+        weight = weight @ torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    if delta.swap is not None:
+        order = torch.arange(len(weight)).reshape(-1, 2, delta.group // 2).flip(1).reshape(-1)
+        own, other = 1 + delta.swap[0], delta.swap[1]
+        weight = own[:, None] * weight + other[:, None] * weight[order]
+        constant = own * constant + other * constant[order]
+    if delta.out_scale is not None:
+        weight = (1 + delta.out_scale)[:, None] * weight
+        constant = (1 + delta.out_scale) * constant
+    weight = weight + delta.b @ delta.a
+    if delta.dense is not None:
+        weight = weight + delta.dense
+    if delta.bias is not None:
+        constant = constant + delta.bias
+    weight = weight.t() if is_transposed else weight
+    module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    if bias is not None or bool(constant.any()):
+        module.bias = nn.Parameter(constant, requires_grad=False)
+
+
+def _write_embedding(module: nn.Module, delta: Delta, site: SiteSpec) -> None:
+    table = module.weight  # [vocabulary, width]
+    assert isinstance(table, torch.Tensor)
+    if delta.transform is not None or delta.swap is not None or delta.weight is not None:
+        raise NotDenseError(f"{site.path} is an embedding and is multiplied from a side")
+    if delta.out_scale is not None:
+        table = table * (1 + delta.out_scale)
+    table = table + (delta.b @ delta.a).t()
+    if delta.dense is not None:
+        table = table + delta.dense
+    if delta.bias is not None:
+        table = table + delta.bias
+    module.weight = nn.Parameter(table, requires_grad=False)
+
+
+def _write_norm(module: nn.Module, delta: Delta) -> None:
+    if delta.weight is not None:
+        module.weight = nn.Parameter(delta.weight.clone(), requires_grad=False)
+    if delta.bias is not None:
+        bias = module.bias
+        assert isinstance(bias, torch.Tensor)
+        module.bias = nn.Parameter(bias + delta.bias, requires_grad=False)

@@ -26,6 +26,7 @@ from polyadapt.adapters.adapter import AdapterPlan, Delta
 from polyadapt.adapters.packing import pack
 from polyadapt.adapters.registry import family_of, read_config
 from polyadapt.errors import AdapterRejected
+from polyadapt.ops import cells
 from polyadapt_store.checkpoint import Checkpoint
 
 IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
@@ -71,7 +72,20 @@ def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int,
         assert packed.weights.numel() <= plan.num_elements, "the plan counts what is stored"
     else:
         assert packed.weights.numel() == plan.num_elements, "the plan counts what the device holds"
+    _check_declared(family, plan, deltas)
     return plan, deltas
+
+
+def _check_declared(family: Any, plan: AdapterPlan, deltas: Mapping[int, Delta]) -> None:
+    """What the documentation says of a family is what its adapters are."""
+    replaced = {read.site_id for read in plan.reads if read.role in ("new_weight", "new_bias")}
+    for site_id, delta in deltas.items():
+        undeclared = delta.parts & cells.OVERRIDES & ~family.overrides
+        assert not undeclared or site_id in replaced, f"{family.name}.overrides lacks {undeclared}"
+    if any(read.role in ("new_weight", "new_bias", "token_rows") for read in plan.reads):
+        return
+    if family.scaling in ("yes", "no"):
+        assert plan.traits.is_scalable == (family.scaling == "yes"), f"{family.name}.scaling"
 
 
 @torch.no_grad()

@@ -189,7 +189,11 @@ class Family(Protocol):
     """One kind of adapter. A new one is one file beside the others and one test."""
 
     name: ClassVar[str]
+    peft_types: ClassVar[frozenset[str]]  # its spellings in `peft_type`
     summary: ClassVar[str]  # how it is served, for people
+    # Whether a request may scale it, by itself: "yes", "no", or "yes, except ..." for people.
+    scaling: ClassVar[str]
+    overrides: ClassVar[int]  # bits of cells.OVERRIDES that its own cells may have
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether this family reads checkpoints with this adapter_config.json."""

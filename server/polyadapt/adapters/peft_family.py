@@ -132,6 +132,8 @@ class PeftFamily(Generic[SettingsT]):
     name: ClassVar[str]  # -> the word for it in APIs
     peft_types: ClassVar[frozenset[str]]  # -> its spellings in `peft_type`
     summary: ClassVar[str]  # -> how it is served, for people
+    scaling: ClassVar[str] = "yes"  # -> see Family; replaced parameters of the base apart
+    overrides: ClassVar[int] = 0  # -> see Family
     forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> by role
     shared_forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> of tensors that no module owns
     # -> Config keys that `settings` reads, that only training reads, and that are refused if set.

@@ -86,6 +86,7 @@ class Lora(PeftFamily[_Settings]):
     name = "lora"
     peft_types = frozenset({"LORA"})
     summary = "A and B as stored, alpha / r folded into B; DoRA adds one scale per output"
+    scaling = "yes, except DoRA"
     forms: ClassVar = {
         "a": TensorForm("lora_A.weight", ("rank", "in")),
         "b": TensorForm("lora_B.weight", ("out", "rank")),

@@ -18,6 +18,7 @@ from polyadapt.adapters.adapter import Delta
 from polyadapt.adapters.peft_config import ConfigReader
 from polyadapt.adapters.peft_family import Module, PeftFamily, SiteBase, TensorForm, low_rank
 from polyadapt.errors import Problem
+from polyadapt.ops import cells
 from polyadapt.types import BaseSpec
 from polyadapt_store.strict_json import shown
 
@@ -41,6 +42,8 @@ class Sora(PeftFamily[_Settings]):
     name = "sora"
     peft_types = frozenset({"SORA"})
     summary = "gates folded into B with alpha / r_max, components with gate 0 dropped; new norms"
+    scaling = "yes, unless norms are replaced"
+    overrides = cells.WEIGHT
     forms: ClassVar = {
         "a": TensorForm("lora.lora_A", ("rank", "in")),
         "b": TensorForm("lora.lora_B", ("out", "rank")),

@@ -69,6 +69,8 @@ LEAVES = {
 
 # Attribute chains and names that may not appear: they run what a stranger wrote, or break streams.
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load", "np.load"}
+# Opens pickles for `polyadapt convert`, as bare tensors; no server imports it, as layers go.
+READS_PICKLES = "polyadapt.offline.pickled"
 FORBIDDEN_MODULES = {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 FORBIDDEN_NAMES = {"BaseHTTPMiddleware"}
 
@@ -133,7 +135,11 @@ def test_nothing_unsafe_is_used(module):
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in FORBIDDEN_CALLS, f"{module}:{node.lineno} calls {called}"
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            is_bare = called == "torch.load" and given.get("weights_only") == "True"
+            assert called not in FORBIDDEN_CALLS or (is_bare and module == READS_PICKLES), (
+                f"{module}:{node.lineno} calls {called}"
+            )
             assert not any(
                 keyword.arg == "weights_only" and ast.unparse(keyword.value) == "False"
                 for keyword in node.keywords

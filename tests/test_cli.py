@@ -76,6 +76,7 @@ def test_the_serving_process_needs_no_torch() -> None:
         (["keys", "delete", "key-none"], "no API key"),
         (["model", "fetch", "no-such-model"], "no-such-model"),
         (["inspect", "/no/such/adapter"], "is no directory"),
+        (["convert", "/no/such/adapter", "/tmp/out"], "does not exist"),
     ],
 )
 def test_what_cannot_start_says_why_in_one_line(
@@ -131,6 +132,35 @@ def test_inspecting_an_adapter_of_the_base_reports_cost_and_parity(
     elements = found["cost"]["num_elements"]
     assert found["cost"]["device_bytes"] == {"bfloat16": 2 * elements, "float32": 4 * elements}
     assert 0 < found["cost"]["device_share"] < 1
+
+
+def test_converting_writes_a_directory_and_inspects_it(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from tests.oracle import adapters
+
+    model_dir = tiny_model("llama")
+    directory = adapters.make_lora(model_dir, tmp_path / "mine", 4, seed=1)
+    weights = directory / "adapter_model.safetensors"
+    torch.save(load_file(weights), directory / "adapter_model.bin")
+    weights.unlink()
+    arguments = ["convert", str(directory), str(tmp_path / "out"), "--base", str(model_dir)]
+    status, out, err = run(*arguments, home=tmp_path)
+    assert status == 0, err
+    assert "it is served exactly" in out
+
+    status, out, err = run(*arguments, home=tmp_path)
+    assert (status, out) == (1, "")
+    assert "--force" in err
+
+    # What would be refused is written all the same, and said.
+    config = directory / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_magic": 1}))
+    status, out, _ = run(*arguments, "--force", home=tmp_path)
+    assert status == 1
+    assert "unknown_config_key" in out
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

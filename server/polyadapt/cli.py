@@ -1,5 +1,5 @@
-"""The command line: serve, inspect, model, keys. Light: what a command needs is imported when it
-runs.
+"""The command line: serve, inspect, convert, model, keys. Light: what a command needs is imported
+when it runs.
 """
 
 from __future__ import annotations
@@ -180,6 +180,57 @@ def inspect(
             raise typer.Exit(1)
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A directory, or a file of weights.")],
+    target: Annotated[Path, typer.Argument(help="The new directory.", metavar="OUT")],
+    kind: Annotated[
+        str, typer.Option("--from", help="What wrote it, as docs/adapters.md lists.")
+    ] = "pickle",
+    rank: Annotated[int | None, typer.Option(min=1, help="Checked beside the weights.")] = None,
+    rank_min: Annotated[int, typer.Option(min=1, help="Smallest rank of nested ones.")] = 1,
+    alpha: Annotated[float | None, typer.Option(help="Where no config says it.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="The adapter's directory of before its training.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base, for what was trained, and for inspecting.")
+    ] = None,
+    deltas_only: Annotated[
+        bool, typer.Option("--deltas-only", help="Leave out what may be trained base weights.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a directory in use.")] = False,
+    home: Home = None,
+) -> None:
+    """Make a directory that can be uploaded of what other code wrote, and inspect it.
+
+    Pickles are read as bare tensors only: nothing that they hold is run. Status 1 when nothing was
+    written, or what was written would be refused.
+    """
+    with _one_clear_line():
+        from polyadapt.adapters.families.conversions import Given
+        from polyadapt.offline.convert import convert as write_converted
+        from polyadapt.offline.convert import read_source
+        from polyadapt.offline.pickled import load_base
+        from polyadapt.offline.report import show
+
+        given = Given(
+            rank=rank,
+            min_rank=rank_min,
+            alpha=alpha,
+            initial=None if initial is None else read_source(initial),
+            base=None if base is None else load_base(_model_dir(base, home)),
+            deltas_only=deltas_only,
+        )
+        notes = write_converted(kind, read_source(source), given, target, force=force)
+        for note in notes:
+            err.print(f"polyadapt: {note}", markup=False, highlight=False, soft_wrap=True)
+        found = _inspect(target, base, home)
+        show(found, out, as_json=False)
+        if found.verdict in ("refused", "differs"):
+            raise typer.Exit(1)
+
+
 @model_app.command("fetch")
 def fetch(
     name: Annotated[str, typer.Argument(help="The model's name, such as smollm2.")],
@@ -270,12 +321,16 @@ def _inspect(directory: Path, model: str | None, home: Path | None) -> Inspectio
 
     if model is None:
         return inspect_files(directory)
+    settings = load_config({"home": home, "model": model})
+    return inspect_adapter(directory, _model_dir(model, home), settings.engine)
+
+
+def _model_dir(model: str, home: Path | None) -> Path:
     from polyadapt.models.fetch import obtain_model
 
     settings = load_config({"home": home, "model": model})
     with _fetch_bar() as progress:
-        model_dir = obtain_model(settings.engine.model, settings.home, progress)
-    return inspect_adapter(directory, model_dir, settings.engine)
+        return obtain_model(settings.engine.model, settings.home, progress)
 
 
 def _announce(settings: Config, url: str) -> None:

@@ -89,6 +89,40 @@ def test_a_wrong_answer_is_seen(
     assert found.verdict == "differs"
 
 
+def made(model_dir: Path, directory: Path, **options: Any) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    return make_checkpoint(base, LoraConfig(r=5, task_type="CAUSAL_LM", **options), directory)
+
+
+def test_a_nested_adapter_is_compared_at_several_ranks(model_dir: Path, tmp_path: Path) -> None:
+    directory = made(model_dir, tmp_path, target_modules=["q_proj", "up_proj"])
+    edit(directory, nested=True, rank_min=2, rank_max=5, scale="alpha/b")
+    found = inspected(directory, model_dir)
+    assert (found.verdict, found.family) == ("served", "dylora")
+    assert found.parity is not None
+    assert found.parity.ranks == (2, 3, 5)
+
+
+def test_an_adapter_that_is_invoked_is_compared_behind_its_invocation(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    options = {"target_modules": ["v_proj", "up_proj"], "alora_invocation_tokens": [7, 9]}
+    found = inspected(made(model_dir, tmp_path, **options), model_dir)
+    assert found.verdict == "served"
+    assert not found.unchecked
+    assert found.traits is not None
+    assert found.traits.invocation == (7, 9)
+
+
+def test_slow_parts_are_counted_by_module(model_dir: Path, tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "input_layernorm"]}
+    found = inspected(made(model_dir, tmp_path, **options), model_dir)
+    assert found.verdict == "served"
+    assert found.cost is not None
+    assert found.cost.slow_parts == {"dense": 1, "norm weight": 3}
+    assert "lm_head.weight" in found.traits.replaced
+
+
 def test_what_an_upload_would_refuse_is_refused(adapter_dir: Path, model_dir: Path) -> None:
     change(adapter_dir, **{f"{Q0}.lora_A.weight": torch.ones(4, 7)})
     edit(adapter_dir, use_magic=3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +80,7 @@ class Parity:
     tolerance: float
     largest_effect: float  # of the adapter, beside the base
     num_tokens: int
+    ranks: tuple[int, ...] = ()  # at which a nested adapter was compared
 
     @property
     def is_equal(self) -> bool:
@@ -169,8 +170,11 @@ async def _inspect(
         )
         token_ids = _prompt(deltas, base, plan.traits)
         try:
-            num_top = min(_NUM_TOP, base.vocab_size)
-            scores = await served.score(served.put(directory), token_ids, num_top)
+            num_top, adapter = min(_NUM_TOP, base.vocab_size), served.put(directory)
+            scores = {
+                rank: await served.score(adapter, rank, token_ids, num_top)
+                for rank in _ranks(plan.traits)
+            }
         except PolyadaptError as error:
             return replace(found, problems=(Problem(error.code, error.message),))
     finally:
@@ -185,7 +189,7 @@ def _with_dense(
     deltas: Mapping[int, Delta],
     base: BaseSpec,
     token_ids: list[int],
-    scores: list[TokenLogprob],
+    scores: Mapping[int | None, list[TokenLogprob]],
 ) -> Inspection:
     """Add what a second, plain copy of the model tells: cost beside it, and parity."""
     from polyadapt.offline.dense import NotDenseError, load_dense, logits_of, write_into
@@ -193,24 +197,46 @@ def _with_dense(
     model = load_dense(model_dir)
     found = replace(found, cost=_cost(deltas, base, sum(p.numel() for p in model.parameters())))
     plain = logits_of(model, token_ids).log_softmax(-1)
-    try:
-        write_into(model, deltas, base)
-    except NotDenseError as error:
-        return replace(found, unchecked=(f"its parity with a dense model: {error}",))
-    logits = logits_of(model, token_ids)
-    expected = logits.log_softmax(-1)
-    parity = Parity(
-        largest_difference=_largest_difference(scores, expected),
-        tolerance=TOLERANCE * float(logits.abs().max()),
-        largest_effect=float((expected - plain).abs().max()),
-        num_tokens=len(token_ids),
-    )
+    parity = Parity(0.0, 0.0, 0.0, len(token_ids), tuple(rank for rank in scores if rank))
+    for number, (rank, served) in enumerate(scores.items()):
+        model = load_dense(model_dir) if number else model
+        try:
+            write_into(model, _of_rank(deltas, rank), base)
+        except NotDenseError as error:
+            return replace(found, unchecked=(f"its parity with a dense model: {error}",))
+        logits = logits_of(model, token_ids)
+        expected = logits.log_softmax(-1)
+        effect = float((expected - plain).abs().max())
+        parity = replace(
+            parity,
+            largest_difference=max(
+                parity.largest_difference, _largest_difference(served, expected)
+            ),
+            tolerance=max(parity.tolerance, TOLERANCE * float(logits.abs().max())),
+            largest_effect=max(parity.largest_effect, effect),
+        )
     unchecked = []
-    if found.traits is not None and found.traits.nested_rank:
-        unchecked.append(f"parity at ranks below {found.traits.nested_rank}")
     if parity.largest_effect <= parity.tolerance:
         unchecked.append("parity: the adapter changes nothing that could be told from rounding")
     return replace(found, parity=parity, unchecked=tuple(unchecked))
+
+
+def _ranks(traits: Traits) -> Sequence[int | None]:
+    """The ranks that are compared: of a nested adapter the ends and the middle."""
+    if not traits.nested_rank:
+        return [None]
+    middle = (traits.min_nested_rank + traits.nested_rank) // 2
+    return sorted({traits.min_nested_rank, middle, traits.nested_rank})
+
+
+def _of_rank(deltas: Mapping[int, Delta], rank: int | None) -> Mapping[int, Delta]:
+    """A nested adapter's own formula: the first components of all, times their part of all."""
+    if rank is None:
+        return deltas
+    return {
+        site_id: replace(delta, a=delta.a[:rank], b=delta.b[:, :rank] * (len(delta.a) / rank))
+        for site_id, delta in deltas.items()
+    }
 
 
 def _largest_difference(scores: list[TokenLogprob], expected: torch.Tensor) -> float:

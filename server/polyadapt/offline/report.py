@@ -73,9 +73,10 @@ def to_table(found: Inspection) -> Table:
         row("slow parts", f"{slow}; computed adapter by adapter" if slow else "none")
     if found.parity is not None:
         parity = found.parity
+        at = f" at ranks {', '.join(map(str, parity.ranks))}" if parity.ranks else ""
         row(
             "parity",
-            f"{'equal' if parity.is_equal else 'DIFFERENT'}: log-probabilities of "
+            f"{'equal' if parity.is_equal else 'DIFFERENT'}{at}: log-probabilities of "
             f"{parity.num_tokens} tokens differ by {parity.largest_difference:.1e} at most from "
             f"those of edited float32 weights (rounding: {parity.tolerance:.1e}); the adapter "
             f"changes them by up to {parity.largest_effect:.1e}",

@@ -63,13 +63,14 @@ class ServedModel:
         return AdapterId(directory.name, 1, digest)
 
     async def score(
-        self, adapter: AdapterId, token_ids: list[int], num_top: int
+        self, adapter: AdapterId, rank: int | None, token_ids: list[int], num_top: int
     ) -> list[TokenLogprob]:
-        """Return what the adapter says after each token: of the next token, and of the num_top
-        likeliest. The last entry is what follows the whole prompt. Raises what the engine answers.
+        """Return what the adapter at a rank (None: all of it) says after each token: of the next
+        token, and of the num_top likeliest. The last entry is what follows the whole prompt. Raises
+        what the engine answers.
         """
         request = Request(
-            "inspect",
+            f"inspect-{rank}",
             tuple(token_ids),
             SamplingParams(
                 max_tokens=1,
@@ -78,7 +79,7 @@ class ServedModel:
                 num_logprobs=num_top,
                 num_prompt_logprobs=num_top,
             ),
-            (AppliedAdapter(adapter),),
+            (AppliedAdapter(adapter, rank=rank),),
         )
         scores: list[TokenLogprob] = []
         async for event in self._client.submit(request):

@@ -29,7 +29,13 @@ from polyadapt.adapters.peft_modules import ModuleTargets, find_site
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec
-from polyadapt_store.checkpoint import Checkpoint, RawTensor, TensorInfo
+from polyadapt_store.checkpoint import (
+    INTEGER_SIZES,
+    ITEM_SIZES,
+    Checkpoint,
+    RawTensor,
+    TensorInfo,
+)
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -73,6 +79,8 @@ class TensorForm:
     kinds: tuple[str, ...] = ("linear",)  # of the sites that it may stand at
     is_optional: bool = False
     aliases: tuple[str, ...] = ()  # other names that it has had
+    # Whole numbers, of which `delta` gets int64; PEFT stores them as float32 under Windows.
+    is_index: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +190,12 @@ class PeftFamily(Generic[SettingsT]):
         """Sites that the family adapts beside those that target_modules selects."""
         return set()
 
+    def multiplies(self, settings: SettingsT) -> bool:
+        """Whether what is added is a multiple of the base's own weight: it cannot be scaled, and no
+        other adapter can multiply the same weight.
+        """
+        return False
+
     def traits(self, settings: SettingsT) -> dict[str, Any]:
         """Fields of Traits that follow from the settings."""
         return {}
@@ -216,10 +230,17 @@ class PeftFamily(Generic[SettingsT]):
         shared: dict[str, torch.Tensor] = {}
         found: dict[int, dict[str, torch.Tensor]] = {}
         for read in draft.plan.reads:
-            tensor = to_float32(checkpoint.take(read.key))
+            raw = checkpoint.take(read.key)
+            tensor = to_int64(raw) if raw.dtype in INTEGER_SIZES else to_float32(raw)
             if not is_finite(tensor):
                 problems.append(_non_finite(shown(read.key)))
-            elif read.site_id < 0:
+                continue
+            if self._is_index(read.role):
+                if (tensor != tensor.trunc()).any():
+                    problems.append(_not_whole(shown(read.key)))
+                    continue
+                tensor = tensor.long()
+            if read.site_id < 0:
                 shared[read.role] = tensor
             else:
                 found.setdefault(read.site_id, {})[read.role] = tensor
@@ -308,7 +329,7 @@ class PeftFamily(Generic[SettingsT]):
         reads: list[TensorRead],
         notes: list[str],
     ) -> AdapterPlan:
-        replaced = _replaced(modules, shapes, base)
+        replaced = _replaced(modules, shapes, base, multiplies=self.multiplies(settings))
         num_elements = sum(
             cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
             for s, shape in shapes.items()
@@ -360,7 +381,12 @@ class PeftFamily(Generic[SettingsT]):
         return endings
 
     def _required(self) -> list[TensorForm]:
-        return [form for form in self.forms.values() if not form.is_optional][:2]
+        forms = list(self.forms.values())
+        return ([form for form in forms if not form.is_optional] or forms)[:2]
+
+    def _is_index(self, role: str) -> bool:
+        form = self.forms.get(role) or self.shared_forms.get(role)
+        return form is not None and form.is_index
 
     def _sort(
         self, header: Mapping[str, TensorInfo], base: BaseSpec, problems: list[Problem]
@@ -461,6 +487,7 @@ class PeftFamily(Generic[SettingsT]):
                 )
         sizes = {"in": site.in_features, "out": site.out_features}
         for role, key in module.keys.items():
+            self._check_dtype(role, key, header, problems)
             given = header[key].shape
             wanted = self._shape_of(role, site, settings)
             fits = len(given) == len(wanted)
@@ -490,6 +517,20 @@ class PeftFamily(Generic[SettingsT]):
                 )
         module.sizes = sizes
         return len(problems) == before
+
+    def _check_dtype(
+        self, role: str, key: str, header: Mapping[str, TensorInfo], problems: list[Problem]
+    ) -> None:
+        dtype = header[key].dtype
+        if dtype in INTEGER_SIZES and not self._is_index(role):
+            expected = ", ".join(ITEM_SIZES)
+            problems.append(
+                Problem(
+                    "unsupported_dtype",
+                    f"{shown(key)} has dtype {dtype}, expected one of {expected}",
+                    shown(key),
+                )
+            )
 
     def _shape_of(self, role: str, site: SiteSpec, settings: SettingsT) -> tuple[int | str, ...]:
         if role == "new_bias":
@@ -543,6 +584,7 @@ class PeftFamily(Generic[SettingsT]):
                         Problem("missing_tensor", f"the checkpoint has no {form.name}", form.name)
                     )
                 continue
+            self._check_dtype(role, shared[role], header, problems)
             given = header[shared[role]].shape
             if len(given) != len(form.shape) or 0 in given:
                 problems.append(
@@ -795,7 +837,11 @@ def _tied_rows(
 
 
 def _replaced(
-    modules: Mapping[int, Module], shapes: Mapping[int, tuple[int, int]], base: BaseSpec
+    modules: Mapping[int, Module],
+    shapes: Mapping[int, tuple[int, int]],
+    base: BaseSpec,
+    *,
+    multiplies: bool,
 ) -> tuple[str, ...]:
     """Parameters of the base that the adapter replaces or multiplies."""
     names = []
@@ -804,7 +850,8 @@ def _replaced(
         keys = modules[site_id].keys if site_id in modules else {}
         is_whole = "new_weight" in keys and bool(parts & (cells.DENSE | cells.WEIGHT))
         has_rows = "token_rows" in keys or (site_id not in modules)
-        if parts & _REPLACING or is_whole or has_rows:
+        is_multiplied = multiplies and modules_own(modules, site_id)
+        if parts & _REPLACING or is_multiplied or is_whole or has_rows:
             names.append(f"{path}.weight")
         if "new_bias" in keys:
             names.append(f"{path}.bias")
@@ -816,10 +863,22 @@ def to_float32(raw: RawTensor) -> torch.Tensor:
     """Return a copy of the tensor in float32; exact, as every accepted dtype is a subset of it."""
     import torch
 
+    if raw.dtype in INTEGER_SIZES:
+        raise AdapterRejected(
+            [Problem("unsupported_dtype", f"a tensor of weights has dtype {raw.dtype}")]
+        )
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[raw.dtype]
     # Copied out of the mapping: a tensor in a file may lie at an address that its dtype cannot
     # have.
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).float()
+
+
+def to_int64(raw: RawTensor) -> torch.Tensor:
+    """Return a copy of a tensor of whole numbers in int64."""
+    import torch
+
+    dtype = {"I32": torch.int32, "I64": torch.int64}[raw.dtype]
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).long()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -923,3 +982,7 @@ def _compare_weight(key: str, copy: torch.Tensor, base: SiteBase) -> list[Proble
 
 def _non_finite(what: str) -> Problem:
     return Problem("non_finite", f"tensor {what} holds NaN or infinity", what)
+
+
+def _not_whole(what: str) -> Problem:
+    return Problem("invalid_index", f"tensor {what} holds numbers that are no whole ones", what)

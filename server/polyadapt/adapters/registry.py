@@ -7,15 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.boft import Boft
 from polyadapt.adapters.families.ia3 import Ia3
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.oft import Oft
+from polyadapt.adapters.families.road import Road
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
+    Boft(),
     Ia3(),
+    Oft(),
+    Road(),
 )
 
 

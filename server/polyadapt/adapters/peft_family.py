@@ -148,6 +148,7 @@ class PeftFamily(Generic[SettingsT]):
     refused_keys: ClassVar[Mapping[str, str]] = {}
     foreign: ClassVar[Mapping[str, str]] = {}  # parts of tensor names of other families, and why
     target_key: ClassVar[str] = "target_modules"
+    token_key: ClassVar[str] = "trainable_token_indices"
 
     # ------------------------------------------------------------------ what a family fills in
     def settings(self, reader: ConfigReader, base: BaseSpec) -> SettingsT:
@@ -305,7 +306,7 @@ class PeftFamily(Generic[SettingsT]):
             self._check_common(modules, own, common, settings, base, problems, notes)
             self.check(modules, settings, base, problems, notes)
             tied = _tied_rows(modules, common, base, shapes)
-            _check_announced(modules, common, problems)
+            _check_announced(modules, common, self.token_key, problems)
         if problems:
             raise AdapterRejected(problems)
         assert common is not None
@@ -317,7 +318,7 @@ class PeftFamily(Generic[SettingsT]):
             common,
             modules,
             tied,
-            self._plan(base, modules, shapes, settings, reads, notes),
+            self._plan(base, modules, shapes, common, settings, reads, notes),
         )
 
     def _plan(
@@ -325,11 +326,12 @@ class PeftFamily(Generic[SettingsT]):
         base: BaseSpec,
         modules: Mapping[int, Module],
         shapes: Mapping[int, tuple[int, int]],
+        common: Common,
         settings: SettingsT,
         reads: list[TensorRead],
         notes: list[str],
     ) -> AdapterPlan:
-        replaced = _replaced(modules, shapes, base, multiplies=self.multiplies(settings))
+        replaced = _replaced(modules, shapes, common, base, multiplies=self.multiplies(settings))
         num_elements = sum(
             cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
             for s, shape in shapes.items()
@@ -360,7 +362,7 @@ class PeftFamily(Generic[SettingsT]):
             {**reader.config, "target_modules": reader.config.get(self.target_key)}, reader.problems
         )
         saved = reader.words("modules_to_save")
-        indices = _token_indices(reader)
+        indices = _token_indices(reader, self.token_key)
         if len(reader.problems) > before or targets is None:
             return None
         return Common(str(bias), targets, saved, indices)
@@ -677,17 +679,16 @@ class PeftFamily(Generic[SettingsT]):
                     Problem(
                         "config_mismatch",
                         f"{shown(keys['token_rows'])} has {module.sizes.get('tokens')} rows and "
-                        f"trainable_token_indices names {count} tokens of {site.path}",
-                        "trainable_token_indices",
+                        f"{self.token_key} names {count} tokens of {site.path}",
+                        self.token_key,
                     )
                 )
             elif any(token_id >= largest for token_id in token_ids):
                 problems.append(
                     Problem(
                         "invalid_config",
-                        f"trainable_token_indices holds {max(token_ids)}, {site.path} has "
-                        f"{largest} rows",
-                        "trainable_token_indices",
+                        f"{self.token_key} holds {max(token_ids)}, {site.path} has {largest} rows",
+                        self.token_key,
                     )
                 )
 
@@ -766,18 +767,18 @@ def _without_prefix(key: str) -> str:
     return key
 
 
-def _token_indices(reader: ConfigReader) -> dict[str, tuple[int, ...]]:
+def _token_indices(reader: ConfigReader, key: str) -> dict[str, tuple[int, ...]]:
     """PEFT writes a list for the input embedding, or lists by module name."""
-    given = reader.config.get("trainable_token_indices")
+    given = reader.config.get(key)
     table = {"": given} if isinstance(given, list) else given or {}
     if not isinstance(table, dict) or any(
         not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids)
         for ids in table.values()
     ):
-        reader.invalid(
-            "trainable_token_indices", given, "null, token ids, or lists of them by name"
-        )
+        reader.invalid(key, given, "null, token ids, or lists of them by name")
         return {}
+    if any(len(set(ids)) < len(ids) for ids in table.values()):
+        reader.invalid(key, given, "every token id once")
     return {name: tuple(ids) for name, ids in table.items()}
 
 
@@ -789,7 +790,7 @@ def _ids_of(common: Common, path: str) -> tuple[int, ...] | None:
 
 
 def _check_announced(
-    modules: Mapping[int, Module], common: Common, problems: list[Problem]
+    modules: Mapping[int, Module], common: Common, token_key: str, problems: list[Problem]
 ) -> None:
     """What the config says is replaced must be in the checkpoint: it is not served as the base."""
     for name in common.saved_modules:
@@ -807,9 +808,8 @@ def _check_announced(
         problems.append(
             Problem(
                 "missing_tensor",
-                "trainable_token_indices names tokens and the checkpoint holds no "
-                "trainable_tokens_delta",
-                "trainable_token_indices",
+                f"{token_key} names tokens and the checkpoint holds no trainable_tokens_delta",
+                token_key,
             )
         )
 
@@ -839,6 +839,7 @@ def _tied_rows(
 def _replaced(
     modules: Mapping[int, Module],
     shapes: Mapping[int, tuple[int, int]],
+    common: Common,
     base: BaseSpec,
     *,
     multiplies: bool,
@@ -848,7 +849,7 @@ def _replaced(
     for site_id, (_, parts) in sorted(shapes.items()):
         path = base.sites[site_id].path
         keys = modules[site_id].keys if site_id in modules else {}
-        is_whole = "new_weight" in keys and bool(parts & (cells.DENSE | cells.WEIGHT))
+        is_whole = "new_weight" in keys and common.saves(path)
         has_rows = "token_rows" in keys or (site_id not in modules)
         is_multiplied = multiplies and modules_own(modules, site_id)
         if parts & _REPLACING or is_multiplied or is_whole or has_rows:
@@ -887,6 +888,16 @@ def is_finite(tensor: torch.Tensor) -> bool:
     Either would show in the sum, which is a tenth of the work; a sum may also overflow by itself.
     """
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def random_positions(num_elements: int, count: int, seed: int) -> torch.Tensor:
+    """The first `count` of a permutation of all elements, as PEFT draws them on the CPU; see
+    huggingface/peft:src/peft/tuners/{fourierft,waveft}/layer.py.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_elements, generator=generator)[:count].clone()
 
 
 def low_rank(a: torch.Tensor, b: torch.Tensor, **parts: Any) -> Delta:

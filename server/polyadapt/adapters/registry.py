@@ -8,10 +8,14 @@ from typing import Any
 
 from polyadapt.adapters.adapter import Family
 from polyadapt.adapters.families.boft import Boft
+from polyadapt.adapters.families.c3a import C3a
+from polyadapt.adapters.families.fourierft import FourierFt
 from polyadapt.adapters.families.ia3 import Ia3
+from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.oft import Oft
 from polyadapt.adapters.families.road import Road
+from polyadapt.adapters.families.waveft import WaveFt
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
@@ -19,9 +23,13 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     Boft(),
+    C3a(),
+    FourierFt(),
     Ia3(),
+    Lokr(),
     Oft(),
     Road(),
+    WaveFt(),
 )
 
 

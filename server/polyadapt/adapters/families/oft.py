@@ -1,6 +1,6 @@
 """OFT: the input turned block by block before the weight, W (R x) + b.
 
-Formats and rules: huggingface/peft:src/peft/tuners/oft/{config,model,layer}.py, version 0.21.2. OFT:
+Formats and rules: huggingface/peft:src/peft/tuners/oft/{config,model,layer}.py, version 0.21.2.
 arXiv 2306.07280; the Cayley-Neumann series: arXiv 2506.19847.
 """
 

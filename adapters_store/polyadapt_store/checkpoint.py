@@ -1,8 +1,8 @@
 """A safetensors file read header first: take() each tensor once, drained() tells what nobody took.
 
 Format: https://github.com/huggingface/safetensors#format, read more strictly than it is defined: no
-duplicate keys, no control characters or ".." in names, floating-point tensors and indices only. Knows
-no tensor library.
+duplicate keys, no control characters or ".." in names, floating-point tensors and indices only.
+Knows no tensor library.
 """
 
 from __future__ import annotations

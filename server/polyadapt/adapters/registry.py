@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.beft import Beft
 from polyadapt.adapters.families.boft import Boft
 from polyadapt.adapters.families.c3a import C3a
 from polyadapt.adapters.families.fourierft import FourierFt
+from polyadapt.adapters.families.hira import Hira
 from polyadapt.adapters.families.ia3 import Ia3
+from polyadapt.adapters.families.ln_tuning import LnTuning
 from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.oft import Oft
 from polyadapt.adapters.families.road import Road
+from polyadapt.adapters.families.shira import Shira
+from polyadapt.adapters.families.trainable_tokens import TrainableTokens
 from polyadapt.adapters.families.waveft import WaveFt
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
@@ -22,13 +27,18 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
+    Beft(),
     Boft(),
     C3a(),
     FourierFt(),
+    Hira(),
     Ia3(),
+    LnTuning(),
     Lokr(),
     Oft(),
     Road(),
+    Shira(),
+    TrainableTokens(),
     WaveFt(),
 )
 

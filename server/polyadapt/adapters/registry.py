@@ -42,6 +42,46 @@ FAMILIES: tuple[Family, ...] = (
     WaveFt(),
 )
 
+# PEFT's other types: why each is refused. huggingface/peft:src/peft/utils/peft_types.py, 0.21.2.
+UNSERVED: Mapping[str, str] = {
+    "PROMPT_TUNING": "it puts virtual tokens of its own before the prompt instead of changing "
+    "modules",
+    "MULTITASK_PROMPT_TUNING": "it puts virtual tokens before the prompt, made for one task of "
+    "several",
+    "P_TUNING": "it puts virtual tokens of its own before the prompt, made by a network",
+    "CPT": "it puts trained changes of an example's tokens before the prompt",
+    "PREFIX_TUNING": "it brings keys and values of its own instead of changing modules",
+    "CARTRIDGE": "it brings a cache of keys and values instead of changing modules",
+    "ADAPTION_PROMPT": "it adds an attention over learned prompts to the upper layers",
+    "SHADOW": "it runs a second network beside the layers and feeds its state into them",
+    "POLY": "it mixes skills by a task id that no request carries",
+    "LILY": "its router averages over all tokens of a batch, so a result depends on who else is in "
+    "it",
+    "XLORA": "its classifier runs the model twice to weigh adapters that it names; not served yet",
+    "ADAMSS": "it clusters rows of the base anew when it loads, and stores no cluster",
+    "FROD": "it replaces W by a product in a basis that many modules share, recomputed from all of "
+    "them",
+    "OSF": "it replaces most singular components of W, which is no smaller than another base model",
+    "SUPERTUNING": "its elements of W may be chosen by the size of the base's at load; not served "
+    "yet",
+    "ADALORA": "not served yet (ADALORA)",
+    "DEFT": "not served yet (DEFT)",
+    "DELORA": "not served yet (DELORA)",
+    "GLORA": "not served yet (GLORA)",
+    "GRALORA": "not served yet (GRALORA)",
+    "HRA": "not served yet (HRA)",
+    "LOHA": "not served yet (LOHA)",
+    "MISS": "not served yet (MISS)",
+    "PEANUT": "not served yet (PEANUT)",
+    "PSOFT": "not served yet (PSOFT)",
+    "PVERA": "not served yet (PVERA)",
+    "RANDLORA": "not served yet (RANDLORA)",
+    "TINYLORA": "not served yet (TINYLORA)",
+    "UNILORA": "not served yet (UNILORA)",
+    "VBLORA": "not served yet (VBLORA)",
+    "VERA": "not served yet (VERA)",
+}
+
 
 def read_config(path: Path, limits: StoreLimits | None = None) -> dict[str, Any]:
     """Return the adapter_config.json at `path`; raises AdapterRejected if it is no config
@@ -83,11 +123,13 @@ def family_of(config: Mapping[str, Any], families: Sequence[Family] = FAMILIES) 
         "adapter_config.json has no peft_type" if kind is None else f"peft_type is {shown(kind)}"
     )
     known = ", ".join(sorted(family.name for family in families))
+    reason = UNSERVED.get(kind) if isinstance(kind, str) else None
+    reason = "which no family of this server reads" if reason is None else f"not served: {reason}"
     raise AdapterRejected(
         [
             Problem(
                 "unsupported_family",
-                f"{given}, which no family of this server reads; known families: {known}",
+                f"{given}, {reason}; families that are served: {known}",
                 "peft_type",
             )
         ]

@@ -1,8 +1,8 @@
 """A safetensors file read header first: take() each tensor once, drained() tells what nobody took.
 
 Format: https://github.com/huggingface/safetensors#format, read more strictly than it is defined: no
-duplicate keys, no control characters or ".." in names, floating-point tensors only. Knows no tensor
-library.
+duplicate keys, no control characters or ".." in names, floating-point tensors and indices only.
+Knows no tensor library.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 # Eight-bit and quantised forms need a scale that no adapter format of ours carries; F64 would be
 # rounded.
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+# Positions, which a few families store; a reader refuses them where it expects weights.
+INTEGER_SIZES = {"I32": 4, "I64": 8}
+_SIZES = ITEM_SIZES | INTEGER_SIZES
 
 _MAX_NUM_ELEMENTS = 1 << 48  # far beyond any file; keeps products exact and quick
 _PICKLE_STARTS = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -212,10 +215,10 @@ def _tensor_info(
         )
         return None
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_SIZES:
+    if not isinstance(dtype, str) or dtype not in _SIZES:
         problem(
             "unsupported_dtype",
-            f"{label} has dtype {shown(dtype)}, expected one of {', '.join(ITEM_SIZES)}; convert "
+            f"{label} has dtype {shown(dtype)}, expected one of {', '.join(_SIZES)}; convert "
             "the adapter",
         )
     num_elements = 1
@@ -241,11 +244,11 @@ def _tensor_info(
     if len(problems) > before:
         return None
     begin, end = offsets
-    if end - begin != num_elements * ITEM_SIZES[dtype]:
+    if end - begin != num_elements * _SIZES[dtype]:
         problem(
             "invalid_offsets",
             f"{label} of shape {list(shape)} and dtype {dtype} needs "
-            f"{num_elements * ITEM_SIZES[dtype]} bytes, its data_offsets give {end - begin}",
+            f"{num_elements * _SIZES[dtype]} bytes, its data_offsets give {end - begin}",
         )
         return None
     return TensorInfo(dtype, tuple(shape), begin, end)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from peft import PeftType
 
 from polyadapt.adapters.families.lora import Lora
-from polyadapt.adapters.registry import FAMILIES, family_of, read_config
+from polyadapt.adapters.registry import FAMILIES, UNSERVED, family_of, read_config
 from polyadapt.errors import AdapterRejected, Problem
 
 
@@ -30,7 +31,27 @@ def test_the_family_that_claims_is_returned() -> None:
     assert family_of({"peft_type": "LORA"}).name == "lora"
 
 
-@pytest.mark.parametrize("kind", ["VERA", "LoRA?", 7, ["LORA"], ""])
+@pytest.mark.parametrize("kind", list(PeftType), ids=lambda kind: kind.value)
+def test_every_type_of_peft_is_read_by_one_family_or_refused_with_a_reason(kind: PeftType) -> None:
+    config = {"peft_type": kind.value}
+    claiming = [family.name for family in FAMILIES if family.claims(config)]
+    if claiming:
+        assert kind.value not in UNSERVED
+        assert family_of(config).name in claiming
+        return
+    found = problem(family_of, config)
+    assert (found.code, found.where) == ("unsupported_family", "peft_type")
+    assert f"peft_type is '{kind.value}', not served: {UNSERVED[kind.value]}; " in found.message
+    assert "families that are served: " in found.message
+    assert "lora" in found.message.partition("served: ")[2]
+
+
+def test_reasons_differ_and_are_given_for_types_that_peft_has() -> None:
+    assert len(set(UNSERVED.values())) == len(UNSERVED)
+    assert {kind.value for kind in PeftType} >= set(UNSERVED)
+
+
+@pytest.mark.parametrize("kind", ["BONES", "LoRA?", 7, ["LORA"], ""])
 def test_an_unknown_type_is_refused_by_name(kind: object) -> None:
     found = problem(family_of, {"peft_type": kind})
     assert found.code == "unsupported_family"

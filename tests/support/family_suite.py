@@ -124,8 +124,9 @@ def check_refusals(base: PreTrainedModel, directory: Path) -> None:
                 _write(weights, {**tensors, key: torch.ones(shape)})
                 problems = problems_of(base, directory)
                 assert problems, f"{key} of shape {shape} was accepted"
-            _write(weights, {**tensors, key: torch.full_like(tensor, float("nan"))})
+            _write(weights, {**tensors, key: torch.full(tensor.shape, float("nan"))})
             assert "non_finite" in dict(problems_of(base, directory)), key
+            _check_dtype(base, directory, tensors, key)
         path = next(iter(tensors)).rpartition(".layers.")[0]
         _write(weights, {**tensors, f"{path}.layers.0.self_attn.q_proj.strange": torch.ones(3)})
         assert problems_of(base, directory), "a tensor that nothing reads was accepted"
@@ -138,6 +139,19 @@ def check_refusals(base: PreTrainedModel, directory: Path) -> None:
     finally:
         _write(weights, tensors)
         (directory / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _check_dtype(
+    base: PreTrainedModel, directory: Path, tensors: Mapping[str, torch.Tensor], key: str
+) -> None:
+    weights, tensor = directory / "adapter_model.safetensors", tensors[key]
+    if tensor.is_floating_point():
+        _write(weights, {**tensors, key: torch.ones(tensor.shape, dtype=torch.int32)})
+        assert "unsupported_dtype" in dict(problems_of(base, directory)), key
+        return
+    for value in (-1, 1 << 30, 0.5):  # no indices
+        _write(weights, {**tensors, key: torch.full(tensor.shape, value)})
+        assert problems_of(base, directory), f"{key} of {value} was accepted"
 
 
 def problems_of(base: PreTrainedModel, directory: Path) -> list[tuple[str, str]]:

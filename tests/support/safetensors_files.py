@@ -63,7 +63,7 @@ LYING_FILES: dict[str, tuple[bytes, str]] = {
         "invalid_header",
     ),
     "unknown dtype": (file_bytes({"a": entry([1], 0, 4, "F33")}, b"\0" * 4), "unsupported_dtype"),
-    "integer dtype": (file_bytes({"a": entry([1], 0, 4, "I32")}, b"\0" * 4), "unsupported_dtype"),
+    "integer dtype": (file_bytes({"a": entry([4], 0, 4, "I8")}, b"\0" * 4), "unsupported_dtype"),
     "boolean dtype": (file_bytes({"a": entry([1], 0, 1, "BOOL")}, b"\x07"), "unsupported_dtype"),
     "eight-bit dtype": (
         file_bytes({"a": entry([4], 0, 4, "F8_E4M3")}, b"\0" * 4),

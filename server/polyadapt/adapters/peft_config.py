@@ -126,7 +126,13 @@ class ConfigReader:
             return ()
         return tuple(value)
 
-    def table(self, key: str, is_valid: Callable[[Any], bool], expected: str) -> PatternTable:
+    def table(
+        self,
+        key: str,
+        is_valid: Callable[[Any], bool],
+        expected: str,
+        kind: type[PatternTable] = PatternTable,
+    ) -> PatternTable:
         """An object of patterns of module names and values."""
         table = self.config.get(key) or {}
         if not isinstance(table, dict):
@@ -135,7 +141,8 @@ class ConfigReader:
         for pattern, value in table.items():
             if not is_valid(value):
                 self.invalid(f"{key}[{shown(pattern)}]", value, f"one of {expected}")
-        return PatternTable(key, table, self.problems)
+        table = {pattern: value for pattern, value in table.items() if is_valid(value)}
+        return kind(key, table, self.problems)
 
     def refuse(self, key: str, reason: str) -> None:
         """Add the problem that this key's value is not served."""

@@ -29,7 +29,13 @@ from polyadapt.adapters.peft_modules import ModuleTargets, find_site
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec
-from polyadapt_store.checkpoint import Checkpoint, RawTensor, TensorInfo
+from polyadapt_store.checkpoint import (
+    INTEGER_SIZES,
+    ITEM_SIZES,
+    Checkpoint,
+    RawTensor,
+    TensorInfo,
+)
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -73,6 +79,8 @@ class TensorForm:
     kinds: tuple[str, ...] = ("linear",)  # of the sites that it may stand at
     is_optional: bool = False
     aliases: tuple[str, ...] = ()  # other names that it has had
+    # Whole numbers, of which `delta` gets int64; PEFT stores them as float32 under Windows.
+    is_index: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,7 @@ class PeftFamily(Generic[SettingsT]):
     refused_keys: ClassVar[Mapping[str, str]] = {}
     foreign: ClassVar[Mapping[str, str]] = {}  # parts of tensor names of other families, and why
     target_key: ClassVar[str] = "target_modules"
+    token_key: ClassVar[str] = "trainable_token_indices"
 
     # ------------------------------------------------------------------ what a family fills in
     def settings(self, reader: ConfigReader, base: BaseSpec) -> SettingsT:
@@ -188,6 +197,12 @@ class PeftFamily(Generic[SettingsT]):
         """Paths of modules whose stored parameters replace the base's though no key says so."""
         return ()
 
+    def multiplies(self, settings: SettingsT) -> bool:
+        """Whether what is added is a multiple of the base's own weight: it cannot be scaled, and no
+        other adapter can multiply the same weight.
+        """
+        return False
+
     def traits(self, settings: SettingsT) -> dict[str, Any]:
         """Fields of Traits that follow from the settings."""
         return {}
@@ -222,10 +237,17 @@ class PeftFamily(Generic[SettingsT]):
         shared: dict[str, torch.Tensor] = {}
         found: dict[int, dict[str, torch.Tensor]] = {}
         for read in draft.plan.reads:
-            tensor = to_float32(checkpoint.take(read.key))
+            raw = checkpoint.take(read.key)
+            tensor = to_int64(raw) if raw.dtype in INTEGER_SIZES else to_float32(raw)
             if not is_finite(tensor):
                 problems.append(_non_finite(shown(read.key)))
-            elif read.site_id < 0:
+                continue
+            if self._is_index(read.role):
+                if (tensor != tensor.trunc()).any():
+                    problems.append(_not_whole(shown(read.key)))
+                    continue
+                tensor = tensor.long()
+            if read.site_id < 0:
                 shared[read.role] = tensor
             else:
                 found.setdefault(read.site_id, {})[read.role] = tensor
@@ -293,7 +315,7 @@ class PeftFamily(Generic[SettingsT]):
             self._check_common(modules, own, common, settings, base, problems, notes)
             self.check(modules, settings, base, problems, notes)
             tied = _tied_rows(modules, common, base, shapes)
-            _check_announced(modules, common, problems)
+            _check_announced(modules, common, self.token_key, problems)
         if problems:
             raise AdapterRejected(problems)
         assert common is not None
@@ -305,7 +327,7 @@ class PeftFamily(Generic[SettingsT]):
             common,
             modules,
             tied,
-            self._plan(base, modules, shapes, settings, reads, notes),
+            self._plan(base, modules, shapes, common, settings, reads, notes),
         )
 
     def _plan(
@@ -313,11 +335,12 @@ class PeftFamily(Generic[SettingsT]):
         base: BaseSpec,
         modules: Mapping[int, Module],
         shapes: Mapping[int, tuple[int, int]],
+        common: Common,
         settings: SettingsT,
         reads: list[TensorRead],
         notes: list[str],
     ) -> AdapterPlan:
-        replaced = _replaced(modules, shapes, base)
+        replaced = _replaced(modules, shapes, common, base, multiplies=self.multiplies(settings))
         num_elements = sum(
             cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
             for s, shape in shapes.items()
@@ -348,7 +371,7 @@ class PeftFamily(Generic[SettingsT]):
             {**reader.config, "target_modules": reader.config.get(self.target_key)}, reader.problems
         )
         saved = reader.words("modules_to_save")
-        indices = _token_indices(reader)
+        indices = _token_indices(reader, self.token_key)
         if len(reader.problems) > before or targets is None:
             return None
         return Common(str(bias), targets, saved, indices)
@@ -369,7 +392,12 @@ class PeftFamily(Generic[SettingsT]):
         return endings
 
     def _required(self) -> list[TensorForm]:
-        return [form for form in self.forms.values() if not form.is_optional][:2]
+        forms = list(self.forms.values())
+        return ([form for form in forms if not form.is_optional] or forms)[:2]
+
+    def _is_index(self, role: str) -> bool:
+        form = self.forms.get(role) or self.shared_forms.get(role)
+        return form is not None and form.is_index
 
     def _sort(
         self, header: Mapping[str, TensorInfo], base: BaseSpec, problems: list[Problem]
@@ -470,6 +498,7 @@ class PeftFamily(Generic[SettingsT]):
                 )
         sizes = {"in": site.in_features, "out": site.out_features}
         for role, key in module.keys.items():
+            self._check_dtype(role, key, header, problems)
             given = header[key].shape
             wanted = self._shape_of(role, site, settings)
             fits = len(given) == len(wanted)
@@ -499,6 +528,20 @@ class PeftFamily(Generic[SettingsT]):
                 )
         module.sizes = sizes
         return len(problems) == before
+
+    def _check_dtype(
+        self, role: str, key: str, header: Mapping[str, TensorInfo], problems: list[Problem]
+    ) -> None:
+        dtype = header[key].dtype
+        if dtype in INTEGER_SIZES and not self._is_index(role):
+            expected = ", ".join(ITEM_SIZES)
+            problems.append(
+                Problem(
+                    "unsupported_dtype",
+                    f"{shown(key)} has dtype {dtype}, expected one of {expected}",
+                    shown(key),
+                )
+            )
 
     def _shape_of(self, role: str, site: SiteSpec, settings: SettingsT) -> tuple[int | str, ...]:
         if role == "new_bias":
@@ -552,6 +595,7 @@ class PeftFamily(Generic[SettingsT]):
                         Problem("missing_tensor", f"the checkpoint has no {form.name}", form.name)
                     )
                 continue
+            self._check_dtype(role, shared[role], header, problems)
             given = header[shared[role]].shape
             if len(given) != len(form.shape) or 0 in given:
                 problems.append(
@@ -644,17 +688,16 @@ class PeftFamily(Generic[SettingsT]):
                     Problem(
                         "config_mismatch",
                         f"{shown(keys['token_rows'])} has {module.sizes.get('tokens')} rows and "
-                        f"trainable_token_indices names {count} tokens of {site.path}",
-                        "trainable_token_indices",
+                        f"{self.token_key} names {count} tokens of {site.path}",
+                        self.token_key,
                     )
                 )
             elif any(token_id >= largest for token_id in token_ids):
                 problems.append(
                     Problem(
                         "invalid_config",
-                        f"trainable_token_indices holds {max(token_ids)}, {site.path} has "
-                        f"{largest} rows",
-                        "trainable_token_indices",
+                        f"{self.token_key} holds {max(token_ids)}, {site.path} has {largest} rows",
+                        self.token_key,
                     )
                 )
 
@@ -733,18 +776,18 @@ def _without_prefix(key: str) -> str:
     return key
 
 
-def _token_indices(reader: ConfigReader) -> dict[str, tuple[int, ...]]:
+def _token_indices(reader: ConfigReader, key: str) -> dict[str, tuple[int, ...]]:
     """PEFT writes a list for the input embedding, or lists by module name."""
-    given = reader.config.get("trainable_token_indices")
+    given = reader.config.get(key)
     table = {"": given} if isinstance(given, list) else given or {}
     if not isinstance(table, dict) or any(
         not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids)
         for ids in table.values()
     ):
-        reader.invalid(
-            "trainable_token_indices", given, "null, token ids, or lists of them by name"
-        )
+        reader.invalid(key, given, "null, token ids, or lists of them by name")
         return {}
+    if any(len(set(ids)) < len(ids) for ids in table.values()):
+        reader.invalid(key, given, "every token id once")
     return {name: tuple(ids) for name, ids in table.items()}
 
 
@@ -756,7 +799,7 @@ def _ids_of(common: Common, path: str) -> tuple[int, ...] | None:
 
 
 def _check_announced(
-    modules: Mapping[int, Module], common: Common, problems: list[Problem]
+    modules: Mapping[int, Module], common: Common, token_key: str, problems: list[Problem]
 ) -> None:
     """What the config says is replaced must be in the checkpoint: it is not served as the base."""
     for name in common.saved_modules:
@@ -774,9 +817,8 @@ def _check_announced(
         problems.append(
             Problem(
                 "missing_tensor",
-                "trainable_token_indices names tokens and the checkpoint holds no "
-                "trainable_tokens_delta",
-                "trainable_token_indices",
+                f"{token_key} names tokens and the checkpoint holds no trainable_tokens_delta",
+                token_key,
             )
         )
 
@@ -804,16 +846,22 @@ def _tied_rows(
 
 
 def _replaced(
-    modules: Mapping[int, Module], shapes: Mapping[int, tuple[int, int]], base: BaseSpec
+    modules: Mapping[int, Module],
+    shapes: Mapping[int, tuple[int, int]],
+    common: Common,
+    base: BaseSpec,
+    *,
+    multiplies: bool,
 ) -> tuple[str, ...]:
     """Parameters of the base that the adapter replaces or multiplies."""
     names = []
     for site_id, (_, parts) in sorted(shapes.items()):
         path = base.sites[site_id].path
         keys = modules[site_id].keys if site_id in modules else {}
-        is_whole = "new_weight" in keys and bool(parts & (cells.DENSE | cells.WEIGHT))
+        is_whole = "new_weight" in keys and common.saves(path)
         has_rows = "token_rows" in keys or (site_id not in modules)
-        if parts & _REPLACING or is_whole or has_rows:
+        is_multiplied = multiplies and modules_own(modules, site_id)
+        if parts & _REPLACING or is_multiplied or is_whole or has_rows:
             names.append(f"{path}.weight")
         if "new_bias" in keys:
             names.append(f"{path}.bias")
@@ -825,10 +873,22 @@ def to_float32(raw: RawTensor) -> torch.Tensor:
     """Return a copy of the tensor in float32; exact, as every accepted dtype is a subset of it."""
     import torch
 
+    if raw.dtype in INTEGER_SIZES:
+        raise AdapterRejected(
+            [Problem("unsupported_dtype", f"a tensor of weights has dtype {raw.dtype}")]
+        )
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[raw.dtype]
     # Copied out of the mapping: a tensor in a file may lie at an address that its dtype cannot
     # have.
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).float()
+
+
+def to_int64(raw: RawTensor) -> torch.Tensor:
+    """Return a copy of a tensor of whole numbers in int64."""
+    import torch
+
+    dtype = {"I32": torch.int32, "I64": torch.int64}[raw.dtype]
+    return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).long()
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -837,6 +897,16 @@ def is_finite(tensor: torch.Tensor) -> bool:
     Either would show in the sum, which is a tenth of the work; a sum may also overflow by itself.
     """
     return math.isfinite(tensor.sum().item()) or bool(tensor.isfinite().all())
+
+
+def random_positions(num_elements: int, count: int, seed: int) -> torch.Tensor:
+    """The first `count` of a permutation of all elements, as PEFT draws them on the CPU; see
+    huggingface/peft:src/peft/tuners/{fourierft,waveft}/layer.py.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_elements, generator=generator)[:count].clone()
 
 
 def low_rank(a: torch.Tensor, b: torch.Tensor, **parts: Any) -> Delta:
@@ -932,3 +1002,7 @@ def _compare_weight(key: str, copy: torch.Tensor, base: SiteBase) -> list[Proble
 
 def _non_finite(what: str) -> Problem:
     return Problem("non_finite", f"tensor {what} holds NaN or infinity", what)
+
+
+def _not_whole(what: str) -> Problem:
+    return Problem("invalid_index", f"tensor {what} holds numbers that are no whole ones", what)

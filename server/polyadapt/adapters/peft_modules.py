@@ -44,6 +44,8 @@ class PatternTable:
     wins.
     """
 
+    _FORM = r"(.*\.)?({})$"
+
     def __init__(self, key: str, table: Mapping[str, Any], problems: list[Problem]) -> None:
         """Compile the table of config key `key`, adding what is wrong with it to `problems`."""
         self._entries: list[tuple[str, Any, Any]] = []  # pattern, compiled or None if plain, value
@@ -59,7 +61,7 @@ class PatternTable:
         for pattern, value in table.items():
             compiled = None
             if not _PLAIN.issuperset(pattern):
-                compiled = compile_pattern(rf"(.*\.)?({pattern})$", key, problems)
+                compiled = compile_pattern(self._FORM.format(pattern), key, problems)
                 if compiled is None:
                     continue
             self._entries.append((pattern, compiled, value))
@@ -75,6 +77,24 @@ class PatternTable:
             elif compiled.match(path):
                 return value
         return None
+
+
+class DottedPatternTable(PatternTable):
+    """A PEFT `block_size_pattern` or `n_frequency_pattern`: the first pattern that matches what
+    follows a dot of the path wins, then one that is the path.
+    """
+
+    _FORM = r".*\.{}$"
+
+    def find(self, path: str) -> Any | None:
+        """Return the value that the table gives the module at `path`."""
+        for pattern, compiled, value in self._entries:
+            if compiled is None:
+                if len(pattern) < len(path) and _plain_match(pattern, path):
+                    return value
+            elif compiled.match(path):
+                return value
+        return next((value for pattern, _, value in self._entries if pattern == path), None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,84 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.beft import Beft
+from polyadapt.adapters.families.boft import Boft
+from polyadapt.adapters.families.c3a import C3a
 from polyadapt.adapters.families.dylora import DyLora
+from polyadapt.adapters.families.fourierft import FourierFt
+from polyadapt.adapters.families.hira import Hira
+from polyadapt.adapters.families.ia3 import Ia3
+from polyadapt.adapters.families.ln_tuning import LnTuning
+from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.oft import Oft
+from polyadapt.adapters.families.road import Road
+from polyadapt.adapters.families.shira import Shira
 from polyadapt.adapters.families.sora import Sora
+from polyadapt.adapters.families.trainable_tokens import TrainableTokens
+from polyadapt.adapters.families.waveft import WaveFt
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
-FAMILIES: tuple[Family, ...] = (Lora(), DyLora(), Sora())
+FAMILIES: tuple[Family, ...] = (
+    Lora(),
+    Beft(),
+    Boft(),
+    C3a(),
+    DyLora(),
+    FourierFt(),
+    Hira(),
+    Ia3(),
+    LnTuning(),
+    Lokr(),
+    Oft(),
+    Road(),
+    Shira(),
+    Sora(),
+    TrainableTokens(),
+    WaveFt(),
+)
+
+# PEFT's other types: why each is refused. huggingface/peft:src/peft/utils/peft_types.py, 0.21.2.
+UNSERVED: Mapping[str, str] = {
+    "PROMPT_TUNING": "it puts virtual tokens of its own before the prompt instead of changing "
+    "modules",
+    "MULTITASK_PROMPT_TUNING": "it puts virtual tokens before the prompt, made for one task of "
+    "several",
+    "P_TUNING": "it puts virtual tokens of its own before the prompt, made by a network",
+    "CPT": "it puts trained changes of an example's tokens before the prompt",
+    "PREFIX_TUNING": "it brings keys and values of its own instead of changing modules",
+    "CARTRIDGE": "it brings a cache of keys and values instead of changing modules",
+    "ADAPTION_PROMPT": "it adds an attention over learned prompts to the upper layers",
+    "SHADOW": "it runs a second network beside the layers and feeds its state into them",
+    "POLY": "it mixes skills by a task id that no request carries",
+    "LILY": "its router averages over all tokens of a batch, so a result depends on who else is in "
+    "it",
+    "XLORA": "its classifier runs the model twice to weigh adapters that it names; not served yet",
+    "ADAMSS": "it clusters rows of the base anew when it loads, and stores no cluster",
+    "FROD": "it replaces W by a product in a basis that many modules share, recomputed from all of "
+    "them",
+    "OSF": "it replaces most singular components of W, which is no smaller than another base model",
+    "SUPERTUNING": "its elements of W may be chosen by the size of the base's at load; not served "
+    "yet",
+    "ADALORA": "not served yet (ADALORA)",
+    "DEFT": "not served yet (DEFT)",
+    "DELORA": "not served yet (DELORA)",
+    "GLORA": "not served yet (GLORA)",
+    "GRALORA": "not served yet (GRALORA)",
+    "HRA": "not served yet (HRA)",
+    "LOHA": "not served yet (LOHA)",
+    "MISS": "not served yet (MISS)",
+    "PEANUT": "not served yet (PEANUT)",
+    "PSOFT": "not served yet (PSOFT)",
+    "PVERA": "not served yet (PVERA)",
+    "RANDLORA": "not served yet (RANDLORA)",
+    "TINYLORA": "not served yet (TINYLORA)",
+    "UNILORA": "not served yet (UNILORA)",
+    "VBLORA": "not served yet (VBLORA)",
+    "VERA": "not served yet (VERA)",
+}
 
 
 def read_config(path: Path, limits: StoreLimits | None = None) -> dict[str, Any]:
@@ -57,11 +127,13 @@ def family_of(config: Mapping[str, Any], families: Sequence[Family] = FAMILIES) 
         "adapter_config.json has no peft_type" if kind is None else f"peft_type is {shown(kind)}"
     )
     known = ", ".join(sorted(family.name for family in families))
+    reason = UNSERVED.get(kind) if isinstance(kind, str) else None
+    reason = "which no family of this server reads" if reason is None else f"not served: {reason}"
     raise AdapterRejected(
         [
             Problem(
                 "unsupported_family",
-                f"{given}, which no family of this server reads; known families: {known}",
+                f"{given}, {reason}; families that are served: {known}",
                 "peft_type",
             )
         ]

@@ -23,7 +23,7 @@ from polyadapt.adapters.adapter import AdapterPlan
 from polyadapt.adapters.registry import family_of, read_config
 from polyadapt.errors import AdapterRejected, Problem, Unavailable
 from polyadapt.types import BaseSpec
-from polyadapt_store.checkpoint import ITEM_SIZES, Checkpoint
+from polyadapt_store.checkpoint import INTEGER_SIZES, ITEM_SIZES, Checkpoint
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME, ValidationReport
 from polyadapt_store.strict_json import shown
@@ -177,6 +177,8 @@ def _is_finite(dtype: str, data: bytes) -> bool:
 
     Done on whole byte strings: importing numpy would take longer than checking a usual adapter.
     """
+    if dtype in INTEGER_SIZES:
+        return True
     size = ITEM_SIZES[dtype]
     high = data[
         size - 1 :: size

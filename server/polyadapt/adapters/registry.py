@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.adalora import AdaLora
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
-FAMILIES: tuple[Family, ...] = (Lora(),)
+FAMILIES: tuple[Family, ...] = (
+    Lora(),
+    AdaLora(),
+)
 
 
 def read_config(path: Path, limits: StoreLimits | None = None) -> dict[str, Any]:

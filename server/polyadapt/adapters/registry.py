@@ -8,7 +8,12 @@ from typing import Any
 
 from polyadapt.adapters.adapter import Family
 from polyadapt.adapters.families.adalora import AdaLora
+from polyadapt.adapters.families.delora import Delora
+from polyadapt.adapters.families.hra import Hra
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.miss import Miss
+from polyadapt.adapters.families.pvera import Pvera
+from polyadapt.adapters.families.vera import Vera
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
@@ -16,6 +21,11 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
+    Vera(),
+    Pvera(),
+    Miss(),
+    Hra(),
+    Delora(),
 )
 
 

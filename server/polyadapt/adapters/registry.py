@@ -8,11 +8,15 @@ from typing import Any
 
 from polyadapt.adapters.adapter import Family
 from polyadapt.adapters.families.adalora import AdaLora
+from polyadapt.adapters.families.deft import Deft
 from polyadapt.adapters.families.delora import Delora
+from polyadapt.adapters.families.gralora import Gralora
 from polyadapt.adapters.families.hra import Hra
+from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.pvera import Pvera
+from polyadapt.adapters.families.vblora import Vblora
 from polyadapt.adapters.families.vera import Vera
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
@@ -26,6 +30,10 @@ FAMILIES: tuple[Family, ...] = (
     Miss(),
     Hra(),
     Delora(),
+    Gralora(),
+    Loha(),
+    Deft(),
+    Vblora(),
 )
 
 

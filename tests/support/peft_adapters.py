@@ -20,8 +20,8 @@ from transformers import (
 )
 
 
-def tiny_llama(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
-    """Two layers, width 32, vocabulary 64, no biases."""
+def tiny_llama(*, tied: bool = False, has_biases: bool = False, seed: int = 0) -> PreTrainedModel:
+    """Two layers, width 32, vocabulary 64, biases at the linears of its layers or none."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
@@ -32,8 +32,12 @@ def tiny_llama(*, tied: bool = False, seed: int = 0) -> PreTrainedModel:
         num_key_value_heads=2,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
+        attention_bias=has_biases,
+        mlp_bias=has_biases,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config)
+    _randomise_biases(model)
+    return model.eval()
 
 
 def tiny_gpt2(seed: int = 0) -> PreTrainedModel:

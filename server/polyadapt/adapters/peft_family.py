@@ -151,6 +151,7 @@ class PeftFamily(Generic[SettingsT]):
     foreign: ClassVar[Mapping[str, str]] = {}  # parts of tensor names of other families, and why
     target_key: ClassVar[str] = "target_modules"
     token_key: ClassVar[str] = "trainable_token_indices"
+    may_be_empty: ClassVar[bool] = False  # whether a module's rank may be zero
 
     # ------------------------------------------------------------------ what a family fills in
     def settings(self, reader: ConfigReader, base: BaseSpec) -> SettingsT:
@@ -160,6 +161,19 @@ class PeftFamily(Generic[SettingsT]):
     def shape(self, role: str, site: SiteSpec, settings: SettingsT) -> tuple[int | str, ...]:
         """The shape of a tensor, where the settings change what its form says."""
         return self.forms[role].shape
+
+    def shared_shape(self, role: str, settings: SettingsT) -> tuple[int | str, ...] | None:
+        """The shape of a tensor that no module owns; None: the settings say that it is not stored.
+
+        A word is any size.
+        """
+        return self.shared_forms[role].shape
+
+    def complete(
+        self, shared: Mapping[str, torch.Tensor], settings: SettingsT
+    ) -> Mapping[str, torch.Tensor]:
+        """What `delta` gets as `shared`, made once of the tensors that are stored."""
+        return shared
 
     def cell(self, module: Module, settings: SettingsT) -> tuple[int, int]:
         """Return rank and `parts` of the module's cell (ops/cells.py); raises MisfitError.
@@ -254,16 +268,19 @@ class PeftFamily(Generic[SettingsT]):
         for key in checkpoint.drained():
             problems.append(Problem("unread_tensor", f"nothing reads tensor {shown(key)}", key))
         deltas: dict[int, Delta] = {}
+        complete = self.complete(shared, draft.settings) if not problems else shared
         for site_id, tensors in found.items() if not problems else ():
             module, site_base = draft.modules[site_id], SiteBase(site_id, weights)
             try:
-                delta = self._with_base_parts(module, tensors, shared, draft, site_base, problems)
+                delta = self._with_base_parts(module, tensors, complete, draft, site_base, problems)
             except MisfitError as error:
                 problems.append(Problem("shape_mismatch", str(error), module.site.path))
                 continue
-            if delta is None:
+            if delta is None or not (delta.a.shape[0] or delta.tails):
                 continue
-            blocks = (delta.b, *(tensor for _, tensor in delta.tails))
+            blocks = [delta.b, *(tensor for _, tensor in delta.tails)]
+            if all(delta.a is not tensor for tensor in tensors.values()):
+                blocks.append(delta.a)
             if not all(map(is_finite, blocks)):
                 problems.append(_non_finite(f"{module.site.path}: B times the scale"))
             deltas[site_id] = delta
@@ -304,7 +321,7 @@ class PeftFamily(Generic[SettingsT]):
         for module in modules.values():
             if self._measure(module, header, settings, problems) and is_config_sound:
                 self._shape(module, common, settings, shapes, problems)
-        self._check_shared(shared, header, modules, problems)
+        self._check_shared(shared, header, modules, settings, problems)
         own = {site_id for site_id, module in modules.items() if module.has_own}
         if not own and not problems and not self._may_be_bare():
             names = " and ".join(f.name.removesuffix(".weight") for f in self._required())
@@ -505,7 +522,7 @@ class PeftFamily(Generic[SettingsT]):
             for word, size in zip(wanted, given, strict=False):
                 expected = word if isinstance(word, int) else sizes.setdefault(word, size)
                 fits = fits and size == expected
-            if 0 in given and fits:
+            if 0 in given and fits and not self.may_be_empty:
                 problems.append(
                     Problem(
                         "invalid_rank",
@@ -586,23 +603,38 @@ class PeftFamily(Generic[SettingsT]):
         shared: Mapping[str, str],
         header: Mapping[str, TensorInfo],
         modules: Mapping[int, Module],
+        settings: SettingsT,
         problems: list[Problem],
     ) -> None:
         for role, form in self.shared_forms.items():
+            wanted = self.shared_shape(role, settings)
             if role not in shared:
-                if not form.is_optional and any(m.has_own for m in modules.values()):
+                is_wanted = not form.is_optional and wanted is not None
+                if is_wanted and any(m.has_own for m in modules.values()):
                     problems.append(
                         Problem("missing_tensor", f"the checkpoint has no {form.name}", form.name)
                     )
                 continue
             self._check_dtype(role, shared[role], header, problems)
             given = header[shared[role]].shape
-            if len(given) != len(form.shape) or 0 in given:
+            if wanted is None:
+                problems.append(
+                    Problem(
+                        "config_mismatch",
+                        f"the checkpoint holds {shown(shared[role])}, and adapter_config.json says "
+                        "that it is not stored",
+                        shown(shared[role]),
+                    )
+                )
+                continue
+            pairs = zip(wanted, given, strict=False)
+            is_equal = all(word == size for word, size in pairs if isinstance(word, int))
+            if len(given) != len(wanted) or 0 in given or not is_equal:
                 problems.append(
                     Problem(
                         "shape_mismatch",
                         f"{shown(shared[role])} has shape {list(given)}, expected "
-                        f"[{', '.join(map(str, form.shape))}]",
+                        f"[{', '.join(map(str, wanted))}]",
                         shown(shared[role]),
                     )
                 )
@@ -878,6 +910,8 @@ def to_float32(raw: RawTensor) -> torch.Tensor:
             [Problem("unsupported_dtype", f"a tensor of weights has dtype {raw.dtype}")]
         )
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[raw.dtype]
+    if 0 in raw.shape:
+        return torch.zeros(raw.shape)
     # Copied out of the mapping: a tensor in a file may lie at an address that its dtype cannot
     # have.
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).float()
@@ -912,6 +946,11 @@ def random_positions(num_elements: int, count: int, seed: int) -> torch.Tensor:
 def low_rank(a: torch.Tensor, b: torch.Tensor, **parts: Any) -> Delta:
     """A Delta of A [rank, in] and B [out, rank], made contiguous."""
     return Delta(a.contiguous(), b.contiguous(), **parts)
+
+
+def is_dense_smaller(site: SiteSpec, rank: int) -> bool:
+    """Whether a whole difference takes less than A and B of this rank."""
+    return rank * (site.in_features + site.out_features) > site.in_features * site.out_features
 
 
 def without_low_rank(site: SiteSpec, **parts: Any) -> Delta:

@@ -7,21 +7,31 @@ from pathlib import Path
 from typing import Any
 
 from polyadapt.adapters.adapter import Family
+from polyadapt.adapters.families.adalora import AdaLora
 from polyadapt.adapters.families.beft import Beft
 from polyadapt.adapters.families.boft import Boft
 from polyadapt.adapters.families.c3a import C3a
+from polyadapt.adapters.families.deft import Deft
+from polyadapt.adapters.families.delora import Delora
 from polyadapt.adapters.families.dylora import DyLora
 from polyadapt.adapters.families.fourierft import FourierFt
+from polyadapt.adapters.families.gralora import Gralora
 from polyadapt.adapters.families.hira import Hira
+from polyadapt.adapters.families.hra import Hra
 from polyadapt.adapters.families.ia3 import Ia3
 from polyadapt.adapters.families.ln_tuning import LnTuning
+from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.oft import Oft
+from polyadapt.adapters.families.pvera import Pvera
 from polyadapt.adapters.families.road import Road
 from polyadapt.adapters.families.shira import Shira
 from polyadapt.adapters.families.sora import Sora
 from polyadapt.adapters.families.trainable_tokens import TrainableTokens
+from polyadapt.adapters.families.vblora import Vblora
+from polyadapt.adapters.families.vera import Vera
 from polyadapt.adapters.families.waveft import WaveFt
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
@@ -29,20 +39,30 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
+    AdaLora(),
     Beft(),
     Boft(),
     C3a(),
+    Deft(),
+    Delora(),
     DyLora(),
     FourierFt(),
+    Gralora(),
     Hira(),
+    Hra(),
     Ia3(),
     LnTuning(),
+    Loha(),
     Lokr(),
+    Miss(),
     Oft(),
+    Pvera(),
     Road(),
     Shira(),
     Sora(),
     TrainableTokens(),
+    Vblora(),
+    Vera(),
     WaveFt(),
 )
 
@@ -68,22 +88,12 @@ UNSERVED: Mapping[str, str] = {
     "OSF": "it replaces most singular components of W, which is no smaller than another base model",
     "SUPERTUNING": "its elements of W may be chosen by the size of the base's at load; not served "
     "yet",
-    "ADALORA": "not served yet (ADALORA)",
-    "DEFT": "not served yet (DEFT)",
-    "DELORA": "not served yet (DELORA)",
     "GLORA": "not served yet (GLORA)",
-    "GRALORA": "not served yet (GRALORA)",
-    "HRA": "not served yet (HRA)",
-    "LOHA": "not served yet (LOHA)",
-    "MISS": "not served yet (MISS)",
     "PEANUT": "not served yet (PEANUT)",
     "PSOFT": "not served yet (PSOFT)",
-    "PVERA": "not served yet (PVERA)",
     "RANDLORA": "not served yet (RANDLORA)",
     "TINYLORA": "not served yet (TINYLORA)",
     "UNILORA": "not served yet (UNILORA)",
-    "VBLORA": "not served yet (VBLORA)",
-    "VERA": "not served yet (VERA)",
 }
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 Tier = Literal["device", "host", "store"]
-SiteKind = Literal["linear", "embedding", "norm"]
+SiteKind = Literal["linear", "embedding", "norm", "experts"]
 
 MAX_ADAPTERS = 4  # of one request
 
@@ -66,7 +66,10 @@ class SiteSpec:
 
     kind `linear`: y [rows, out] = W x [rows, in] (+ bias); `embedding`: in = vocabulary size, out
     = width; `norm`: y = weight * normalised x (+ bias) over the last `width` = in = out elements,
-    once a row or, of query and key, once a head.
+    once a row or, of query and key, once a head; `experts`: one of the two weights of routed
+    experts, a parameter and no module: expert e's y = W[e] x, with in and out of one expert. An
+    adapter's A and B lie there expert after expert: component e * r + i of num_experts * r is
+    expert e's i-th.
     """
 
     path: str  # module path in the base, e.g. "model.layers.0.self_attn.q_proj"
@@ -74,6 +77,7 @@ class SiteSpec:
     in_features: int
     out_features: int
     has_bias: bool
+    num_experts: int = 0  # 0 unless kind is `experts`
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ SITES = (
     SiteSpec("linear", "linear", 12, 8, False),
     SiteSpec("norm", "norm", 8, 8, False),
     SiteSpec("biased", "norm", 8, 8, True),
+    SiteSpec("experts", "experts", 12, 8, False, num_experts=3),
 )
-EMBEDDING, LINEAR, NORM, BIASED_NORM = range(4)
+EMBEDDING, LINEAR, NORM, BIASED_NORM, EXPERTS = range(5)
 BASE = BaseSpec("base", "sha256:0", "Tiny", 10, 16, False, "embed", "linear", SITES)
 
 
@@ -76,6 +77,8 @@ REFUSED = {
     "a transform on an embedding": (EMBEDDING, {"transform": torch.ones(5, 2, 2)}),
     "A and B on a norm": (NORM, {"a": torch.ones(1, 8), "b": torch.ones(8, 1)}),
     "a scale on a norm": (NORM, {"out_scale": torch.ones(8)}),
+    "a bias on experts": (EXPERTS, {"bias": torch.ones(8)}),
+    "fewer components than experts": (EXPERTS, {"a": torch.ones(2, 12), "b": torch.ones(8, 2)}),
     "only a bias on a norm without one": (NORM, {"bias": torch.ones(8)}),
 }
 

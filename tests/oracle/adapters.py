@@ -82,6 +82,8 @@ def make_lora(
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=PeftWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+        # It is said of every pattern that means a parameter, and the pattern is followed.
+        warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
         model = get_peft_model(base, config)
         _draw(model, seed, strength)
         # PEFT's default, "auto", asks the hub; say it instead.
@@ -101,7 +103,9 @@ def _draw(model: PeftModel, seed: int, strength: float) -> None:
         if not hasattr(module, "lora_A"):
             continue
         for name, scaling in module.scaling.items():
-            weight = module.get_base_layer().weight
+            # A wrapped parameter is no module's weight.
+            is_parameter = hasattr(module, "get_param")
+            weight = module.get_param() if is_parameter else module.get_base_layer().weight
             rms = float(weight.float().square().mean().sqrt())
             if name in module.lora_embedding_A:
                 a, b = module.lora_embedding_A[name], module.lora_embedding_B[name]
@@ -112,6 +116,8 @@ def _draw(model: PeftModel, seed: int, strength: float) -> None:
                 a, b = module.lora_A[name].weight, module.lora_B[name].weight
                 rank, fan_in = a.shape
                 a.copy_(noise(a, 1.0 / math.sqrt(fan_in)))
+                if is_parameter:
+                    rank //= module.num_experts  # of one expert, as each row meets one
                 gain = strength * rms * math.sqrt(fan_in)
                 b.copy_(noise(b, gain / (scaling * math.sqrt(rank))))
                 if module.lora_B[name].bias is not None:
@@ -126,6 +132,19 @@ def _draw(model: PeftModel, seed: int, strength: float) -> None:
 
 def _family(model_dir: Path) -> str:
     return AutoConfig.from_pretrained(model_dir).model_type
+
+
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+
+
+def experts(
+    model_dir: Path, out_dir: Path, seed: int = 0, parameters: Sequence[str] = EXPERTS
+) -> Path:
+    """The weights of the routed experts, of two ranks, and two linears of attention."""
+    return make_lora(
+        model_dir, out_dir, 6, ["q_proj", "o_proj"], seed=seed,
+        target_parameters=list(parameters), rank_pattern={"experts.down_proj": 3},
+    )  # fmt: skip
 
 
 def rslora(model_dir: Path, out_dir: Path, seed: int = 0) -> Path:

@@ -60,6 +60,12 @@ def _walk(model: nn.Module) -> list[tuple[SiteSpec, nn.Module]]:
         elif isinstance(module, nn.Embedding):
             rows, width = module.weight.shape
             found.append((SiteSpec(path, "embedding", rows, width, False), module))
+        elif [p.dim() for p in module.parameters(recurse=False)] == [3, 3]:
+            for name, weight in module.named_parameters(recurse=False):
+                num_experts, num_out, num_in = weight.shape
+                at = f"{path}.{name}"
+                spec = SiteSpec(at, "experts", num_in, num_out, False, num_experts)
+                found.append((spec, module))
         elif "Norm" in type(module).__name__ and isinstance(module.weight, nn.Parameter):
             width = module.weight.shape[0]
             has_bias = getattr(module, "bias", None) is not None

@@ -195,10 +195,23 @@ def apply(base: PreTrainedModel, deltas: Mapping[int, Delta]) -> PreTrainedModel
     for site_id, delta in deltas.items():
         site = base_spec(base).sites[site_id]
         parent_path, _, name = site.path.rpartition(".")
+        if site.kind == "experts":
+            _add_to_experts(getattr(model.get_submodule(parent_path), name), delta)
+            continue
         kinds = {"linear": _Linear, "embedding": _Embedding, "norm": _Norm, "bias": _Norm}
         module = model.get_submodule(site.path)
         setattr(model.get_submodule(parent_path), name, kinds[site.kind](module, delta))
     return model
+
+
+@torch.no_grad()
+def _add_to_experts(weight: torch.Tensor, delta: Delta) -> None:
+    """W[e] += B[e] A[e]; weight [experts, out, in]."""
+    num_experts = len(weight)
+    for e, (a, b) in enumerate(
+        zip(delta.a.chunk(num_experts), delta.b.chunk(num_experts, 1), strict=True)
+    ):
+        weight[e] += b @ a
 
 
 class _Linear(nn.Module):

@@ -55,7 +55,7 @@ class AdapterPlan:
     """What an adapter is, known from its config and tensor headers alone."""
 
     family: str
-    rank: int  # the largest of any site
+    rank: int  # the largest of any site, of experts that of one expert
     target_modules: tuple[str, ...]  # distinct last path components, sorted
     # Device elements, see ops/cells.py: at most so many, where a family drops what the numbers, and
     # no header, show to be zero; else exactly.
@@ -69,6 +69,8 @@ class AdapterPlan:
 class Delta:
     """What one adapter does at one site, every constant scale already inside.
 
+    experts    y[e] = W[e] x + B[e] A[e] x, where A[e] are num_experts-th parts of A's rows, in
+               order, and B[e] of B's columns
     linear     v = W T(x) + b, exchanged by `swap`;  y = (1 + out_scale) v + bias + B A x + dense x
     embedding  y = (1 + out_scale) W[id] + bias + B A[:, id] + dense[id]
     norm       y = weight * normalised x + b + bias, `weight` being what the model itself keeps: of

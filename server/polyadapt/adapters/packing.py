@@ -18,6 +18,7 @@ _ANYWHERE: dict[SiteKind, int] = {
     "linear": layout.BIAS | layout.OUT_SCALE | layout.TRANSFORM | layout.SWAP | layout.DENSE,
     "embedding": layout.BIAS | layout.OUT_SCALE | layout.DENSE,
     "norm": layout.BIAS | layout.WEIGHT,
+    "experts": 0,
 }
 
 
@@ -105,6 +106,7 @@ def _check(module: Delta, site: SiteSpec) -> None:
     }
     is_plain = module.a.shape == (rank, num_in) and module.b.shape == (num_out, rank)
     is_whole = not parts & layout.TRANSFORM or num_in % group == 0
+    is_whole = is_whole and rank % (site.num_experts or 1) == 0
     is_paired = not parts & layout.SWAP or (
         module.group in (0, group) and group and not group % 2 and num_out % group == 0
     )

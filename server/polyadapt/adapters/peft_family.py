@@ -217,6 +217,10 @@ class PeftFamily(Generic[SettingsT]):
         """
         return False
 
+    def places(self, settings: SettingsT, base: BaseSpec) -> dict[str, int]:
+        """Paths below which a checkpoint holds tensors -> the site that they serve."""
+        return {s.path: site_id for site_id, s in enumerate(base.sites) if s.kind != "experts"}
+
     def traits(self, settings: SettingsT) -> dict[str, Any]:
         """Fields of Traits that follow from the settings."""
         return {}
@@ -313,7 +317,7 @@ class PeftFamily(Generic[SettingsT]):
         common = self._common(reader)
         settings = self.settings(reader, base)
         is_config_sound = not problems
-        modules, shared = self._sort(header, base, problems)
+        modules, shared = self._sort(header, settings, base, problems)
         if common is not None:
             saved = (*common.saved_modules, *self.replaced_whole(modules))
             common = replace(common, saved_modules=saved)
@@ -363,9 +367,10 @@ class PeftFamily(Generic[SettingsT]):
             for s, shape in shapes.items()
         )
         paths = [base.sites[site_id].path for site_id in shapes if modules_own(modules, site_id)]
+        ranks = [r // (base.sites[site_id].num_experts or 1) for site_id, (r, _) in shapes.items()]
         return AdapterPlan(
             family=self.name,
-            rank=max((rank for rank, _ in shapes.values()), default=0),
+            rank=max(ranks, default=0),
             target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
             num_elements=num_elements,
             reads=tuple(reads),
@@ -417,12 +422,16 @@ class PeftFamily(Generic[SettingsT]):
         return form is not None and form.is_index
 
     def _sort(
-        self, header: Mapping[str, TensorInfo], base: BaseSpec, problems: list[Problem]
+        self,
+        header: Mapping[str, TensorInfo],
+        settings: SettingsT,
+        base: BaseSpec,
+        problems: list[Problem],
     ) -> tuple[dict[int, Module], dict[str, str]]:
         """Return site id -> module for every tensor that has a place, and role -> name of those
         that no module owns.
         """
-        site_ids = {site.path: site_id for site_id, site in enumerate(base.sites)}
+        site_ids = self.places(settings, base)
         shared_names = {form.name: role for role, form in self.shared_forms.items()}
         endings, longest = self._endings, max(map(len, self._endings))
         modules: dict[int, Module] = {}
@@ -452,7 +461,8 @@ class PeftFamily(Generic[SettingsT]):
                     Problem(
                         "unknown_module",
                         f"tensor {shown(key)} belongs to module {shown(path)}, which the base "
-                        f"{base.name} ({base.architecture}) does not have",
+                        f"{base.name} ({base.architecture}) does not have as one that adapters "
+                        "can change",
                         shown(key),
                     )
                 )
@@ -478,6 +488,8 @@ class PeftFamily(Generic[SettingsT]):
 
     def _misfit(self, role: str, site: SiteSpec) -> str | None:
         """Why a tensor of this role has no meaning at this module, or None."""
+        if role in _BASE_ROLES and site.kind == "experts":
+            return f"{site.path} can be adapted and not be replaced"
         if role == "new_bias":
             return None if site.has_bias else f"{site.path} of the base has no bias to replace"
         if role == "new_weight":

@@ -121,7 +121,7 @@ class ModuleTargets:
         pattern = excluded_pattern = None
         if isinstance(targets, str) and targets and not is_all_linear:
             pattern = compile_pattern(targets, "target_modules", problems)
-        elif not is_all_linear and not (targets and _are_strings(targets)):
+        elif not is_all_linear and not _are_names(targets, config):
             _invalid(problems, "target_modules", targets, "a list of module names or a pattern")
         if isinstance(excluded, str) and excluded:
             excluded_pattern = compile_pattern(excluded, "exclude_modules", problems)
@@ -161,10 +161,12 @@ class ModuleTargets:
 
     def selects(self, site: SiteSpec, base: BaseSpec) -> bool:
         """Whether PEFT would adapt this module of the base."""
+        if site.kind == "experts":  # a parameter, which only target_parameters can mean
+            return False
         path = site.path
         if self.excluded_pattern is not None and self.excluded_pattern.fullmatch(path):
             return False
-        if self.excluded_names and not self.excluded_names.isdisjoint(_endings(path)):
+        if self.excluded_names and not self.excluded_names.isdisjoint(endings(path)):
             return False
         if self.is_all_linear:
             return site.kind == "linear" and path != base.head_path
@@ -172,7 +174,7 @@ class ModuleTargets:
             return bool(self.pattern.fullmatch(path))
         if path in self.names:
             return True  # a full path is meant, whatever layers_to_transform says
-        if self.names.isdisjoint(_endings(path)):
+        if self.names.isdisjoint(endings(path)):
             return False
         return self.layers is None or self._layer(path) in self.layers
 
@@ -227,12 +229,18 @@ def _plain_match(pattern: str, path: str) -> bool:
     )
 
 
-def _endings(path: str) -> Iterable[str]:
+def endings(path: str) -> Iterable[str]:
     """The path and what follows each of its dots: the names by which a list can mean it."""
     yield path
     while (dot := path.find(".")) >= 0:
         path = path[dot + 1 :]
         yield path
+
+
+def _are_names(targets: Any, config: Mapping[str, Any]) -> bool:
+    """A list of names, which may be empty or null only where parameters are named instead."""
+    is_list = _are_strings([] if targets is None else targets)
+    return is_list and bool(targets or config.get("target_parameters"))
 
 
 def _are_strings(value: Any) -> bool:

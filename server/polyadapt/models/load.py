@@ -19,6 +19,7 @@ from torch import nn
 
 from polyadapt.errors import StartupError
 from polyadapt.models.base import AttentionOptions, BaseModel, LayerCache
+from polyadapt.models.experts import adapt_experts
 from polyadapt.models.wrap import list_blocks, list_sites
 from polyadapt.types import BaseSpec
 
@@ -79,6 +80,8 @@ def load_base(
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     if head is None or id(head) not in paths:
         raise StartupError(f"{type(module).__name__} has no output head to sample from")
+    layers = _attach_caches(module)
+    adapt_experts(module)
     spec = BaseSpec(
         name=name,
         digest=model_digest(directory),
@@ -93,7 +96,7 @@ def load_base(
     base = BaseModel(
         module=module,
         spec=spec,
-        layers=_attach_caches(module),
+        layers=layers,
         blocks=list_blocks(module, spec.sites),
         eos_token_ids=_eos_token_ids(module, text_config),
         dtype=dtype,

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from polyadapt.models.adapted import AdaptedEmbedding, AdaptedLinear, AdaptedNorm, Part
 from polyadapt.models.base import BaseModel, WeightBlock
+from polyadapt.models.experts import AdaptedExperts
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import DenseWeight
 from polyadapt.ops.plan import PlanBuffers
@@ -21,17 +22,21 @@ from polyadapt.types import SiteSpec
 
 
 def list_sites(model: nn.Module) -> tuple[SiteSpec, ...]:
-    """Describe every linear, Conv1D, embedding and norm of the model."""
+    """Describe every linear, Conv1D, embedding, norm and expert weight of the model."""
     return tuple(spec for spec, _ in _walk(model))
 
 
 def list_blocks(model: nn.Module, sites: tuple[SiteSpec, ...]) -> list[WeightBlock]:
     """Return where each site's weight and bias lie, by site id; [out, in] whatever the module, of
-    a norm [width].
+    a norm [width], of experts [experts * out, in].
     """
     blocks = []
     for site in sites:
-        module = model.get_submodule(site.path)
+        module = _module_of(model, site)
+        if isinstance(module, AdaptedExperts):
+            rows = DenseWeight(module.weight(_parameter_name(site)).flatten(0, 1))
+            blocks.append(WeightBlock(rows, 0, rows.shape[0], None))
+            continue
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, torch.Tensor)
         assert bias is None or isinstance(bias, torch.Tensor)
@@ -52,7 +57,10 @@ def wrap_sites(
     for site_id, spec in enumerate(base.spec.sites):
         plan = outputs if spec.path == base.spec.head_path else tokens
         site = Site(site_id, arena, cells, plan)
-        module = model.get_submodule(spec.path)
+        module = _module_of(model, spec)
+        if isinstance(module, AdaptedExperts):
+            module.sites[_parameter_name(spec)] = site
+            continue
         if spec.kind == "norm":
             wrapped: nn.Module = AdaptedNorm(module, site, base.row_dims[site_id])
         else:
@@ -64,6 +72,15 @@ def set_submodule(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` at `path`."""
     parent_path, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent_path), name, module)
+
+
+def _module_of(model: nn.Module, spec: SiteSpec) -> nn.Module:
+    is_parameter = spec.kind == "experts"
+    return model.get_submodule(spec.path.rpartition(".")[0] if is_parameter else spec.path)
+
+
+def _parameter_name(spec: SiteSpec) -> str:
+    return spec.path.rpartition(".")[2]
 
 
 def _wrapped(module: nn.Module, site: Site, block: WeightBlock) -> nn.Module:
@@ -87,6 +104,9 @@ def _walk(model: nn.Module) -> Iterator[tuple[SiteSpec, nn.Module]]:
             assert isinstance(module.weight, torch.Tensor)
             width, has_bias = module.weight.shape[0], getattr(module, "bias", None) is not None
             yield SiteSpec(path, "norm", width, width, has_bias), module
+        elif isinstance(module, AdaptedExperts):
+            for spec in module.describe(path):
+                yield spec, module
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -372,7 +372,7 @@ def problems_of(directory: Path, base: PreTrainedModel | None = None) -> list[tu
 
 
 REFUSED_KEYS: dict[str, Any] = {
-    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "target_parameters": ["self_attn.q_proj.weight"],
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "arrow_config": {"top_k": 3},

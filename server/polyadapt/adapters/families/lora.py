@@ -23,7 +23,7 @@ from polyadapt.adapters.peft_family import (
     TensorForm,
     low_rank,
 )
-from polyadapt.adapters.peft_modules import PatternTable
+from polyadapt.adapters.peft_modules import PatternTable, endings
 from polyadapt.errors import Problem
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec
@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 _PLAIN_INITS = frozenset({"gaussian", "orthogonal", "eva", "mica"})
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _RECOMPUTED_INITS = frozenset({"pissa", "olora"})
+_NOT_WITH_PARAMETERS = (
+    *("lora_dropout", "fan_in_fan_out", "lora_bias", "use_dora", "use_bdlora"),
+    "alora_invocation_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +70,7 @@ class _Settings:
     ranks: PatternTable
     alphas: PatternTable
     blocks: _Blocks | None
+    parameters: Mapping[str, int]  # path of a wrapper of an expert parameter -> site id
 
     def site_rank(self, site: SiteSpec) -> int:
         """The rank that PEFT gives this module."""
@@ -88,8 +93,8 @@ class Lora(PeftFamily[_Settings]):
     summary = "A and B as stored, alpha / r folded into B; DoRA adds one scale per output"
     scaling = "yes, except DoRA"
     forms: ClassVar = {
-        "a": TensorForm("lora_A.weight", ("rank", "in")),
-        "b": TensorForm("lora_B.weight", ("out", "rank")),
+        "a": TensorForm("lora_A.weight", ("rank", "in"), ("linear", "experts")),
+        "b": TensorForm("lora_B.weight", ("out", "rank"), ("linear", "experts")),
         "b_bias": TensorForm("lora_B.bias", ("out",), is_optional=True),
         "embedding_a": TensorForm("lora_embedding_A", ("rank", "in"), ("embedding",)),
         "embedding_b": TensorForm("lora_embedding_B", ("out", "rank"), ("embedding",)),
@@ -103,13 +108,13 @@ class Lora(PeftFamily[_Settings]):
             *("r", "lora_alpha", "use_rslora", "use_dora", "lora_bias", "rank_pattern"),
             *("alpha_pattern", "init_lora_weights", "ensure_weight_tying", "fan_in_fan_out"),
             *("alora_invocation_tokens", "use_bdlora", "megatron_core", "qalora_group_size"),
+            "target_parameters",
         }
     )
     training_keys = frozenset(
         {"lora_dropout", "eva_config", "corda_config", "lora_ga_config", "loftq_config"}
     )
     refused_keys: ClassVar = {
-        "target_parameters": "it adapts bare parameters such as fused experts, not modules",
         "layer_replication": "it repeats layers, so it needs another base model",
         "use_qalora": "its A works on groups of inputs",
         "arrow_config": "it routes tokens between several adapters",
@@ -142,18 +147,22 @@ class Lora(PeftFamily[_Settings]):
         blocks = _read_blocks(reader)
         if is_dora and (invocation or blocks):
             reader.refuse("use_dora", "use_dora is not served together with aLoRA or BD-LoRA")
+        init, parameters = _read_init(reader), _read_parameters(reader, base)
+        if parameters:
+            _refuse_beside_parameters(reader, init)
         return _Settings(
             rank=reader.rank("r"),
             alpha=reader.number("lora_alpha", 8),
             is_rank_stabilised=reader.flag("use_rslora"),
             is_weight_decomposed=is_dora,
             has_lora_bias=reader.flag("lora_bias"),
-            init=_read_init(reader),
+            init=init,
             is_head_tied=reader.flag("ensure_weight_tying") and base.is_tied,
             invocation=invocation,
             ranks=reader.table("rank_pattern", is_rank, "ranks"),
             alphas=reader.table("alpha_pattern", is_number, "finite numbers"),
             blocks=blocks,
+            parameters=parameters,
         )
 
     def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
@@ -191,7 +200,9 @@ class Lora(PeftFamily[_Settings]):
             a, b = tensors["embedding_a"], tensors["embedding_b"] * scale
         else:
             a, b = tensors["a"], tensors["b"] * scale
-            if settings.blocks is not None:
+            if site.kind == "experts":
+                b = _by_expert(b, site.num_experts)
+            elif settings.blocks is not None:
                 num_a, num_b = settings.blocks.of(site.path)
                 a, b = _block_diagonal(a, num_a), _block_diagonal(b, num_b)
         bias = tensors["b_bias"] * scale if "b_bias" in tensors else None
@@ -203,9 +214,14 @@ class Lora(PeftFamily[_Settings]):
 
     def targets(self, settings: _Settings, base: BaseSpec) -> set[int]:
         """PEFT takes the head out of target_modules when it gives it the embedding's LoRA."""
-        if not settings.is_head_tied:
-            return set()
-        return {i for i, site in enumerate(base.sites) if site.path == base.head_path}
+        targeted = set(settings.parameters.values())
+        if settings.is_head_tied:
+            targeted |= {i for i, site in enumerate(base.sites) if site.path == base.head_path}
+        return targeted
+
+    def places(self, settings: _Settings, base: BaseSpec) -> dict[str, int]:
+        """See PeftFamily.places."""
+        return {**super().places(settings, base), **settings.parameters}
 
     def traits(self, settings: _Settings) -> dict[str, Any]:
         """See PeftFamily.traits."""
@@ -224,12 +240,14 @@ class Lora(PeftFamily[_Settings]):
             rank, site = module.sizes.get("rank"), module.site
             if rank is None:
                 continue
-            if settings.site_rank(site) != rank:
+            num_experts = site.num_experts or 1
+            if settings.site_rank(site) * num_experts != rank:
+                times = f" for each of {num_experts} experts" if site.num_experts else ""
                 problems.append(
                     Problem(
                         "rank_mismatch",
                         f"{site.path} has rank {rank} in the checkpoint and "
-                        f"{settings.site_rank(site)} by r and rank_pattern",
+                        f"{settings.site_rank(site)} by r and rank_pattern{times}",
                         site.path,
                     )
                 )
@@ -277,6 +295,55 @@ def _read_init(reader: ConfigReader) -> str:
     return ""
 
 
+def _read_parameters(reader: ConfigReader, base: BaseSpec) -> dict[str, int]:
+    """Where a checkpoint holds the tensors of each expert parameter that target_parameters names.
+
+    PEFT wraps a module once for each of its parameters, in their order, so that the last one's
+    tensors are the module's and the others' lie one `base_layer` deeper each.
+    huggingface/peft:src/peft/tuners/tuners_utils.py (_inject_parameters).
+    """
+    given = reader.config.get("target_parameters") or []
+    if not isinstance(given, list) or any(not isinstance(n, str) or not n for n in given):
+        reader.invalid("target_parameters", given, "null or a list of names of parameters")
+        return {}
+    names, used = frozenset(given), set[str]()
+    wrapped: dict[str, list[int]] = {}  # by module, in the base's order
+    modules = []
+    for site_id, site in enumerate(base.sites):
+        is_experts = site.kind == "experts"
+        meant = names.intersection(endings(site.path if is_experts else f"{site.path}.weight"))
+        used |= meant
+        if meant and is_experts:
+            wrapped.setdefault(site.path.rpartition(".")[0], []).append(site_id)
+        elif meant:
+            modules.append(site.path)
+    if modules:
+        reader.refuse(
+            "target_parameters",
+            f"target_parameters names the weight of {shown(modules[0])}: only the weights of "
+            "routed experts are served as parameters; name the module in target_modules",
+        )
+    reader.notes += [
+        f"target_parameters names {shown(name)}, which is no expert weight of this base that "
+        "adapters can change; nothing is adapted there"
+        for name in sorted(names - used)
+    ]
+    return {
+        path + ".base_layer" * depth: site_id
+        for path, site_ids in wrapped.items()
+        for depth, site_id in enumerate(reversed(site_ids))
+    }
+
+
+def _refuse_beside_parameters(reader: ConfigReader, init: str) -> None:
+    """PEFT makes no such adapters: what it adds to a parameter is a product of A and B alone."""
+    given = [key for key in _NOT_WITH_PARAMETERS if reader.config.get(key)]
+    for key in [*given, "init_lora_weights"] if init else given:
+        reader.refuse(
+            key, f"{key} = {shown(reader.config[key])} is not served beside target_parameters"
+        )
+
+
 def _read_blocks(reader: ConfigReader) -> _Blocks | None:
     given = reader.config.get("use_bdlora")
     if not given:
@@ -295,6 +362,14 @@ def _read_blocks(reader: ConfigReader) -> _Blocks | None:
 
 
 # --------------------------------------------------------------------------- the numbers
+def _by_expert(b: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """B [out, experts * r] with its columns expert after expert; stored is component after
+    component, and of each the experts: huggingface/peft:src/peft/tuners/lora/layer.py
+    (ParamWrapper.get_delta_weight). A is stored expert after expert.
+    """
+    return b.view(len(b), -1, num_experts).transpose(1, 2).reshape(b.shape)
+
+
 def _block_diagonal(stored: torch.Tensor, num_blocks: int) -> torch.Tensor:
     """The matrix of a factor whose diagonal blocks are stored one below the other; see
     huggingface/peft:src/peft/tuners/lora/variants.py (BlockDiagonalLinear).

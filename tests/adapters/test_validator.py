@@ -90,7 +90,7 @@ def test_a_good_adapter_is_reported(tmp_path: Path) -> None:
 
 def test_problems_of_config_header_and_numbers_come_together(tmp_path: Path) -> None:
     nan = NON_FINITE["F32", "nan"] + ONES["F32"] * 7
-    write(tmp_path, weights(a=nan), CONFIG | {"use_dora": True, "r": 3})
+    write(tmp_path, weights(a=nan), CONFIG | {"use_qalora": True, "r": 3})
     codes = codes_of(run_validator, tmp_path, BASE)
     assert codes == ["unsupported_config", "non_finite"]
 

@@ -50,6 +50,8 @@ class Boft(PeftFamily[_Settings]):
         "one factor: blocks of the input times small matrices, one scale per output; more factors "
         "hold a dense matrix per module"
     )
+    scaling = "no"
+    overrides = cells.TRANSFORM | cells.DENSE
     forms: ClassVar = {
         "turns": TensorForm("boft_R", ("factors", "blocks", "group", "group")),
         "scale": TensorForm("boft_s", ("out", 1)),

@@ -47,6 +47,7 @@ class C3a(PeftFamily[_Settings]):
     name = "c3a"
     peft_types = frozenset({"C3A"})
     summary = "its circulant blocks written out: holds a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {"kernel": TensorForm("c3a_kernel", ("rows", "columns", "block"))}
     read_keys = frozenset({"block_size", "block_size_pattern"})
     training_keys = frozenset({"init_weights"})

@@ -52,6 +52,7 @@ class FourierFt(PeftFamily[_Settings]):
     name = "fourierft"
     peft_types = frozenset({"FOURIERFT"})
     summary = "the transform of its coefficients: holds a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {"spectrum": TensorForm("fourierft_spectrum", ("count",))}
     read_keys = frozenset(
         {"n_frequency", "n_frequency_pattern", "scaling", "random_loc_seed", "fan_in_fan_out"}

@@ -42,6 +42,7 @@ class Hira(PeftFamily[_Settings]):
     name = "hira"
     peft_types = frozenset({"HIRA"})
     summary = "W times B A by element: holds a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {
         "a": TensorForm("hira_A", ("rank", "in")),
         "b": TensorForm("hira_B", ("out", "rank")),

@@ -42,6 +42,7 @@ class Hra(PeftFamily[_Settings]):
     name = "hra"
     peft_types = frozenset({"HRA"})
     summary = "low rank: what the product of reflections adds to the base, computed at load"
+    scaling = "no"
     forms: ClassVar = {"u": TensorForm("hra_u", ("in", "rank"))}
     read_keys = frozenset({"r", "apply_GS"})
     training_keys = frozenset({"init_weights"})

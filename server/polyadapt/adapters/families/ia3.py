@@ -47,6 +47,8 @@ class Ia3(PeftFamily[_Settings]):
     name = "ia3"
     peft_types = frozenset({"IA3"})
     summary = "one scale per output, bias included, or per input of a feed-forward module"
+    scaling = "no"
+    overrides = cells.TRANSFORM
     forms: ClassVar = {"factors": TensorForm("ia3_l", ("out", 1))}
     read_keys = frozenset({"feedforward_modules", "fan_in_fan_out"})
     training_keys = frozenset({"init_ia3_weights"})

@@ -37,6 +37,8 @@ class LnTuning(PeftFamily[None]):
     name = "ln_tuning"
     peft_types = frozenset({"LN_TUNING"})
     summary = "a normalisation's weight and bias, each as a vector of its own"
+    scaling = "no"
+    overrides = cells.WEIGHT
     forms: ClassVar = {
         "weight": TensorForm("ln_tuning_layers.weight", ("out",), ("norm",)),
         # PeftFamily replaces it as it does those of other families.

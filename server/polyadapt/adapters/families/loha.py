@@ -56,6 +56,7 @@ class Loha(PeftFamily[_Settings]):
     name = "loha"
     peft_types = frozenset({"LOHA"})
     summary = "low rank r^2, or a whole difference where that takes less"
+    overrides = cells.DENSE
     forms: ClassVar = {
         "a1": TensorForm("hada_w1_a", ("out", "rank")),
         "b1": TensorForm("hada_w1_b", ("rank", "in")),

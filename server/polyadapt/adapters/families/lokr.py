@@ -55,6 +55,7 @@ class Lokr(PeftFamily[_Settings]):
     name = "lokr"
     peft_types = frozenset({"LOKR"})
     summary = "A and B of the product's rank where that is smaller, else a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {
         "w1": TensorForm("lokr_w1", ("out1", "in1"), is_optional=True),
         "w1_a": TensorForm("lokr_w1_a", ("out1", "rank"), is_optional=True),

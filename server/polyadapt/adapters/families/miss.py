@@ -44,6 +44,8 @@ class Miss(PeftFamily[_Settings]):
     name = "miss"
     peft_types = frozenset({"MISS", "BONE"})
     summary = "low rank: A adds up every r-th input, B is the stored block; bat: a whole difference"
+    scaling = "yes, except bat"
+    overrides = cells.DENSE
     forms: ClassVar = {"block": TensorForm("miss_block", ("rank", "out"), aliases=("bone_block",))}
     read_keys = frozenset({"r", "mini_r", "init_weights"})
     training_keys = frozenset({"miss_dropout"})

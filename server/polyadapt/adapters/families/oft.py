@@ -52,6 +52,8 @@ class Oft(PeftFamily[_Settings]):
     name = "oft"
     peft_types = frozenset({"OFT"})
     summary = "blocks of the input times small matrices before W; an embedding's rows as dense ones"
+    scaling = "no"
+    overrides = cells.TRANSFORM | cells.DENSE
     forms: ClassVar = {
         "angles": TensorForm("oft_R.weight", ("blocks", "angles")),
         "embedding_angles": TensorForm(

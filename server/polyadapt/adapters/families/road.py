@@ -43,6 +43,8 @@ class Road(PeftFamily[_Settings]):
     name = "road"
     peft_types = frozenset({"ROAD"})
     summary = "two factors per output: of itself and of its partner, bias included"
+    scaling = "no"
+    overrides = cells.SWAP
     forms: ClassVar = {
         "theta": TensorForm("road_theta", ("stored",)),
         "alpha": TensorForm("road_alpha", ("stored",)),

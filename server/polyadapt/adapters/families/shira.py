@@ -40,6 +40,7 @@ class Shira(PeftFamily[_Settings]):
     name = "shira"
     peft_types = frozenset({"SHIRA"})
     summary = "its elements among zeros: holds a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {
         "values": TensorForm("shira_weight", ("count",)),
         "places": TensorForm("shira_indices", (2, "count"), is_index=True),

@@ -25,6 +25,7 @@ class TrainableTokens(PeftFamily[ModuleTargets | None]):
     name = "trainable_tokens"
     peft_types = frozenset({"TRAINABLE_TOKENS"})
     summary = "one component of low rank per replaced row"
+    scaling = "no"
     read_keys = frozenset({"token_indices"})
     training_keys = frozenset({"init_weights"})
     refused_keys: ClassVar = {

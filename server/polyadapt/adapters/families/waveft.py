@@ -50,6 +50,7 @@ class WaveFt(PeftFamily[_Settings]):
     name = "waveft"
     peft_types = frozenset({"WAVEFT"})
     summary = "its coefficients, through Haar's wavelets or not: holds a dense matrix per module"
+    overrides = cells.DENSE
     forms: ClassVar = {"spectrum": TensorForm("waveft_spectrum", ("count",))}
     read_keys = frozenset(
         {

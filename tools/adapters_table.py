@@ -49,7 +49,9 @@ def refused_table(refused: Mapping[str, str]) -> str:
 
 def with_tables(page: str) -> str:
     """Return the page with both tables as they are now; raises ValueError without their places."""
-    refused: Mapping[str, str] = vars(registry).get("REFUSED", {})
+    served = {name for family in registry.FAMILIES for name in family.peft_types}
+    known: Mapping[str, str] = vars(registry).get("UNSERVED", {})
+    refused = {name: reason for name, reason in known.items() if name not in served}
     tables = {"families": families_table(registry.FAMILIES), "refused": refused_table(refused)}
     for name, table in tables.items():
         begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"

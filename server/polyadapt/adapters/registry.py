@@ -16,6 +16,7 @@ from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.pvera import Pvera
+from polyadapt.adapters.families.randlora import Randlora
 from polyadapt.adapters.families.vblora import Vblora
 from polyadapt.adapters.families.vera import Vera
 from polyadapt.errors import AdapterRejected, Problem
@@ -34,6 +35,7 @@ FAMILIES: tuple[Family, ...] = (
     Loha(),
     Deft(),
     Vblora(),
+    Randlora(),
 )
 
 

@@ -28,7 +28,9 @@ def test_slow_parts_are_named() -> None:
 
     last = families_table([Slow()]).splitlines()[-1]
     assert last.endswith("| no | dense difference, norm weight |")
-    assert families_table([Lora()]).splitlines()[-1].endswith("| yes, except DoRA | none |")
+    assert (
+        families_table([Lora()]).splitlines()[-1].endswith("| yes, except DoRA and KaSA | none |")
+    )
 
 
 def test_refused_types_are_listed_with_their_reason() -> None:

@@ -26,6 +26,7 @@ from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.oft import Oft
 from polyadapt.adapters.families.pvera import Pvera
+from polyadapt.adapters.families.randlora import Randlora
 from polyadapt.adapters.families.road import Road
 from polyadapt.adapters.families.shira import Shira
 from polyadapt.adapters.families.sora import Sora
@@ -57,6 +58,7 @@ FAMILIES: tuple[Family, ...] = (
     Miss(),
     Oft(),
     Pvera(),
+    Randlora(),
     Road(),
     Shira(),
     Sora(),
@@ -88,12 +90,13 @@ UNSERVED: Mapping[str, str] = {
     "OSF": "it replaces most singular components of W, which is no smaller than another base model",
     "SUPERTUNING": "its elements of W may be chosen by the size of the base's at load; not served "
     "yet",
-    "GLORA": "not served yet (GLORA)",
-    "PEANUT": "not served yet (PEANUT)",
-    "PSOFT": "not served yet (PSOFT)",
-    "RANDLORA": "not served yet (RANDLORA)",
-    "TINYLORA": "not served yet (TINYLORA)",
-    "UNILORA": "not served yet (UNILORA)",
+    "GLORA": "it multiplies and adds to W and its bias, each module in its own way; not served yet",
+    "PEANUT": "a small network over the columns of W makes its factors; not served yet",
+    "PSOFT": "its factors come from a decomposition of W, whose signs depend on the solver",
+    "TINYLORA": "its factors come from a decomposition of W and from projections that a seed makes; "
+    "not served yet",
+    "UNILORA": "its factors are picked from one shared vector by places that a seed makes; not "
+    "served yet",
 }
 
 

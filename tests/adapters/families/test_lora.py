@@ -376,7 +376,6 @@ REFUSED_KEYS: dict[str, Any] = {
     "layer_replication": [[0, 2], [1, 2]],
     "use_qalora": True,
     "arrow_config": {"top_k": 3},
-    "kasa_config": {"beta": 1e-4},
     "monteclora_config": {"num_samples": 8},
     "velora_config": {"num_groups": 64},
     "megatron_config": {"tensor_model_parallel_size": 2},

@@ -1,5 +1,5 @@
-"""LoRA's variants, with PEFT as the oracle: DoRA, block-diagonal factors, starts that change the
-base, and replaced modules and tokens beside A and B.
+"""LoRA's variants, with PEFT as the oracle: DoRA, block-diagonal factors, KaSA, starts that
+change the base, and replaced modules and tokens beside A and B.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from tests.support.family_suite import (
     change,
     check_equals_peft,
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 BASES = {
     "llama": tiny_llama,
     "tied": lambda: tiny_llama(tied=True),
+    "biased": lambda: tiny_llama(has_biases=True),
     "gpt2": tiny_gpt2,
     "phi3": tiny_phi3,
 }
@@ -55,6 +56,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
                 nblocks=2,
             ),
             "target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"],
+        },
+    ),
+    "without the tail": (
+        "llama",
+        {"kasa_config": KasaConfig(), "target_modules": "all-linear", "lora_alpha": 9},
+    ),
+    "without the tail, by pattern": (
+        "biased",
+        {
+            "kasa_config": KasaConfig(),
+            "use_rslora": True,
+            "lora_bias": True,
+            "rank_pattern": {"down_proj": 7},
+            "target_modules": ["v_proj", "down_proj"],
         },
     ),
     "new head": ("llama", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}),
@@ -97,7 +112,9 @@ def test_variants_equal_peft(name: str, seed: int, tmp_path: Path) -> None:
     check_equals_peft(base, directory)
 
 
-@pytest.mark.parametrize("name", ["dora", "block-diagonal", "new head", "new tokens"])
+@pytest.mark.parametrize(
+    "name", ["dora", "block-diagonal", "without the tail, by pattern", "new head", "new tokens"]
+)
 def test_whatever_is_wrong_is_refused(name: str, tmp_path: Path) -> None:
     check_refusals(*made(name, tmp_path))
 
@@ -116,6 +133,21 @@ def test_starts_that_can_be_computed_again_are_served_on_the_intact_base(
     plan = check_equals_peft(base, directory, oracle=reload(base, directory), tolerance=1e-4)
 
     assert plan.rank == 8
+
+
+def test_a_tail_is_taken_out_of_the_base_once(tmp_path: Path) -> None:
+    base, directory = made("without the tail, by pattern", tmp_path)
+    plan, _ = load(directory, base)
+    assert plan.rank == 14
+    assert not plan.traits.is_scalable
+    assert "model.layers.0.self_attn.v_proj.weight" in plan.traits.replaced
+
+    edit(directory, use_bdlora={"nblocks": 2})
+    check_refused(base, directory, "unsupported_config", "not served together with")
+    edit(directory, use_bdlora=None, kasa_config={"delta": 1})
+    check_refused(base, directory, "unknown_config_key", "'delta'")
+    edit(directory, kasa_config=None)
+    check_refused(base, directory, "config_mismatch", "holds a lora_diag")
 
 
 def test_what_multiplies_the_base_is_not_scalable(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 Formats and rules: huggingface/peft:src/peft/tuners/lora/{config,model,layer,dora,variants}.py and
 src/peft/utils/save_and_load.py, version 0.21.2. LoRA: arXiv 2106.09685; rank-stabilised: arXiv
 2312.03732; DoRA: arXiv 2402.09353; PiSSA: arXiv 2404.02948; OLoRA: arXiv 2406.01775; activated:
-arXiv 2504.12397.
+arXiv 2504.12397; KaSA: arXiv 2412.06071.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class _Settings:
     alphas: PatternTable
     blocks: _Blocks | None
     parameters: Mapping[str, int]  # path of a wrapper of an expert parameter -> site id
+    is_truncating: bool  # KaSA
 
     def site_rank(self, site: SiteSpec) -> int:
         """The rank that PEFT gives this module."""
@@ -91,7 +92,7 @@ class Lora(PeftFamily[_Settings]):
     name = "lora"
     peft_types = frozenset({"LORA"})
     summary = "A and B as stored, alpha / r folded into B; DoRA adds one scale per output"
-    scaling = "yes, except DoRA"
+    scaling = "yes, except DoRA and KaSA"
     forms: ClassVar = {
         "a": TensorForm("lora_A.weight", ("rank", "in"), ("linear", "experts")),
         "b": TensorForm("lora_B.weight", ("out", "rank"), ("linear", "experts")),
@@ -102,6 +103,7 @@ class Lora(PeftFamily[_Settings]):
             "lora_magnitude_vector", ("out",), ("linear", "embedding"), is_optional=True,
             aliases=("lora_magnitude_vector.weight",),
         ),
+        "diagonal": TensorForm("lora_diag", ("rank",), is_optional=True),
     }  # fmt: skip
     read_keys = frozenset(
         {
@@ -109,6 +111,7 @@ class Lora(PeftFamily[_Settings]):
             *("alpha_pattern", "init_lora_weights", "ensure_weight_tying", "fan_in_fan_out"),
             *("alora_invocation_tokens", "use_bdlora", "megatron_core", "qalora_group_size"),
             "target_parameters",
+            "kasa_config",
         }
     )
     training_keys = frozenset(
@@ -118,14 +121,12 @@ class Lora(PeftFamily[_Settings]):
         "layer_replication": "it repeats layers, so it needs another base model",
         "use_qalora": "its A works on groups of inputs",
         "arrow_config": "it routes tokens between several adapters",
-        "kasa_config": "it removes singular components from the base",
         "monteclora_config": "it stores a sampler beside A and B",
         "velora_config": "it stores projections beside A and B",
         "megatron_config": "it needs Megatron's parallel layers as the base",
     }
     foreign: ClassVar = {
         "lora_E": "it belongs to AdaLoRA",
-        "lora_diag": "it belongs to KaSA",
     }
 
     def claims(self, config: Mapping[str, Any]) -> bool:
@@ -150,6 +151,13 @@ class Lora(PeftFamily[_Settings]):
         init, parameters = _read_init(reader), _read_parameters(reader, base)
         if parameters:
             _refuse_beside_parameters(reader, init)
+        is_truncating = _read_truncating(reader)
+        if is_truncating and (is_dora or invocation or blocks or init or parameters):
+            reader.refuse(
+                "kasa_config",
+                "kasa_config is not served together with DoRA, aLoRA, BD-LoRA, PiSSA, OLoRA or "
+                "target_parameters",
+            )
         return _Settings(
             rank=reader.rank("r"),
             alpha=reader.number("lora_alpha", 8),
@@ -163,6 +171,7 @@ class Lora(PeftFamily[_Settings]):
             alphas=reader.table("alpha_pattern", is_number, "finite numbers"),
             blocks=blocks,
             parameters=parameters,
+            is_truncating=is_truncating,
         )
 
     def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
@@ -182,6 +191,10 @@ class Lora(PeftFamily[_Settings]):
         if "magnitude" in module.keys:
             parts |= cells.OUT_SCALE
             parts |= cells.BIAS if site.has_bias else 0
+        if settings.is_truncating:
+            if site.kind == "embedding" or rank >= min(site.in_features, site.out_features):
+                raise MisfitError(f"KaSA needs a linear of more than r = {rank} components")
+            rank *= 2
         if settings.init:
             rank += settings.site_rank(site)
         return rank, parts
@@ -206,6 +219,8 @@ class Lora(PeftFamily[_Settings]):
                 num_a, num_b = settings.blocks.of(site.path)
                 a, b = _block_diagonal(a, num_a), _block_diagonal(b, num_b)
         bias = tensors["b_bias"] * scale if "b_bias" in tensors else None
+        if "diagonal" in tensors:
+            return _without_tail(a, b * tensors["diagonal"], bias, base)
         if settings.init:
             return _beside_intact_base(a, b, bias, settings, site, base)
         if "magnitude" in tensors:
@@ -222,6 +237,10 @@ class Lora(PeftFamily[_Settings]):
     def places(self, settings: _Settings, base: BaseSpec) -> dict[str, int]:
         """See PeftFamily.places."""
         return {**super().places(settings, base), **settings.parameters}
+
+    def multiplies(self, settings: _Settings) -> bool:
+        """See PeftFamily.multiplies: KaSA takes components out of the base, and no other may."""
+        return settings.is_truncating
 
     def traits(self, settings: _Settings) -> dict[str, Any]:
         """See PeftFamily.traits."""
@@ -259,6 +278,16 @@ class Lora(PeftFamily[_Settings]):
                         f"lora_bias is {settings.has_lora_bias} and the checkpoint holds "
                         f"{'a' if has_bias else 'no'} lora_B.bias of {site.path}",
                         "lora_bias",
+                    )
+                )
+            if settings.is_truncating != ("diagonal" in module.keys):
+                problems.append(
+                    Problem(
+                        "config_mismatch",
+                        f"kasa_config is {'set' if settings.is_truncating else 'not set'} and the "
+                        f"checkpoint holds {'no' if settings.is_truncating else 'a'} lora_diag of "
+                        f"{site.path}",
+                        "kasa_config",
                     )
                 )
             if settings.is_weight_decomposed != has_magnitude:
@@ -342,6 +371,17 @@ def _refuse_beside_parameters(reader: ConfigReader, init: str) -> None:
         reader.refuse(
             key, f"{key} = {shown(reader.config[key])} is not served beside target_parameters"
         )
+
+
+def _read_truncating(reader: ConfigReader) -> bool:
+    given = reader.config.get("kasa_config")
+    if given is not None and not isinstance(given, dict):
+        reader.invalid("kasa_config", given, "null or an object")
+    elif given is not None:
+        ConfigReader(given, reader.problems, reader.notes).judge(
+            read=(), training={"beta", "gamma"}
+        )
+    return given is not None
 
 
 def _read_blocks(reader: ConfigReader) -> _Blocks | None:
@@ -431,3 +471,17 @@ def _beside_intact_base(
         q, r = torch.linalg.qr(weight)
         b0, a0 = settings.scale(site) * q[:, :rank], r[:rank]
     return low_rank(torch.cat([a, a0]), torch.cat([b, -b0], 1), bias=bias)
+
+
+def _without_tail(
+    a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, base: SiteBase
+) -> Delta:
+    """KaSA adds to W without its r least singular components, so on W itself these go, in another
+    r components. huggingface/peft:src/peft/tuners/lora/variants.py (KasaLinearVariant).
+    """
+    import torch
+
+    rank = a.shape[0]
+    left, values, right = torch.linalg.svd(base.weight(), full_matrices=False)
+    tail = left[:, -rank:] * values[-rank:]
+    return low_rank(torch.cat([a, right[-rank:]]), torch.cat([b, -tail], 1), bias=bias)

@@ -287,6 +287,25 @@ def test_an_invoked_adapter_equals_pefts_own(start, identities, directories, mod
         peft_oracle.assert_matches(recorder.of(request.id), expected)
 
 
+def test_an_invoked_checkpoint_of_pefts_is_served_as_peft_serves_it(
+    start, blob_root, model_dir, tmp_path
+):
+    directory = adapters.make_lora(
+        model_dir, tmp_path / "a", 5, TARGETS, alora_invocation_tokens=list(INVOCATION)
+    )
+    use = AppliedAdapter(put_blob(blob_root, directory, "checkpoint"))
+    driver = start()
+    recorder = LogitsRecorder(driver.engine)
+    requests = [whole(name, prompt, use) for name, prompt in PROMPTS.items()]
+    driver.run(*requests)
+    for request in requests:
+        sequence = sequence_of(driver, request)
+        expected = composed.activated_logits(
+            model_dir, directory, INVOCATION, sequence, len(request.prompt_ids)
+        )
+        peft_oracle.assert_matches(recorder.of(request.id), expected)
+
+
 def test_an_absent_invocation_is_the_base_to_the_bit(start, identities):
     driver = start(INVOKED)
     recorder = LogitsRecorder(driver.engine)

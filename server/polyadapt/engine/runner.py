@@ -220,12 +220,10 @@ _Idle = dict[int, tuple[int, ...]]  # place in the batch -> rows, lane by lane
 def _idle_rows(sequences: Seq[Sequence], lengths: np.ndarray) -> _Idle:
     """How many of a sequence's first rows come before its adapters act, where any do."""
     found: _Idle = {}
-    for i, sequence in enumerate(sequences):
-        group = sequence.group
-        if group.is_gated:
-            assert group.lanes is not None
-            length, position = int(lengths[i]), sequence.num_computed
-            found[i] = tuple(min(max(lane.first - position, 0), length) for lane in group.lanes)
+    for i in [i for i, sequence in enumerate(sequences) if sequence.group.is_gated]:
+        length, position = int(lengths[i]), sequences[i].num_computed
+        lanes = sequences[i].group.lanes or ()
+        found[i] = tuple(min(max(lane.first - position, 0), length) for lane in lanes)
     return found
 
 

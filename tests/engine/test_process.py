@@ -35,6 +35,7 @@ from polyadapt.types import (
     Started,
     TokenLogprob,
     Tokens,
+    WhenCold,
 )
 
 pytestmark = pytest.mark.anyio
@@ -251,6 +252,7 @@ def test_every_message_survives_the_wire():
         cache_salt=("tenant", "ä"),
         priority=-3,
         speculative_tokens=4,
+        when_cold=WhenCold(20, (AppliedAdapter(adapter, 0.5, rank=3),)),
     )
     for command in (Submit(request), Cancel("r"), Call(7, "load", adapter.digest, True)):
         assert wire.decode_command(wire.encode_command(command)) == command
@@ -263,6 +265,7 @@ def test_every_message_survives_the_wire():
             Tokens("r", 0, (4, 5, 3), (scored,) * 3),
             Finished("r"),
             Failed("s", "numerical_error", "no"),
+            Failed("t", "invalid_request", "no", "adapters[0].rank"),
         ],
         [
             Reply(1, Residency("d", "device", True, 2, 1.0, 3)),

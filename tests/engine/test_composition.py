@@ -189,6 +189,31 @@ def test_whoever_replaces_parameters_has_the_first_lane(start, identities):
     driver.run()
 
 
+def test_others_are_added_to_what_a_replacing_adapter_makes_of_the_base(
+    start, identities, directories, blob_root, model_dir, tmp_path
+):
+    dora = [
+        adapters.make_lora(model_dir, tmp_path / f"dora{i}", 4, TARGETS[:4], seed=i, use_dora=True)
+        for i in range(2)
+    ]
+    uses = [AppliedAdapter(put_blob(blob_root, path, path.name)) for path in dora]
+    plain = [AppliedAdapter(identities["a"], 0.5), AppliedAdapter(identities["b"], -1.0)]
+    driver = start()
+    recorder = LogitsRecorder(driver.engine)
+    requests = [
+        whole("one", ids(0), *plain, uses[0]),
+        whole("other", ids(1), uses[1], plain[0]),
+        whole("pair", ids(2), *uses),
+    ]
+    driver.run(*requests)
+    parts = [Part(directories["a"], 0.5), Part(directories["b"], -1.0)]
+    for request, own, replacing in zip(requests, (parts, parts[:1]), dora, strict=False):
+        sequence = sequence_of(driver, request)
+        expected = composed.logits(model_dir, own, sequence, replacing)
+        peft_oracle.assert_matches(recorder.of(request.id), expected)
+    assert "k_proj.weight" in driver.transcripts["pair"].last.message
+
+
 def test_what_cannot_be_served_together_fails_before_a_row_runs(start, identities):
     driver = start({"a": Traits(replaced=("head",)), "b": Traits(replaced=("head", "norm"))})
     pair = [AppliedAdapter(identities[name]) for name in ("a", "b")]

@@ -30,13 +30,19 @@ class Part:
     rank: int | None = None
 
 
-def logits(model_dir: Path, parts: Sequence[Part], ids: Sequence[int]) -> torch.Tensor:
+def logits(
+    model_dir: Path, parts: Sequence[Part], ids: Sequence[int], replacing: Path | None = None
+) -> torch.Tensor:
     """Return the logits [len(ids), vocabulary] of W + sum scale * alpha / b * B[:, :b] A[:b].
 
     b is the rank that is kept: DyLoRA's scale (arXiv 2210.07558), LoRA's when nothing is cut off.
-    Linears without fan_in_fan_out only.
+    W is the base's, or what PEFT merges of it and `replacing`. Linears without fan_in_fan_out only.
     """
     model = peft_oracle.load_base(model_dir)
+    if replacing is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in peft_oracle.py
+            model = PeftModel.from_pretrained(model, str(replacing)).merge_and_unload()
     with torch.inference_mode():
         for part in parts:
             config = json.loads((part.directory / "adapter_config.json").read_text())

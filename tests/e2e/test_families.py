@@ -42,7 +42,7 @@ def bodies(server: RunningServer) -> dict[str, dict[str, Any]]:
     (base,) = [m["id"] for m in server.get("/v1/models").json()["data"] if not m.get("parent")]
     asked = {name: {"model": name} for name in SAMPLES}
     asked |= {f"base{n}": {"model": base} for n in range(3)}
-    pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("hra", "road")]
+    pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("road", "gralora")]
     for one, two in pairs:
         adapters = [{"name": one}, {"name": two}]
         asked[f"{one} + {two}"] = {"model": base, "adapters": adapters}

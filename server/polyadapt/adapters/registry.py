@@ -93,8 +93,8 @@ UNSERVED: Mapping[str, str] = {
     "GLORA": "it multiplies and adds to W and its bias, each module in its own way; not served yet",
     "PEANUT": "a small network over the columns of W makes its factors; not served yet",
     "PSOFT": "its factors come from a decomposition of W, whose signs depend on the solver",
-    "TINYLORA": "its factors come from a decomposition of W and from projections that a seed makes; "
-    "not served yet",
+    "TINYLORA": "its factors come from a decomposition of W and from projections of a seed; not "
+    "served yet",
     "UNILORA": "its factors are picked from one shared vector by places that a seed makes; not "
     "served yet",
 }

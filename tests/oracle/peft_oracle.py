@@ -115,7 +115,6 @@ def _model(model_dir: Path, adapter_dir: Path | None) -> torch.nn.Module:
             warnings.filterwarnings("ignore", category=FutureWarning)
             warnings.filterwarnings("ignore", category=PeftWarning)
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            warnings.filterwarnings("ignore", message=".*CUDA extension.*")  # BOFT looks for one
             warnings.filterwarnings("ignore", message=".*did not match any targeted module.*")
             model = PeftModel.from_pretrained(base, str(adapter_dir), autocast_adapter_dtype=False)
         model = model.float().eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,7 +50,8 @@ def site(num_rows: int) -> Site:
     """Slot 0 holds a weight and a bias, slot 1 a bias; rows 1 and 3 are slot 0's, 2 is slot 1's."""
     arena = torch.randn(3 * WIDTH)
     cells = torch.tensor([[[0, 0, WEIGHT | BIAS]], [[2 * WIDTH, 0, BIAS]]])
-    plan = PlanBuffers(num_rows, torch.device("cpu"), torch.tensor([True, False]).numpy())
+    has_overrides = np.array([True, False])
+    plan = PlanBuffers(num_rows, torch.device("cpu"), cells, has_overrides)
     uses = [RowUse(0, 1, (0,), (1.0,))]
     if num_rows > 1:
         uses = [

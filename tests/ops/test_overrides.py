@@ -37,7 +37,7 @@ class Bank:
         return Site(site_id, self.arena, self.cells, plan)
 
     def buffers(self, num_rows: int) -> PlanBuffers:
-        return PlanBuffers(num_rows, CPU, self.has_overrides)
+        return PlanBuffers(num_rows, CPU, self.cells, self.has_overrides)
 
 
 def make_bank(
@@ -102,7 +102,12 @@ def adapted(
 )
 @pytest.mark.parametrize(
     ("lengths", "group", "rank"),
-    [([1] * 6, 2, 0), ([1, 40, 3, 2, 7, 1], 4, 3), ([130, 1, 2, 1, 3, 1], 12, 0)],
+    [
+        ([1] * 6, 2, 0),
+        ([1, 40, 3, 2, 7, 1], 1, 0),
+        ([1, 40, 3, 2, 7, 1], 4, 3),
+        ([130, 1, 2, 1, 3, 1], 12, 0),
+    ],
 )
 def test_every_part_of_fused_linears_equals_the_specification(
     form, lengths, group, rank, packed, dtype, arena_dtype
@@ -111,12 +116,14 @@ def test_every_part_of_fused_linears_equals_the_specification(
     widths, num_in, generator = (36, 24, 60), 48, torch.Generator().manual_seed(5)
     sizes = [(num_in, width) for width in widths]
     parts = [[LINEAR_PARTS[(slot + site) % 6] for site in range(3)] for slot in range(6)]
+    if group == 1:  # which has no halves to exchange
+        parts = [[bits & ~SWAP for bits in by_site] for by_site in parts]
     parts[1][2] = 0
     bank = make_bank(parts, sizes, arena_dtype, rank=rank, group=group)
     uses, num_rows = uses_of(lengths, 6)
     plan, buffers = build_plan(uses, num_rows), bank.buffers(num_rows)
     buffers.load(plan)
-    is_long = any(not override.is_short for override in buffers.overrides)
+    is_long = any(not o.is_short for found in buffers.overrides.values() for o in found)
     assert is_long is (lengths[0] > 100), "a GEMM serves the long segments"
     weights = [torch.randn(width, num_in, generator=generator) / 7 for width in widths]
     weights = [weight.to(dtype) for weight in weights]
@@ -195,9 +202,14 @@ def test_a_norm_is_told_its_segments_and_weights(form):
 
 
 # --------------------------------------------------------------------------- the plan
-def test_a_plan_lists_the_segments_of_slots_with_overrides_and_no_others():
+def cells_with(parts: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([[[7 * bool(bits), 0, bits] for bits in by_site] for by_site in parts])
+
+
+def test_a_plan_lists_by_site_the_segments_with_overrides_and_no_others():
     has = np.array([False, True, False, True])
-    buffers = PlanBuffers(16, CPU, has)
+    cells = cells_with([[BIAS, 0], [0, SWAP | BIAS], [OUT_SCALE, BIAS], [DENSE, WEIGHT]])
+    buffers = PlanBuffers(16, CPU, cells, has)
     uses = [
         RowUse(0, 1, (1,), (1.0,)),
         RowUse(1, 3, (0, 3), (1.0, 0.5)),
@@ -207,31 +219,49 @@ def test_a_plan_lists_the_segments_of_slots_with_overrides_and_no_others():
     ]
     plan = build_plan(uses, 10)
     buffers.load(plan)
-    found = [(o.slot, o.scale, o.rows.tolist(), o.is_short) for o in buffers.overrides]
-    assert found == [
-        (1, 1.0, [0, 3, 4, 5], True),
-        (3, 1.0, [8, 9], True),
-        (3, 0.5, [1, 2], True),
-    ]
-    scattered, *neighbours = [o.index for o in buffers.overrides]
+    found = {
+        site: [(o.slot, o.parts, o.scale, o.rows.tolist(), o.is_short) for o in overrides]
+        for site, overrides in buffers.overrides.items()
+    }
+    assert found == {
+        0: [(3, DENSE, 1.0, [8, 9], True), (3, DENSE, 0.5, [1, 2], True)],
+        1: [
+            (1, SWAP | BIAS, 1.0, [0, 3, 4, 5], True),
+            (3, WEIGHT, 1.0, [8, 9], True),
+            (3, WEIGHT, 0.5, [1, 2], True),
+        ],
+    }
+    scattered, *neighbours = [o.index for o in buffers.overrides[1]]
     assert isinstance(scattered, torch.Tensor)
     assert scattered.tolist() == [0, 3, 4, 5]
     assert neighbours == [slice(8, 10), slice(1, 3)]
     buffers.clear()
-    assert buffers.overrides == ()
+    assert not buffers.overrides
     buffers.load(plan)  # what is still there is not filled in again
-    assert len(buffers.overrides) == 3
+    assert buffers.overrides.keys() == {0, 1}
     buffers.load(build_plan(uses[1:2], 10))
-    assert [o.slot for o in buffers.overrides] == [3]
+    assert [o.slot for o in buffers.overrides[1]] == [3]
     has[:] = False
     buffers.load(build_plan(uses, 10))
-    assert buffers.overrides == ()
+    assert not buffers.overrides
+
+
+def test_an_arena_that_moves_between_steps_is_followed():
+    bank = make_bank([[WEIGHT]], [(4, 4)], torch.float32)
+    buffers = bank.buffers(1)
+    plan = build_plan([RowUse(0, 1, (0,), (1.0,))], 1)
+    for offset in (7, 3):
+        bank.cells[0, 0, 0] = offset
+        buffers.load(plan)
+        ((_, weight),) = overrides.norm_weights(bank.site(buffers), 4)
+        assert weight.data_ptr() == bank.arena[offset:].data_ptr()
 
 
 def test_long_segments_are_left_to_gemms():
-    buffers = PlanBuffers(400, CPU, np.array([True, True]))
+    cells = cells_with([[DENSE], [DENSE]])
+    buffers = PlanBuffers(400, CPU, cells, np.array([True, True]))
     buffers.load(build_plan([RowUse(0, 300, (0,), (1.0,)), RowUse(300, 301, (1,), (1.0,))], 400))
-    assert [(o.slot, o.is_short) for o in buffers.overrides] == [(1, True), (0, False)]
+    assert [(o.slot, o.is_short) for o in buffers.overrides[0]] == [(1, True), (0, False)]
 
 
 # --------------------------------------------------------------------------- the kernels' promises

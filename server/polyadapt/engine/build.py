@@ -66,7 +66,7 @@ def build_engine(
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
-    tokens, outputs = (PlanBuffers(max_rows, device, has_overrides) for _ in range(2))
+    tokens, outputs = (PlanBuffers(max_rows, device, cells, has_overrides) for _ in range(2))
     wrap_sites(base, arena, cells, tokens, outputs)
     chosen = choose(dtype, is_exact=config.exact)
     fused = fuse(base, config.page_size, chosen)

@@ -48,7 +48,7 @@ class AdaptedLinear(nn.Module):
             rows = rows.contiguous()
         y = self.weight.product(rows, self.bias)
         plan = self.site.plan
-        if plan.overrides:
+        if plan.overrides and any(part.site.id in plan.overrides for part in self.parts):
             self._add_around(y, rows)
         elif plan.lanes:
             gated_matmul_(y, rows, self.site, self.columns)
@@ -97,7 +97,7 @@ class AdaptedEmbedding(nn.Module):
     def _add(self, y: torch.Tensor, ids: torch.Tensor) -> None:
         rows, ids, num_in = y.view(-1, y.shape[-1]), ids.reshape(-1), self.weight.shape[0]
         gated_embedding_(rows, ids, num_in, self.site)
-        if self.site.plan.overrides:
+        if self.site.id in self.site.plan.overrides:
             overrides.add_dense_rows_(rows, ids, num_in, self.site)
 
 
@@ -119,7 +119,7 @@ class AdaptedNorm(nn.Module):
         y: torch.Tensor = self.base(x)
         plan = self.site.plan
         # Where the base has no bias an adapter has one only beside a weight.
-        if plan.overrides or (self.has_bias and plan.lanes):
+        if self.site.id in plan.overrides or (self.has_bias and plan.lanes):
             adapt_norm_(y, x, self.site, self.row_dim, self._with_weight)
         return y
 

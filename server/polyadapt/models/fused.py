@@ -41,7 +41,7 @@ class FusedNorm(nn.Module):
     def forward(self, x: torch.Tensor, row_dim: int | None = None) -> torch.Tensor:
         """x [..., width] -> the same shape and dtype."""
         y = dense.rms_norm(x, self.weight, self.eps)
-        if self.site is not None and self.site.plan.overrides:
+        if self.site is not None and self.site.id in self.site.plan.overrides:
             adapt_norm_(
                 y, x, self.site, self.row_dim if row_dim is None else row_dim, self._with_weight
             )

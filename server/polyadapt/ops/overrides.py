@@ -13,9 +13,8 @@ from collections.abc import Iterator
 
 import torch
 
-from polyadapt.ops import cells as cells_layout
 from polyadapt.ops import native
-from polyadapt.ops.cells import DENSE, SWAP, TRANSFORM, WEIGHT
+from polyadapt.ops.cells import DENSE, SWAP, TRANSFORM, WEIGHT, group_of, list_parts
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import Weight
 from polyadapt.ops.native import overrides as kernels
@@ -42,26 +41,30 @@ def replace_products_(
     nothing else yet, x [rows, in]; float32 or bfloat16.
     """
     num_in = x.shape[1]
-    for override in site.plan.overrides:
-        for site_id, column, width in parts:
-            group, found = _found(site, override, site_id, num_in, width, TRANSFORM | SWAP)
-            columns = y[:, column : column + width]
-            if TRANSFORM in found:
-                turned = _turned(x, override, found[TRANSFORM].view(-1, group, group))
-                _put(columns, override, weight.columns(turned, bias, column, column + width))
-            if SWAP in found:
-                _swap_(columns, override, found[SWAP].view(2, width), group)
+    for site_id, column, width in parts:
+        columns, turned = y[:, column : column + width], []
+        turning = _at(site, site_id, TRANSFORM)
+        for override in turning:
+            group = group_of(override.parts)
+            found = _found(site, override, site_id, num_in, width)
+            turned.append(_turned(x, override, found[TRANSFORM].view(-1, group, group)))
+        if turned:  # in one product: the base's weight is read once for all of them
+            products = weight.columns(torch.cat(turned), bias, column, column + width)
+            sizes = [len(rows) for rows in turned]
+            for override, rows in zip(turning, torch.split(products, sizes), strict=True):
+                columns[override.index] = rows
+        for override in _at(site, site_id, SWAP):
+            swap = _found(site, override, site_id, num_in, width)[SWAP].view(2, width)
+            _swap_(columns, override, swap, group_of(override.parts))
 
 
 def add_dense_(y: torch.Tensor, x: torch.Tensor, site: Site, parts: Parts) -> None:
     """y[t] += scale * dense x[t] in the columns of each part; y [rows, out], x [rows, in]."""
     num_in = x.shape[1]
-    for override in site.plan.overrides:
-        for site_id, column, width in parts:
-            _, found = _found(site, override, site_id, num_in, width, DENSE)
-            if DENSE not in found:
-                continue
-            dense, columns = found[DENSE].view(width, num_in), y[:, column : column + width]
+    for site_id, column, width in parts:
+        for override in _at(site, site_id, DENSE):
+            dense = _found(site, override, site_id, num_in, width)[DENSE].view(width, num_in)
+            columns = y[:, column : column + width]
             if override.is_short and native.is_available():
                 kernels.add_dense_(columns, x, override.rows, dense, override.scale)
             else:
@@ -72,38 +75,41 @@ def add_dense_(y: torch.Tensor, x: torch.Tensor, site: Site, parts: Parts) -> No
 def add_dense_rows_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site) -> None:
     """y[t] += scale * dense[ids[t]]; y [rows, width], ids int64 [rows] below num_in."""
     width = y.shape[1]
-    for override in site.plan.overrides:
-        _, found = _found(site, override, site.id, num_in, width, DENSE)
-        if DENSE in found:
-            delta = found[DENSE].view(num_in, width)[ids[override.index]]
-            y[override.index] += (override.scale * delta).to(y.dtype)
+    for override in _at(site, site.id, DENSE):
+        dense = _found(site, override, site.id, num_in, width)[DENSE].view(num_in, width)
+        delta = dense[ids[override.index]]
+        y[override.index] += (override.scale * delta).to(y.dtype)
 
 
 def norm_weights(site: Site, width: int) -> Iterator[tuple[Override, torch.Tensor]]:
     """The segments whose cell at this norm has a weight of its own, with it: [width]."""
-    for override in site.plan.overrides:
-        _, found = _found(site, override, site.id, width, width, WEIGHT)
-        if WEIGHT in found:
-            yield override, found[WEIGHT]
+    for override in _at(site, site.id, WEIGHT):
+        yield override, _found(site, override, site.id, width, width)[WEIGHT]
+
+
+def _at(site: Site, site_id: int, wanted: int) -> list[Override]:
+    """The segments with one of these parts at the site."""
+    found = site.plan.overrides.get(site_id, ())
+    return [override for override in found if override.parts & wanted]
 
 
 def _found(
-    site: Site, override: Override, site_id: int, num_in: int, num_out: int, wanted: int
-) -> tuple[int, dict[int, torch.Tensor]]:
-    """The group of the segment's cell, and those of its parts that are wanted, flat, by bit."""
-    offset, rank, parts = site.cells[override.slot, site_id].tolist()
-    if offset < 0 or not parts & wanted:
-        return 0, {}
+    site: Site, override: Override, site_id: int, num_in: int, num_out: int
+) -> dict[int, torch.Tensor]:
+    """The parts of the segment's cell, flat, by bit."""
+    # The parts are the plan's to remember; where they lie may change between two steps.
+    offset, rank, _ = site.cells[override.slot, site_id].tolist()
     found, at = {}, offset + rank * (num_in + num_out)
-    for bit, size in cells_layout.list_parts(num_in, num_out, parts):
-        if bit & wanted:
-            found[bit] = site.arena[at : at + size]
+    for bit, size in list_parts(num_in, num_out, override.parts):
+        found[bit] = site.arena[at : at + size]
         at += size
-    return cells_layout.group_of(parts), found
+    return found
 
 
 def _turned(x: torch.Tensor, override: Override, transform: torch.Tensor) -> torch.Tensor:
     """[segment rows, in] of x's dtype."""
+    if transform.shape[1] == 1:  # a scale of each input
+        return (x[override.index] * transform.flatten()).to(x.dtype)
     if override.is_short and native.is_available():
         return kernels.block_transform(x, override.rows, transform)
     num_blocks, group, _ = transform.shape
@@ -119,8 +125,4 @@ def _swap_(y: torch.Tensor, override: Override, swap: torch.Tensor, group: int) 
     rows = y[override.index].to(swap.dtype)
     halves = rows.view(rows.shape[0], -1, 2, group // 2)
     exchanged = halves.flip(2).reshape(rows.shape)
-    _put(y, override, ((1 + swap[0]) * rows + swap[1] * exchanged).to(y.dtype))
-
-
-def _put(y: torch.Tensor, override: Override, rows: torch.Tensor) -> None:
-    y[override.index] = rows
+    y[override.index] = ((1 + swap[0]) * rows + swap[1] * exchanged).to(y.dtype)

@@ -6,12 +6,13 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from polyadapt.ops import cells as layout
 from polyadapt.types import MAX_ADAPTERS
 
 MAX_LANES = MAX_ADAPTERS
@@ -185,13 +186,14 @@ class LoadedLane:
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """A segment whose slot holds parts of cells.OVERRIDES somewhere; see ops/overrides.py.
+    """A segment whose cell at some site holds parts of cells.OVERRIDES; see ops/overrides.py.
 
     rows int32 [n], a view of the buffers; index: the same rows, as a slice where they are
     neighbours; is_short: it is shorter than the plan's limit for GEMMs.
     """
 
     slot: int
+    parts: int
     scale: float
     rows: torch.Tensor
     index: slice | torch.Tensor
@@ -203,19 +205,27 @@ class PlanBuffers:
 
     rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
     positions in `rows`, with one extra entry per lane. gate float32 [lanes, rows, width], grown on
-    demand. `lanes` are views of one lane each; `overrides` are the segments, lane after lane, that
-    need more than the gated product.
+    demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane after
+    lane, that need more than the gated product there.
     """
 
     def __init__(
-        self, max_rows: int, device: torch.device, has_overrides: np.ndarray | None = None
+        self,
+        max_rows: int,
+        device: torch.device,
+        cells: torch.Tensor | None = None,
+        has_overrides: np.ndarray | None = None,
     ) -> None:
-        """has_overrides: bool [num_slots], owned by whoever fills the slots; None: no slot has."""
+        """cells int64 [num_slots, num_sites, 3] and has_overrides, bool [num_slots], are owned by
+        whoever fills the slots, and of a slot in a plan they keep their parts; None: no slot has
+        overrides.
+        """
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
         self.device = device
         self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
-        self.overrides: tuple[Override, ...] = ()  # empty for nearly every step
+        self.overrides: dict[int, list[Override]] = {}  # empty for nearly every step
+        self._cells = cells
         self._has_overrides = has_overrides
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
         self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
@@ -224,7 +234,7 @@ class PlanBuffers:
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
         self._loaded: BatchPlan | None = None  # what the buffers hold
         self._loaded_lanes: tuple[LoadedLane, ...] = ()
-        self._loaded_overrides: tuple[Override, ...] = ()
+        self._loaded_overrides: dict[int, list[Override]] = {}
 
     def load(self, plan: BatchPlan) -> None:
         """Copy the plan in; the previous step's content is gone afterwards.
@@ -238,7 +248,7 @@ class PlanBuffers:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
         self._loaded = None  # unless all of it is copied
         lanes: list[LoadedLane] = []
-        overrides: list[Override] = []
+        overrides: dict[int, list[Override]] = {}
         widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
         self._widen_gate(max(widths, default=0))
         segment = row = 0
@@ -263,26 +273,32 @@ class PlanBuffers:
                 )
             )
             if self._has_overrides is not None and self._has_overrides[lane.slots].any():
-                overrides += self._overrides_of(lane, row)
+                self._find_overrides(lane, row, overrides)
             segment, row = stop, row + len(lane.rows)
         self._loaded, self._loaded_lanes = plan, tuple(lanes)
-        self._loaded_overrides = tuple(overrides)
+        self._loaded_overrides = overrides
         self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
-        self.lanes, self.overrides = (), ()
+        self.lanes, self.overrides = (), {}
 
-    def _overrides_of(self, lane: Lane, row: int) -> Iterator[Override]:
-        """The lane's segments of slots with overrides; its rows begin at `row` of the buffer."""
+    def _find_overrides(self, lane: Lane, row: int, found: dict[int, list[Override]]) -> None:
+        """Add those of the lane, whose rows begin at `row` of the buffer."""
         assert self._has_overrides is not None
+        assert self._cells is not None
         for segment in np.flatnonzero(self._has_overrides[lane.slots]).tolist():
             start, stop = lane.bounds[segment : segment + 2].tolist()
             if start == stop:
                 continue
-            rows = self.rows[row + start : row + stop]
             slot, scale = int(lane.slots[segment]), float(lane.scales[segment])
-            yield Override(slot, scale, rows, index_of(rows), segment < lane.num_short)
+            rows = self.rows[row + start : row + stop]
+            index, is_short = index_of(rows), segment < lane.num_short
+            cells = self._cells[slot]
+            parts = torch.where(cells[:, layout.OFFSET] >= 0, cells[:, layout.PARTS], 0)
+            for site_id in (parts & layout.OVERRIDES).nonzero().flatten().tolist():
+                override = Override(slot, int(parts[site_id]), scale, rows, index, is_short)
+                found.setdefault(site_id, []).append(override)
 
     def _widen_gate(self, width: int) -> None:
         # Before any lane is filled: what was there is gone afterwards.

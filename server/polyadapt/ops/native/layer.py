@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from polyadapt.ops import cells as cells_layout
 from polyadapt.ops.attention import AttentionBatch
 from polyadapt.ops.native import build
 from polyadapt.ops.plan import LoadedLane, PlanBuffers
@@ -120,7 +119,7 @@ class Step:
         self, arena: torch.Tensor, cells: torch.Tensor, plan: PlanBuffers, specs: list[LayerSpec]
     ) -> None:
         self._arena, self._cells, self._plan = arena, cells, plan
-        self._sites = torch.tensor(sorted({site for spec in specs for site in spec.sites()}))
+        self._sites = frozenset(site for spec in specs for site in spec.sites())
         self.num_steps = 0  # that ran natively
         hidden = max(spec.qkv.panels.shape[1] for spec in specs)
         self._widths = (
@@ -191,22 +190,12 @@ class Step:
             and lens.shape[0] >= batch.num_decodes
             and batch.write_slots.shape[0] == batch.num_decodes
             and all(lane.num_short == lane.num_segments for lane in lanes)
-            and not self._has_overrides()
+            and self._sites.isdisjoint(self._plan.overrides)  # the head's, say, do not matter
             and x.is_contiguous()
             and cos.is_contiguous()
             and sin.is_contiguous()
             and x.dtype is cos.dtype is sin.dtype is torch.float32
         )
-
-    def _has_overrides(self) -> bool:
-        """Whether a segment replaces anything in a layer; a head of its own matters not."""
-        overrides = self._plan.overrides
-        if not overrides:
-            return False
-        slots = torch.tensor([override.slot for override in overrides])
-        cells = self._cells[slots[:, None], self._sites]  # [overrides, sites, 3]
-        parts = cells[:, :, cells_layout.PARTS] & cells_layout.OVERRIDES
-        return bool((parts.ne(0) & (cells[:, :, cells_layout.OFFSET] >= 0)).any())
 
 
 def _lane_block(lane: LoadedLane) -> bytes:

@@ -23,7 +23,7 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 # rounded.
 ITEM_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 # Positions, which a few families store; a reader refuses them where it expects weights.
-INTEGER_SIZES = {"I32": 4, "I64": 8}
+INTEGER_SIZES = {"U8": 1, "I16": 2, "I32": 4, "I64": 8}
 _SIZES = ITEM_SIZES | INTEGER_SIZES
 
 _MAX_NUM_ELEMENTS = 1 << 48  # far beyond any file; keeps products exact and quick

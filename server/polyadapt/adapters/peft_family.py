@@ -933,7 +933,8 @@ def to_int64(raw: RawTensor) -> torch.Tensor:
     """Return a copy of a tensor of whole numbers in int64."""
     import torch
 
-    dtype = {"I32": torch.int32, "I64": torch.int64}[raw.dtype]
+    dtypes = {"U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+    dtype = dtypes[raw.dtype]
     return torch.frombuffer(bytearray(raw.data), dtype=dtype).reshape(raw.shape).long()
 
 

@@ -25,6 +25,23 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama",
         {"topk": 3, "vector_length": 16, "target_modules": ["v_proj", "down_proj"]},
     ),
+    "only what is mixed": (
+        "llama",
+        {"save_only_topk_weights": True, "target_modules": ["v_proj", "down_proj"]},
+    ),
+    "only what is mixed, three of many": (
+        "llama",
+        {
+            "topk": 3,
+            "num_vectors": 300,
+            "save_only_topk_weights": True,
+            "target_modules": ["v_proj", "down_proj"],
+        },
+    ),
+    "only the one vector": (
+        "llama",
+        {"topk": 1, "save_only_topk_weights": True, "target_modules": ["v_proj"]},
+    ),
     "transposed base": ("gpt2", {"target_modules": ["c_attn", "c_fc"]}),
     "new biases": ("gpt2", {"bias": "all", "target_modules": ["c_attn", "c_fc"]}),
     "fused projections": ("phi3", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
@@ -47,7 +64,7 @@ def test_variants_equal_peft(name: str, seed: int, tmp_path: Path) -> None:
     assert plan.traits.is_scalable == ("biases" not in name)
 
 
-@pytest.mark.parametrize("name", ["plain", "three vectors in a mixture"])
+@pytest.mark.parametrize("name", ["plain", "three vectors in a mixture", "only what is mixed"])
 def test_whatever_is_wrong_is_refused(name: str, tmp_path: Path) -> None:
     check_refusals(*made(name, tmp_path))
 
@@ -58,3 +75,12 @@ def test_vectors_must_fit_the_base_and_the_config(tmp_path: Path) -> None:
     check_refused(base, directory, "shape_mismatch", "expected [11, 7]")
     edit(directory, vector_length=8, topk=12)
     check_refused(base, directory, "invalid_config", "at most 11 vectors")
+
+
+def test_what_is_stored_must_be_what_the_config_says(tmp_path: Path) -> None:
+    base, directory = made("plain", tmp_path)
+    edit(directory, save_only_topk_weights=True)
+    check_refused(base, directory, "shape_mismatch", "vblora_logits_A_topk_indices and vblora")
+    base, directory = made("only what is mixed", tmp_path)
+    edit(directory, save_only_topk_weights=False)
+    check_refused(base, directory, "shape_mismatch", "vblora_logits_A and vblora_logits_B and no")

@@ -44,6 +44,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
         {"r": 3, "decompose_both": True, "decompose_factor": 8, "target_modules": ["q_proj"]},
         12,
     ),
+    # The first matrix is [6, 4] of up_proj and [4, 6] of down_proj.
+    "tall and wide": ("llama", {"r": 2, "target_modules": ["up_proj", "down_proj"]}, 8),
     "wide and low": (
         "llama",
         {"r": 7, "decompose_factor": 2, "target_modules": ["q_proj", "k_proj"]},

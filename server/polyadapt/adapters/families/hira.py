@@ -76,7 +76,11 @@ class Hira(PeftFamily[_Settings]):
         settings: _Settings,
         base: SiteBase,
     ) -> Delta:
-        """See PeftFamily.delta: W * (B A); of an embedding [vocabulary, width] W * (B A)^T."""
+        """See PeftFamily.delta: W * (B A); of an embedding [vocabulary, width] W * (B A)^T.
+
+        Where the base scales what its embedding gives (Gemma), the update is scaled as well: so
+        does PEFT when it merges, and forgets it when it does not.
+        """
         site, weight = module.site, base.weight()
         if site.kind == "embedding":
             factors = tensors["embedding_a"].t() @ tensors["embedding_b"].t()

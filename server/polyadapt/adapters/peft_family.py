@@ -207,7 +207,9 @@ class PeftFamily(Generic[SettingsT]):
         """Sites that the family adapts beside those that target_modules selects."""
         return set()
 
-    def replaced_whole(self, modules: Mapping[int, Module]) -> tuple[str, ...]:
+    def replaced_whole(
+        self, modules: Mapping[int, Module], settings: SettingsT, base: BaseSpec
+    ) -> tuple[str, ...]:
         """Paths of modules whose stored parameters replace the base's though no key says so."""
         return ()
 
@@ -319,7 +321,7 @@ class PeftFamily(Generic[SettingsT]):
         is_config_sound = not problems
         modules, shared = self._sort(header, settings, base, problems)
         if common is not None:
-            saved = (*common.saved_modules, *self.replaced_whole(modules))
+            saved = (*common.saved_modules, *self.replaced_whole(modules, settings, base))
             common = replace(common, saved_modules=saved)
         shapes: dict[int, tuple[int, int]] = {}
         for module in modules.values():
@@ -348,7 +350,7 @@ class PeftFamily(Generic[SettingsT]):
             common,
             modules,
             tied,
-            self._plan(base, modules, shapes, common, settings, reads, notes),
+            self._plan(base, modules, shapes, common, tied, settings, reads, notes),
         )
 
     def _plan(
@@ -357,11 +359,13 @@ class PeftFamily(Generic[SettingsT]):
         modules: Mapping[int, Module],
         shapes: Mapping[int, tuple[int, int]],
         common: Common,
+        tied: Mapping[int, _TiedRows],
         settings: SettingsT,
         reads: list[TensorRead],
         notes: list[str],
     ) -> AdapterPlan:
-        replaced = _replaced(modules, shapes, common, base, multiplies=self.multiplies(settings))
+        multiplies = self.multiplies(settings)
+        replaced = _replaced(modules, shapes, common, base, tied, multiplies=multiplies)
         num_elements = sum(
             cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
             for s, shape in shapes.items()
@@ -894,6 +898,7 @@ def _replaced(
     shapes: Mapping[int, tuple[int, int]],
     common: Common,
     base: BaseSpec,
+    tied: Mapping[int, _TiedRows],
     *,
     multiplies: bool,
 ) -> tuple[str, ...]:
@@ -903,7 +908,7 @@ def _replaced(
         path = base.sites[site_id].path
         keys = modules[site_id].keys if site_id in modules else {}
         is_whole = "new_weight" in keys and common.saves(path)
-        has_rows = "token_rows" in keys or (site_id not in modules)
+        has_rows = "token_rows" in keys or site_id in tied
         is_multiplied = multiplies and modules_own(modules, site_id)
         if parts & _REPLACING or is_multiplied or is_whole or has_rows:
             names.append(f"{path}.weight")

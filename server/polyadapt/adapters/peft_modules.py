@@ -106,6 +106,7 @@ class ModuleTargets:
     names: frozenset[str] = field(default_factory=frozenset)
     excluded_pattern: Any = None
     excluded_names: frozenset[str] = field(default_factory=frozenset)
+    saved: tuple[str, ...] = ()  # modules_to_save: those and what lies in them are not adapted
     layers: frozenset[int] | None = None  # None: every layer
     layer_patterns: tuple[Any, ...] = ()  # compiled; group `idx` is the layer
 
@@ -115,6 +116,7 @@ class ModuleTargets:
         before = len(problems)
         targets = config.get("target_modules")
         excluded = config.get("exclude_modules")
+        saved = config.get("modules_to_save")
         layers = config.get("layers_to_transform")
         layer_names = config.get("layers_pattern")
         is_all_linear = isinstance(targets, str) and targets.lower() == "all-linear"
@@ -155,6 +157,7 @@ class ModuleTargets:
             names=frozenset() if isinstance(targets, str) else frozenset(targets or ()),
             excluded_pattern=excluded_pattern,
             excluded_names=frozenset(() if isinstance(excluded, str) else excluded or ()),
+            saved=tuple(saved) if isinstance(saved, list) and _are_strings(saved) else (),
             layers=frozenset(indices) if indices else None,
             layer_patterns=tuple(layer_patterns),
         )
@@ -164,6 +167,8 @@ class ModuleTargets:
         if site.kind == "experts":  # a parameter, which only target_parameters can mean
             return False
         path = site.path
+        if any(f".{name}." in f".{path}." for name in self.saved):
+            return False
         if self.excluded_pattern is not None and self.excluded_pattern.fullmatch(path):
             return False
         if self.excluded_names and not self.excluded_names.isdisjoint(endings(path)):

@@ -13,7 +13,7 @@ from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packed_cache import PackedCache
 from polyadapt.adapters.packing import PackedAdapter, pack
 from polyadapt.adapters.registry import family_of, read_config
-from polyadapt.errors import AdapterUnavailable
+from polyadapt.errors import AdapterUnavailable, InvalidRequest
 from polyadapt.types import BaseSpec
 from polyadapt_store.blobs import BlobStore
 from polyadapt_store.checkpoint import Checkpoint, RawTensor
@@ -30,8 +30,13 @@ class AdapterReader:
         dtype: torch.dtype,
         pace: Pace,
         packed_cache_bytes: int = 0,
+        max_elements: int | None = None,
     ) -> None:
-        """packed_cache_bytes: what packed forms may take of the disk beside the blobs; 0: none."""
+        """packed_cache_bytes: what packed forms may take of the disk beside the blobs; 0: none.
+        max_elements: what the device has room for; larger adapters are refused before they are
+        made, since a small file may stand for dense matrices.
+        """
+        self._max_elements = max_elements
         self._blobs = BlobStore(blob_root)
         self._base = base
         self._weights = weights
@@ -69,8 +74,19 @@ class AdapterReader:
             family = family_of(config)
             # Checked again: a store may outlive the base that it was filled for.
             plan = family.plan(config, checkpoint.header, self._base)
+            self._check_size(plan.num_elements)
             modules = family.read(config, checkpoint, self._base, self._weights)
         return pack(modules, self._base, self._dtype, plan.traits)
+
+    def _check_size(self, num_elements: int) -> None:
+        if self._max_elements is not None and num_elements > self._max_elements:
+            size = self._dtype.itemsize
+            raise InvalidRequest(
+                f"the adapter needs {num_elements * size} bytes of device memory, "
+                f"--max-adapter-bytes is {self._max_elements * size}; raise it or lower the "
+                "adapter's rank",
+                param="model",
+            )
 
 
 class _PacedCheckpoint(Checkpoint):

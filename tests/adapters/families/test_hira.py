@@ -55,8 +55,8 @@ def test_whatever_is_wrong_is_refused(name: str, tmp_path: Path) -> None:
 def test_it_adds_and_scales(tmp_path: Path) -> None:
     base, directory = made("embedding", tmp_path)
     plan, deltas = load(directory, base)
-    assert plan.traits.is_scalable  # W (1 + s B A) at any s
-    assert plan.traits.replaced == ()
+    assert not plan.traits.is_scalable  # it multiplies W, as another adapter of a request may
+    assert "model.embed_tokens.weight" in plan.traits.replaced
     assert {delta.parts for delta in deltas.values()} == {cells.DENSE}
 
 

@@ -19,6 +19,7 @@ from tests.support.family_suite import (
     edit,
     load,
     make_checkpoint,
+    problems_of,
 )
 from tests.support.peft_adapters import reload, tiny_gpt2, tiny_llama, tiny_phi3
 from transformers import PreTrainedModel
@@ -192,3 +193,64 @@ def test_a_weight_that_nobody_announced_is_refused(tmp_path: Path) -> None:
     base, directory = made("dora", tmp_path)
     change(directory, **{"base_model.model.model.norm.weight": torch.ones(32)})
     check_refused(base, directory, "unread_tensor", "modules_to_save does not name")
+
+
+TOGETHER: dict[str, tuple[dict[str, Any], str]] = {
+    "dora on a changed base": ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora"),
+    "dora with a bias of B": ({"use_dora": True, "lora_bias": True}, "use_dora"),
+    "an invocation and a changed base": (
+        {"alora_invocation_tokens": [5], "init_lora_weights": "olora"},
+        "init_lora_weights",
+    ),
+    "an invocation and biases": ({"alora_invocation_tokens": [5], "bias": "all"}, "bias"),
+    "an invocation and new tokens": (
+        {"alora_invocation_tokens": [5], "trainable_token_indices": [5]},
+        "trainable_token_indices",
+    ),
+    "an invocation and a new head": (
+        {"alora_invocation_tokens": [5], "modules_to_save": ["lm_head"]},
+        "modules_to_save",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_options_that_would_lose_something_together_are_refused(name: str, tmp_path: Path) -> None:
+    options, key = TOGETHER[name]
+    base = tiny_llama()
+    directory = make_checkpoint(base, LoraConfig(r=4, target_modules=["q_proj"]), tmp_path)
+    edit(directory, **options)
+    assert ("unsupported_config", key) in problems_of(base, directory)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_embedding_starts_as_plain_lora_whatever_the_config_says(
+    init: str, tmp_path: Path
+) -> None:
+    base = tiny_llama()
+    config = LoraConfig(r=4, init_lora_weights=init, target_modules=["q_proj", "embed_tokens"])
+    directory = make_checkpoint(base, config, tmp_path)
+    check_equals_peft(base, directory, oracle=reload(base, directory), tolerance=1e-4)
+
+
+def test_blocks_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    base, directory = made("block-diagonal", tmp_path)
+    blocks = {"target_modules_bd_a": ["o_proj", "down_proj"], "nblocks": 3}
+    edit(directory, use_bdlora={**blocks, "target_modules_bd_b": ["q_proj", "up_proj"]})
+    assert problems_of(base, directory)
+
+
+def test_a_tied_head_is_saved_with_its_embedding(tmp_path: Path) -> None:
+    base = tiny_llama(tied=True)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
+    )
+    directory = make_checkpoint(base, config, tmp_path)
+    check_equals_peft(base, directory)
+
+
+def test_a_tied_head_that_is_adapted_too_is_replaced(tmp_path: Path) -> None:
+    base = tiny_llama(tied=True)
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], trainable_token_indices=[3, 9])
+    directory = make_checkpoint(base, config, tmp_path)
+    assert "lm_head.weight" in load(directory, base)[0].traits.replaced

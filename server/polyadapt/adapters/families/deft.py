@@ -41,6 +41,7 @@ class Deft(PeftFamily[_Settings]):
     name = "deft"
     peft_types = frozenset({"DEFT"})
     summary = "low rank: what is put in minus what is taken out of the base, computed at load"
+    scaling = "no"
     forms: ClassVar = {
         "p": TensorForm("deft_P", ("out", "rank")),
         "r": TensorForm("deft_R", ("rank", "in"), is_optional=True),
@@ -67,6 +68,10 @@ class Deft(PeftFamily[_Settings]):
     def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
         """See PeftFamily.cell."""
         return settings.site_rank(module.site), 0
+
+    def multiplies(self, settings: _Settings) -> bool:
+        """See PeftFamily.multiplies."""
+        return True
 
     def delta(
         self,

@@ -42,6 +42,7 @@ class Hira(PeftFamily[_Settings]):
     name = "hira"
     peft_types = frozenset({"HIRA"})
     summary = "W times B A by element: holds a dense matrix per module"
+    scaling = "no"
     overrides = cells.DENSE
     forms: ClassVar = {
         "a": TensorForm("hira_A", ("rank", "in")),
@@ -67,6 +68,10 @@ class Hira(PeftFamily[_Settings]):
                 f"hira_A has rank {rank}, r is {settings.rank} and rank_pattern gives {by_pattern}"
             )
         return 0, cells.DENSE
+
+    def multiplies(self, settings: _Settings) -> bool:
+        """See PeftFamily.multiplies."""
+        return True
 
     def delta(
         self,

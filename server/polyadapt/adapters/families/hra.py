@@ -57,6 +57,11 @@ class Hra(PeftFamily[_Settings]):
 
     def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
         """See PeftFamily.cell."""
+        site = module.site
+        if settings.is_orthonormalised and settings.rank > site.in_features:
+            raise MisfitError(
+                f"apply_GS makes {settings.rank} orthonormal columns of {site.in_features} inputs"
+            )
         return settings.rank, 0
 
     def delta(

@@ -66,6 +66,7 @@ class _Settings:
     has_lora_bias: bool
     init: str  # one of _RECOMPUTED_INITS, or ""
     is_head_tied: bool  # the head's LoRA is that of the embedding, transposed
+    is_embedding_saved: bool  # modules_to_save names it
     invocation: tuple[int, ...]
     ranks: PatternTable
     alphas: PatternTable
@@ -146,9 +147,14 @@ class Lora(PeftFamily[_Settings]):
             )
         is_dora = reader.flag("use_dora")
         blocks = _read_blocks(reader)
-        if is_dora and (invocation or blocks):
-            reader.refuse("use_dora", "use_dora is not served together with aLoRA or BD-LoRA")
         init, parameters = _read_init(reader), _read_parameters(reader, base)
+        if is_dora and (invocation or blocks or init or reader.flag("lora_bias")):
+            reader.refuse(
+                "use_dora",
+                "use_dora is not served together with aLoRA, BD-LoRA, PiSSA, OLoRA or lora_bias",
+            )
+        if invocation:
+            _refuse_ungated(reader, init)
         if parameters:
             _refuse_beside_parameters(reader, init)
         is_truncating = _read_truncating(reader)
@@ -166,6 +172,9 @@ class Lora(PeftFamily[_Settings]):
             has_lora_bias=reader.flag("lora_bias"),
             init=init,
             is_head_tied=reader.flag("ensure_weight_tying") and base.is_tied,
+            is_embedding_saved=any(
+                base.embedding_path.endswith(name) for name in reader.words("modules_to_save")
+            ),
             invocation=invocation,
             ranks=reader.table("rank_pattern", is_rank, "ranks"),
             alphas=reader.table("alpha_pattern", is_number, "finite numbers"),
@@ -195,7 +204,15 @@ class Lora(PeftFamily[_Settings]):
             if site.kind == "embedding" or rank >= min(site.in_features, site.out_features):
                 raise MisfitError(f"KaSA needs a linear of more than r = {rank} components")
             rank *= 2
-        if settings.init:
+        if settings.blocks is not None and site.kind == "linear":
+            num_a, num_b = settings.blocks.of(site.path)
+            num_in, num_out = site.in_features, site.out_features
+            if rank % num_a or rank % num_b or num_in % num_a or num_out % num_b:
+                raise MisfitError(
+                    f"rank {rank}, {num_in} inputs or {num_out} outputs are no "
+                    f"multiple of {max(num_a, num_b)} blocks"
+                )
+        if settings.init and site.kind == "linear":
             rank += settings.site_rank(site)
         return rank, parts
 
@@ -221,11 +238,20 @@ class Lora(PeftFamily[_Settings]):
         bias = tensors["b_bias"] * scale if "b_bias" in tensors else None
         if "diagonal" in tensors:
             return _without_tail(a, b * tensors["diagonal"], bias, base)
-        if settings.init:
+        # PEFT starts an embedding as plain LoRA whatever the config says.
+        if settings.init and site.kind == "linear":
             return _beside_intact_base(a, b, bias, settings, site, base)
         if "magnitude" in tensors:
             return _weight_decomposed(a, b, tensors["magnitude"], site, base)
         return low_rank(a, b, bias=bias)
+
+    def replaced_whole(
+        self, modules: Mapping[int, Module], settings: _Settings, base: BaseSpec
+    ) -> tuple[str, ...]:
+        """See PeftFamily.replaced_whole: PEFT saves a tied head with the embedding, unnamed."""
+        paths = [module.site.path for module in modules.values() if "new_weight" in module.keys]
+        is_saved = settings.is_head_tied and settings.is_embedding_saved
+        return (base.head_path,) if is_saved and base.embedding_path in paths else ()
 
     def targets(self, settings: _Settings, base: BaseSpec) -> set[int]:
         """PEFT takes the head out of target_modules when it gives it the embedding's LoRA."""
@@ -373,6 +399,22 @@ def _refuse_beside_parameters(reader: ConfigReader, init: str) -> None:
         )
 
 
+def _refuse_ungated(reader: ConfigReader, init: str) -> None:
+    """In PEFT only A and B wait for the invocation; what replaces parameters acts on every token,
+    which is not served. huggingface/peft:src/peft/tuners/lora/variants.py (ALoraLinearVariant).
+    """
+    given = [
+        key for key in ("modules_to_save", "trainable_token_indices") if reader.config.get(key)
+    ]
+    given += ["bias"] if reader.config.get("bias", "none") != "none" else []
+    for key in [*given, "init_lora_weights"] if init else given:
+        reader.refuse(
+            key,
+            f"{key} = {shown(reader.config[key])} acts before the invocation too, and is not "
+            "served beside alora_invocation_tokens",
+        )
+
+
 def _read_truncating(reader: ConfigReader) -> bool:
     given = reader.config.get("kasa_config")
     if given is not None and not isinstance(given, dict):
@@ -462,8 +504,6 @@ def _beside_intact_base(
     import torch
 
     weight, rank = base.weight(), settings.site_rank(site)
-    if site.kind == "embedding":
-        raise MisfitError(f"{settings.init} of an embedding is not served")
     if settings.init == "pissa":
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
         b0, a0 = left[:, :rank] * values[:rank], right[:rank]

@@ -25,6 +25,7 @@ from polyadapt.types import BaseSpec, SiteSpec
 if TYPE_CHECKING:
     import torch
 
+_MAX_TERMS = 64  # of the series; PEFT's default is 5, and each costs g^3 multiply-adds a block
 _SERIES_CHANGED = (0, 18)  # PEFT's version in which the Cayley-Neumann series got its last term
 
 
@@ -89,8 +90,8 @@ class Oft(PeftFamily[_Settings]):
         num_terms = 0
         if reader.flag("use_cayley_neumann", True):
             num_terms = reader.whole("num_cayley_neumann_terms", 5, least=1)
-            if num_terms > 1000:
-                reader.invalid("num_cayley_neumann_terms", num_terms, "at most 1000")
+            if num_terms > _MAX_TERMS:
+                reader.invalid("num_cayley_neumann_terms", num_terms, f"at most {_MAX_TERMS}")
             _note_version(reader)
         return _Settings(
             block_size=block_size,

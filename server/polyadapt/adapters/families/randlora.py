@@ -88,6 +88,10 @@ class Randlora(PeftFamily[_Settings]):
             shorter=min(largest),
             longer=max(largest),
         )
+        if settings.rank > max(settings.shorter, 1) and sizes:
+            reader.invalid(
+                "r", settings.rank, f"at most {settings.shorter}, where one basis has full rank"
+            )
         if not settings.is_stored:
             reader.notes.append(
                 "the bases are not in the checkpoint; they are drawn from projection_prng_key as "

@@ -76,7 +76,9 @@ class Sora(PeftFamily[_Settings]):
             rank=reader.rank(names[0]) if names else 1, alpha=reader.number("lora_alpha", 1.0)
         )
 
-    def replaced_whole(self, modules: Mapping[int, Module]) -> tuple[str, ...]:
+    def replaced_whole(
+        self, modules: Mapping[int, Module], settings: _Settings, base: BaseSpec
+    ) -> tuple[str, ...]:
         """See PeftFamily.replaced_whole: norms are trained without a word in the config."""
         return tuple(
             module.site.path

@@ -137,7 +137,9 @@ class Vblora(PeftFamily[_Settings]):
                     f"vectors {int(places.min())} to {int(places.max())} are mixed at "
                     f"{module.site.path}, there are {settings.num_vectors}"
                 )
-            return (shares[..., None] * shared["bank"][places]).sum(-2)
+            # Never as many vectors at once as are mixed: those of one file could fill the memory.
+            mix = torch.zeros(*places.shape[:-1], settings.num_vectors)
+            return mix.scatter_add_(-1, places, shares) @ shared["bank"]
 
         a = mixed("a")  # [rank, vectors of A, length]
         b = mixed("b").transpose(1, 2)  # [vectors of B, length, rank]

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     import torch
 
 
+# Elements of A or B that are drawn at most: no file of a few bytes may ask for the whole memory.
+_DRAWN = 1 << 28
+
+
 @dataclass(frozen=True, slots=True)
 class VeraSettings:
     """What a config says about the numbers."""
@@ -60,6 +64,13 @@ class Vera(PeftFamily[VeraSettings]):
             num_in=max((num_in for num_in, _ in sizes), default=0),
             num_out=max((num_out for _, num_out in sizes), default=0),
         )
+        widest = max(settings.num_in, settings.num_out, 1)
+        if not settings.is_stored and settings.rank * widest > _DRAWN:
+            reader.invalid(
+                "r", settings.rank,
+                f"at most {_DRAWN // widest}, since A and B are "
+                "drawn from projection_prng_key; save them with save_projection",
+            )  # fmt: skip
         if not settings.is_stored:
             reader.notes.append(
                 "A and B are not in the checkpoint; they are drawn from projection_prng_key as "

@@ -119,3 +119,15 @@ def test_two_that_replace_one_parameter_are_refused_by_name():
     assert all(word in error.message for word in ("'p'", "'q'", "x.weight"))
     arrange([use("p"), use("q", 0.0)], traits, ())
     arrange([use("p"), use("q")], [traits[0], Traits(replaced=("b.bias",))], ())
+
+
+@pytest.mark.parametrize(("scaling", "replacing"), [("a", "b"), ("b", "a")])
+def test_what_scales_the_base_comes_before_what_replaces_other_parameters(
+    scaling: str, replacing: str
+) -> None:
+    traits = [
+        Traits(replaced=("lm_head.weight",), is_scalable=False),
+        Traits(replaced=("q_proj.weight",), is_scaling=True, is_scalable=False),
+    ]
+    lanes = arrange([use(replacing), use(scaling)], traits, [1, 2])
+    assert [lane.applied.adapter.name for lane in lanes] == [scaling, replacing]

@@ -137,9 +137,12 @@ class Polyadapt:
     ) -> Completion:
         """Continue a text with several adapters at once; see generation_fields.
 
-        `fields` are the call's others, such as max_tokens and temperature. Chats and streams are
-        for OpenAI's client. Raises Unavailable with on_cold "fail" and a cold adapter.
+        `fields` are the call's others, such as max_tokens and temperature. Chats, streams and
+        several choices (`n`, `best_of`) are for OpenAI's client: ValueError. Raises Unavailable
+        with on_cold "fail" and a cold adapter.
         """
+        if unfit := sorted({"stream", "n", "best_of"} & fields.keys()):
+            raise ValueError(f"complete() returns one text; {unfit[0]} is for OpenAI's client")
         body = {"model": model, "prompt": prompt, **fields}
         body |= generation_fields(adapters, on_cold=on_cold, cold_timeout_ms=cold_timeout_ms)
         reply = _body(self._http.post("/v1/completions", json=body))

@@ -38,6 +38,8 @@ class Traits:
     # Parameters of the base that the adapter replaces or multiplies, such as "lm_head.weight": two
     # adapters of one request may not name the same.
     replaced: tuple[str, ...] = ()
+    # It scales outputs of the base, so that another adapter's part may only be added behind it.
+    is_scaling: bool = False
     # It acts from the last occurrence of these tokens in the prompt on, and where they do not
     # occur not at all; empty: everywhere.
     invocation: tuple[int, ...] = ()

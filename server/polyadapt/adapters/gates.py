@@ -40,9 +40,10 @@ def arrange(
 ) -> tuple[GatedAdapter, ...]:
     """Return the adapters of one request, which `traits` stand beside, in the order of the lanes.
 
-    Those that replace or multiply parameters of the base come first, since the others add to what
-    is then computed; the rest is in the order of the digests, so that sums, and with them bits and
-    cached pages, do not depend on the order in which a caller names adapters.
+    Those that scale outputs of the base come first and those that replace parameters of it next,
+    since the others add to what is then computed; the rest is in the order of the digests, so that
+    sums, and with them bits and cached pages, do not depend on the order in which a caller names
+    adapters.
     Raises InvalidRequest for a scale or rank that an adapter does not have, and for two that
     replace the same parameter.
     """
@@ -52,7 +53,13 @@ def arrange(
     ]
     _check_replaced(adapters, traits)
     order = sorted(
-        range(len(gated)), key=lambda i: (not traits[i].replaced, adapters[i].adapter.digest, i)
+        range(len(gated)),
+        key=lambda i: (
+            not traits[i].is_scaling,
+            not traits[i].replaced,
+            adapters[i].adapter.digest,
+            i,
+        ),
     )
     return tuple(gated[i] for i in order)
 

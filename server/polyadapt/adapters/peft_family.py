@@ -383,6 +383,7 @@ class PeftFamily(Generic[SettingsT]):
                 is_scalable=not replaced,
                 is_kv_neutral=keeps_keys_and_values(shapes, base),
                 replaced=replaced,
+                is_scaling=any(parts & cells.OUT_SCALE for _, parts in shapes.values()),
                 **self.traits(settings),
             ),
         )
@@ -912,7 +913,8 @@ def _replaced(
         is_multiplied = multiplies and modules_own(modules, site_id)
         if parts & _REPLACING or is_multiplied or is_whole or has_rows:
             names.append(f"{path}.weight")
-        if "new_bias" in keys:
+        is_bias_scaled = bool(parts & cells.OUT_SCALE) and base.sites[site_id].has_bias
+        if "new_bias" in keys or is_bias_scaled:
             names.append(f"{path}.bias")
     return tuple(names)
 

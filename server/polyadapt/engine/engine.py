@@ -478,6 +478,11 @@ class Engine:
 
     # ------------------------------------------------------------------ calls
     def _call(self, call: Call) -> None:
+        if call.name in ("cancel_adapter", "unload"):  # nobody brings it back for those who left it
+            self._left_cold.pop(call.digest, None)
+            self.scheduler.left_cold = [
+                left for left in self.scheduler.left_cold if left.adapter.digest != call.digest
+            ]
         if call.name == "cancel_adapter":
             self._replies.append(Reply(call.id, count=self._cancel_adapter(call.digest)))
         elif call.name == "unload":

@@ -152,6 +152,7 @@ class Scheduler:
                 budget -= 1
             else:
                 budget -= self._continue(sequence, budget, picked)
+        num_picked = len(picked)  # all of one row; not those that were preempted for others
         num_prompt_tokens = budget
         if num_prompts:
             for sequence in self._prompts():
@@ -160,7 +161,7 @@ class Scheduler:
         # Whoever was just preempted would come straight back and be preempted again.
         if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
             budget = self._admit(budget, num_prompt_tokens, picked)
-        if len(picked) > num_decodes:
+        if len(picked) > num_picked:
             budget = self._give_rest(budget, picked)
         rows = [
             ScheduledRows(sequence, num_tokens)
@@ -169,7 +170,7 @@ class Scheduler:
         ]
         if num_decodes < MAX_SPECULATIVE_ROWS:
             self._draft(budget, rows)
-        elif len(picked) == num_decodes:
+        elif len(picked) == num_picked:
             return rows  # nobody has more than one row
         rows.sort(key=lambda scheduled: scheduled.num_tokens > 1)
         return rows
@@ -258,7 +259,8 @@ class Scheduler:
             if not self._has_room(unit, counts):
                 self.adapters.release(slots)
                 self._give_back(leader)
-                if undecided is not None:  # what is on the device may be another then
+                # What is on the device may be another then, for those who do not wait for theirs.
+                if undecided is not None and group.request.when_cold.wait_ms is not None:
                     group.reopen(*undecided)
                     leader.page_keys.clear()
                 break

@@ -253,8 +253,14 @@ class AdapterDirectory:
     def _when_cold(
         self, tenant: str, on_cold: OnCold | None, applied: tuple[AppliedAdapter, ...]
     ) -> WhenCold:
-        if on_cold is None or not applied:
+        if on_cold is None:
             return WAIT
+        when_cold = self._read_on_cold(tenant, on_cold, applied)
+        return when_cold if applied else WAIT
+
+    def _read_on_cold(
+        self, tenant: str, on_cold: OnCold, applied: tuple[AppliedAdapter, ...]
+    ) -> WhenCold:
         if on_cold.action == "wait":
             return WhenCold(on_cold.timeout_ms)
         wait_ms = on_cold.timeout_ms or 0

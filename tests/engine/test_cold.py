@@ -441,3 +441,15 @@ def test_a_flood_of_cold_requests_keeps_only_the_latest_loads(hold, identities, 
     time.sleep(0.01)
     held.driver.run()
     assert not held.driver.engine._left_cold
+
+
+def test_who_does_not_wait_is_told_at_the_next_try_why_the_adapter_did_not_come(hold, identities):
+    held = hold()
+    held.broken[identities[0].digest] = AdapterUnavailable("the disk is away")
+    held.driver.submit(ask("first", identities[0], FAIL))
+    assert held.end("first").code == "adapter_cold"
+    held.settle()
+    held.driver.submit(ask("second", identities[0], FAIL))
+    last = held.end("second")
+    assert (last.code, last.message) == ("adapter_unavailable", "the disk is away")
+    held.settle()

@@ -84,6 +84,7 @@ class Engine:
         self._groups: dict[str, RequestGroup] = {}
         self._impatient: dict[str, RequestGroup] = {}  # who fails rather than wait for adapters
         self._left_cold: dict[str, _LeftCold] = {}  # by digest, the oldest first
+        self._left_errors: dict[str, _LeftError] = {}  # why those could not be loaded, by digest
         self._steps_by_adapters: Counter[int] = Counter()
         self._events: list[Event] = []
         self._replies: list[Reply] = []
@@ -415,10 +416,11 @@ class Engine:
         errors = self.pool.take_failures()
         if not errors:
             return
-        for digests in errors:
-            for digest in digests:
-                self._left_cold.pop(digest, None)
         now = time.monotonic()
+        for digests, reason in errors.items():
+            for digest in digests:
+                if self._left_cold.pop(digest, None) is not None:
+                    self._left_errors[digest] = _LeftError(reason, now + _LEFT_COLD_S)
         for group in list(self.scheduler.waiting_groups()):
             error = _error_for(group.adapters, errors)
             instead = group.request.when_cold.instead
@@ -449,6 +451,10 @@ class Engine:
             self.counters["cold_failures"] += 1
             cold = [a for a in group.adapters if not self.pool.are_on_device([a])]
             self.scheduler.left_cold += cold
+            known = self._left_error(cold, now)
+            if known is not None:  # it did not come, and "try again" would not be true
+                self._fail(group, known)
+                continue
             names = ", ".join(f"'{applied.adapter.name}'" for applied in cold)
             wait_ms = group.request.when_cold.wait_ms
             self._fail(
@@ -458,6 +464,12 @@ class Engine:
                     "being loaded, try again"
                 ),
             )
+
+    def _left_error(self, cold: list[AppliedAdapter], now: float) -> PolyadaptError | None:
+        """Why one of the adapters could not be loaded lately, for nobody was waiting then."""
+        self._left_errors = {d: left for d, left in self._left_errors.items() if now < left.until}
+        found = (self._left_errors.pop(applied.adapter.digest, None) for applied in cold)
+        return next((left.error for left in found if left is not None), None)
 
     def _bring_left_cold(self) -> None:
         """Go on loading what requests did not wait for, behind the queue's adapters."""
@@ -534,6 +546,14 @@ def _digests_held(request: Request) -> set[str]:
     """Every adapter whose use the caller counts until the request ends."""
     named = (*request.adapters, *(request.when_cold.instead or ()))
     return {applied.adapter.digest for applied in named}
+
+
+@dataclass(frozen=True, slots=True)
+class _LeftError:
+    """Why an adapter that nobody waited for could not be loaded; told until then, once."""
+
+    error: PolyadaptError
+    until: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,12 @@
 """What each family costs a decode step beside plain LoRA of equal stored rank: a row per family.
 
-    python -m bench.families [--model DIR] [--rows 8] [--steps 40]
+    python -m bench.families [--model DIR] [--rows 8] [--steps 12]
 
 PEFT makes one checkpoint per family on the default model; as many copies as there are rows are
-loaded, so that every row has an adapter of its own. Blocks of decode steps of an engine in this
-process alternate: plain LoRA, a family, plain LoRA, the next. A family's figure is the median step
-of the two blocks of LoRA around it over its own. Results go to
-bench/results/<date>-<machine>/families.json.
+loaded, so that every row has an adapter of its own. Short blocks of decode steps of an engine in
+this process alternate between plain LoRA and the family, ROUNDS times, since a machine's speed
+drifts. A family's figure is the median over the rounds of LoRA's median step over its own. Results
+go to bench/results/<date>-<machine>/families.json.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from polyadapt_store.manifest import digest_of
 
 ROOT = Path(__file__).parents[1]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ROUNDS = 7
 RANK = 16  # components that the device holds per module, unless a family cannot
 TARGET = 0.95  # of plain LoRA's throughput, for families that are low rank once loaded
 
@@ -65,7 +66,7 @@ FAMILIES: dict[str, tuple[Make, bool]] = {
     "miss": (lambda: peft.MissConfig(r=RANK, target_modules=LINEARS), True),
     "hra": (lambda: peft.HRAConfig(r=RANK, target_modules=LINEARS), True),
     "delora": (lambda: peft.DeloraConfig(r=RANK, target_modules=LINEARS), True),
-    "gralora": (lambda: peft.GraloraConfig(r=RANK, gralora_k=2, target_modules=LINEARS), True),
+    "gralora": (lambda: peft.GraloraConfig(r=RANK // 2, gralora_k=2, target_modules=LINEARS), True),
     "loha": (lambda: peft.LoHaConfig(r=4, target_modules=LINEARS), True),
     "vblora": (
         lambda: peft.VBLoRAConfig(r=RANK, num_vectors=64, vector_length=64, target_modules=LINEARS),
@@ -122,7 +123,13 @@ def main() -> int:
     result = {
         "started": started.isoformat(timespec="seconds"),
         "machine": asdict(machine),
-        "method": {"rows": args.rows, "steps": args.steps, "rank": RANK, "linears": LINEARS},
+        "method": {
+            "rows": args.rows,
+            "steps": args.steps,
+            "rounds": ROUNDS,
+            "rank": RANK,
+            "linears": LINEARS,
+        },
         "other_cores": other,
         "families": [asdict(line) for line in lines],
     }
@@ -177,24 +184,28 @@ class Bench:
         del base
         lines = []
         with self._engine() as engine:
-            before = self._step_s(engine, plain)[0]
+            self._load(engine, plain)
             for name in names:
                 adapters, is_low_rank = made[name], FAMILIES[name][1]
                 if isinstance(adapters, str):
                     lines.append(Line(name, is_low_rank, None, None, 0, adapters))
                     continue
                 try:
-                    own, nbytes = self._step_s(engine, adapters)
+                    nbytes = self._load(engine, adapters)
                 except RuntimeError as error:
                     lines.append(Line(name, is_low_rank, None, None, 0, str(error)))
                     continue
-                after = self._step_s(engine, plain)[0]
-                relative = (before + after) / 2 / own
-                lines.append(
-                    Line(name, is_low_rank, round(relative, 3), round(own * 1e3, 2), nbytes)
-                )
+                ratios, steps = [], []
+                for _ in range(ROUNDS):
+                    reference, own = self._step_s(engine, plain), self._step_s(engine, adapters)
+                    ratios.append(reference / own)
+                    steps.append(own)
+                relative, step_s = statistics.median(ratios), statistics.median(steps)
+                line = Line(name, is_low_rank, round(relative, 3), round(step_s * 1e3, 2), nbytes)
+                lines.append(line)
                 print(f"{name}: {relative:.2f}", file=sys.stderr, flush=True)
-                before = after
+                for adapter in adapters:
+                    engine.execute(Call(next(self._ids), "unload", adapter.digest))
         return lines
 
     def _copies(self, base: Any, config: peft.PeftConfig, name: str) -> list[AdapterId]:
@@ -238,8 +249,8 @@ class Bench:
         finally:
             engine.pool.close()
 
-    def _step_s(self, engine: Engine, adapters: list[AdapterId]) -> tuple[float, int]:
-        """Seconds of a decode step with one row of every adapter, and bytes of an adapter."""
+    def _load(self, engine: Engine, adapters: list[AdapterId]) -> int:
+        """Bring the adapters to the device; return the bytes of one."""
         for adapter in adapters:
             engine.execute(Call(next(self._ids), "load", adapter.digest))
         nbytes, refused = 0, ""
@@ -251,7 +262,11 @@ class Bench:
             time.sleep(1e-3)  # the reader needs the interpreter
         if refused:
             raise RuntimeError(refused)
-        params = SamplingParams(max_tokens=self.num_steps + 4, temperature=0.0, ignore_eos=True)
+        return nbytes
+
+    def _step_s(self, engine: Engine, adapters: list[AdapterId]) -> float:
+        """Median seconds of a decode step with one row of every adapter."""
+        params = SamplingParams(max_tokens=self.num_steps + 3, temperature=0.0, ignore_eos=True)
         for adapter in adapters:
             prompt = tuple(range(3, 35))
             applied = (AppliedAdapter(adapter),)
@@ -262,11 +277,7 @@ class Bench:
             output = engine.step()
             if output.num_rows == len(adapters):
                 times.append(time.perf_counter() - began)
-        for adapter in adapters:
-            engine.execute(Call(next(self._ids), "unload", adapter.digest))
-        while engine.has_work:
-            engine.step()
-        return statistics.median(times[2:]), nbytes
+        return statistics.median(times[2:])
 
 
 def _parse() -> argparse.Namespace:
@@ -274,7 +285,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, help="a Llama-like transformers directory")
     parser.add_argument("--families", nargs="+", choices=FAMILIES, help="default: all")
     parser.add_argument("--rows", type=int, default=8, help="rows, each with its own adapter")
-    parser.add_argument("--steps", type=int, default=40, help="decode steps of a block")
+    parser.add_argument("--steps", type=int, default=12, help="decode steps of a block")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     return parser.parse_args()

@@ -66,6 +66,16 @@ SAMPLES: Mapping[str, tuple[Callable[[], peft.PeftConfig], float]] = {
     "lokr": (lambda: peft.LoKrConfig(r=2, target_modules=SOME), 0.3),
     "c3a": (lambda: peft.C3AConfig(block_size=16, target_modules=SOME), 0.3),
     "fourierft": (lambda: peft.FourierFTConfig(n_frequency=40, target_modules=["q_proj"]), 1.0),
+    "deft": (lambda: peft.DeftConfig(r=4, target_modules=SOME), 0.2),
+    "hira": (lambda: peft.HiraConfig(r=4, target_modules=SOME), 0.5),
+    "pvera": (lambda: peft.PveraConfig(r=8, target_modules=["q_proj", "o_proj"]), 0.5),
+    "randlora": (lambda: peft.RandLoraConfig(r=4, target_modules=["q_proj", "v_proj"]), 0.05),
+    "waveft": (
+        lambda: peft.WaveFTConfig(
+            n_frequency=40, wavelet_family="db1", target_modules=["q_proj"], scaling=1.0
+        ),
+        1.0,
+    ),
     "shira": (lambda: peft.ShiraConfig(r=3, target_modules=SOME), 0.3),
     "ln_tuning": (lambda: peft.LNTuningConfig(target_modules=NORMS), 0.3),
     "trainable_tokens": (

@@ -13,7 +13,7 @@ from rich.table import Table
 from polyadapt.offline.inspection import Inspection
 
 _VERDICTS = {
-    "served": "it is served exactly",
+    "served": "it is served, and the engine computes what was read from its files",
     "refused": "it is refused",
     "differs": "it would be served WRONGLY; please report this",
     "unknown": "nothing speaks against it so far",

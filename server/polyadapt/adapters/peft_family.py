@@ -25,7 +25,7 @@ from polyadapt.adapters.adapter import (
     keeps_keys_and_values,
 )
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_modules import ModuleTargets, find_site
+from polyadapt.adapters.peft_modules import ModuleTargets, find_site, without_prefixes
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec
@@ -41,7 +41,6 @@ from polyadapt_store.strict_json import shown
 if TYPE_CHECKING:
     import torch
 
-_PREFIXES = ("base_model.model.", "base_model.")
 _REPLACING = cells.OUT_SCALE | cells.TRANSFORM | cells.SWAP | cells.WEIGHT
 
 # What a checkpoint of any of these families may hold of the base itself.
@@ -442,7 +441,7 @@ class PeftFamily(Generic[SettingsT]):
         modules: dict[int, Module] = {}
         shared: dict[str, str] = {}
         for key in sorted(header):
-            bare = _without_prefix(key)
+            bare = without_prefixes(key)
             if bare in shared_names:
                 shared[shared_names[bare]] = key
                 continue
@@ -817,12 +816,6 @@ def _note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) ->
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         notes.append(f"task_type {shown(task)} is served as CAUSAL_LM")
-
-
-def _without_prefix(key: str) -> str:
-    while (prefix := next((p for p in _PREFIXES if key.startswith(p)), None)) is not None:
-        key = key.removeprefix(prefix)
-    return key
 
 
 def _token_indices(reader: ConfigReader, key: str) -> dict[str, tuple[int, ...]]:

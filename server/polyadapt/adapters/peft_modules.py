@@ -39,6 +39,13 @@ def find_site(path: str, site_ids: Mapping[str, int]) -> int | None:
     return site_ids[path]
 
 
+def without_prefixes(name: str) -> str:
+    """Return a tensor's name without what PEFT and others put before the base's own path."""
+    while (prefix := next((p for p in _PREFIXES if name.startswith(p)), None)) is not None:
+        name = name.removeprefix(prefix)
+    return name
+
+
 class PatternTable:
     """A PEFT `rank_pattern` or `alpha_pattern`: pattern -> number; the first that matches a path
     wins.

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 
 from polyadapt.ops import native
+from polyadapt.ops.cells import COLUMNS
 
 # SmolLM2-135M: 30 layers of q, k, v, o, gate, up, down as (in, out).
 LAYERS = 30
@@ -34,7 +35,7 @@ class Step:
         # Each (adapter, site) cell at a random place, as after many loads and evictions.
         places = [(a, s) for a in range(adapters) for s in range(len(sizes))]
         order = torch.randperm(len(places)).tolist()
-        self.cells = torch.zeros(adapters, len(sizes), 3, dtype=torch.int64)
+        self.cells = torch.zeros(adapters, len(sizes), COLUMNS, dtype=torch.int64)
         offset = 0
         for n in order:
             adapter, site = places[n]
@@ -55,7 +56,7 @@ class Step:
         for site, (i, o) in enumerate(self.shapes):
             native.gated_matmul_(
                 self.y[o], self.x[i], self.arena, self.cells, self.rows, self.bounds, self.slots,
-                self.scales, self.adapters, None, torch.tensor([[site, 0, o]]),
+                self.scales, self.adapters, None, None, torch.tensor([[site, 0, o]]),
             )  # fmt: skip
 
     def loop(self) -> None:
@@ -116,7 +117,7 @@ def call_overhead() -> float:
         for _ in range(1000):
             native.gated_matmul_(
                 y, x, step.arena, step.cells, step.rows, step.bounds, step.slots, step.scales, 1,
-                None, torch.tensor([[0, 0, y.shape[1]]]),
+                None, None, torch.tensor([[0, 0, y.shape[1]]]),
             )  # fmt: skip
 
     return timed(run, 9) / 1000

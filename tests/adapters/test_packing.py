@@ -44,7 +44,7 @@ def test_every_part_lies_where_the_layout_says():
     end = 0
     for site_id, a in ((0, embedding.a.t()), (1, everything.a), (2, norm.a)):
         delta, site = deltas[site_id], SITES[site_id]
-        offset, rank, parts = packed.cells[site_id].tolist()
+        offset, rank, parts, _ = packed.cells[site_id].tolist()
         assert (offset, rank, parts) == (end, len(delta.a), delta.parts)
         size = layout.num_elements(site.in_features, site.out_features, rank, parts)
         tails = [tensor.flatten() for _, tensor in delta.tails]
@@ -54,7 +54,7 @@ def test_every_part_lies_where_the_layout_says():
         end += size
     assert packed.weights.numel() == end
     assert layout.group_of(everything.parts) == 4
-    assert packed.cells[BIASED_NORM].tolist() == [-1, 0, 0]
+    assert packed.cells[BIASED_NORM].tolist() == [-1, 0, 0, 0]
 
 
 REFUSED = {
@@ -93,4 +93,4 @@ def test_what_a_site_has_no_place_for_is_refused(name):
 def test_a_norm_that_has_a_bias_takes_one_alone():
     delta = replace(plain(BIASED_NORM), bias=torch.ones(8))
     packed = pack({BIASED_NORM: delta}, BASE, torch.float32, ORDINARY)
-    assert packed.cells[BIASED_NORM].tolist() == [0, 0, layout.BIAS]
+    assert packed.cells[BIASED_NORM].tolist() == [0, 0, layout.BIAS, 0]

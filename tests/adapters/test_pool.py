@@ -28,8 +28,8 @@ NUM_SITES = 3
 
 def packed(value: float, size: int) -> PackedAdapter:
     """An adapter of `size` elements at site 1 whose every weight is `value`."""
-    cells = torch.full((NUM_SITES, 3), -1, dtype=torch.int64)
-    cells[1] = torch.tensor([0, 2, 0])
+    cells = torch.full((NUM_SITES, layout.COLUMNS), -1)
+    cells[1] = torch.tensor([0, 2, 0, 0])
     return PackedAdapter(torch.full((size,), value), cells, rank=2)
 
 
@@ -72,7 +72,7 @@ class Rig:
         self.known: dict[str, Residency] = {}
         self.pool = AdapterPool(
             arena=torch.zeros(size),
-            cells=torch.zeros(slots, NUM_SITES, 3, dtype=torch.int64),
+            cells=torch.zeros(slots, NUM_SITES, layout.COLUMNS, dtype=torch.int64),
             read=store,
             host_bytes=host,
             counters=self.counters,
@@ -111,7 +111,7 @@ class Rig:
         raise AssertionError(f"{name} did not become resident")
 
     def check(self, name: str, slot: int) -> None:
-        offset, rank, _ = self.pool.cells[slot, 1].tolist()
+        offset, rank, *_ = self.pool.cells[slot, 1].tolist()
         weights = self.store.adapters[name].weights
         assert rank == 2
         assert torch.equal(self.pool.weights[offset : offset + len(weights)], weights)

@@ -49,7 +49,7 @@ def layer_norm() -> nn.Module:
 def site(num_rows: int) -> Site:
     """Slot 0 holds a weight and a bias, slot 1 a bias; rows 1 and 3 are slot 0's, 2 is slot 1's."""
     arena = torch.randn(3 * WIDTH)
-    cells = torch.tensor([[[0, 0, WEIGHT | BIAS]], [[2 * WIDTH, 0, BIAS]]])
+    cells = torch.tensor([[[0, 0, WEIGHT | BIAS, 0]], [[2 * WIDTH, 0, BIAS, 0]]])
     has_overrides = np.array([True, False])
     plan = PlanBuffers(num_rows, torch.device("cpu"), cells, has_overrides)
     uses = [RowUse(0, 1, (0,), (1.0,))]

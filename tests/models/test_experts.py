@@ -15,6 +15,7 @@ from polyadapt.models.base import BaseModel
 from polyadapt.models.experts import AdaptedExperts
 from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.experts import sort_pairs
 from polyadapt.ops.plan import PlanBuffers
 
@@ -54,7 +55,7 @@ def test_dense_models_offer_none(tiny_model: Callable[[str], Path]) -> None:
 
 def test_without_a_plan_it_is_the_module_itself(tiny_model):
     base = load(tiny_model("mixtral"))
-    cells = torch.full((1, len(base.spec.sites), 3), -1)
+    cells = torch.full((1, len(base.spec.sites), COLUMNS), -1)
     buffers = PlanBuffers(16, CPU), PlanBuffers(16, CPU)
     wrap_sites(base, torch.empty(0), cells, *buffers)
     experts = base.module.get_submodule("model.layers.1.mlp.experts")

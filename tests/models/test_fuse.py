@@ -20,6 +20,7 @@ from polyadapt.models.fused import FusedAttention, FusedLayer, FusedMlp, FusedNo
 from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops import native
+from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.linear import DenseWeight, PackedWeight
 from polyadapt.ops.plan import PlanBuffers
 from polyadapt.ops.strategy import EXACT, choose
@@ -49,7 +50,7 @@ NATIVE_LAYERS = {"llama": 3, "qwen2": 2, "qwen3": 2, "mistral": 2, "phi3": 2}
 def wrapped(model_dir, dtype=torch.float32) -> BaseModel:
     base = load_base(model_dir, name="base", device=CPU, dtype=dtype, max_model_len=None)
     kv_cache.allocate(base, 4, 16)
-    cells = torch.full((1, len(base.spec.sites), 3), -1)
+    cells = torch.full((1, len(base.spec.sites), COLUMNS), -1)
     wrap_sites(base, torch.empty(0), cells, PlanBuffers(64, CPU), PlanBuffers(64, CPU))
     return base
 

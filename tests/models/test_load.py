@@ -16,6 +16,7 @@ from polyadapt.errors import StartupError
 from polyadapt.models import load as load_module
 from polyadapt.models.load import BaseModel, load_base, model_digest
 from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.plan import PlanBuffers
 
 CPU = torch.device("cpu")
@@ -113,7 +114,7 @@ def test_what_mixes_rows_is_no_norm(tiny_model, monkeypatch):
 def test_wrapping_keeps_a_tied_weight_one_tensor_and_the_base_exact(tiny_model):
     base = load(tiny_model("gpt2"))
     buffers = PlanBuffers(16, CPU), PlanBuffers(16, CPU)
-    cells = torch.full((1, len(base.spec.sites), 3), -1)
+    cells = torch.full((1, len(base.spec.sites), COLUMNS), -1)
     ids = torch.arange(6)[None]
     linears = [i for i, site in enumerate(base.spec.sites) if site.kind == "linear"]
     is_transposed = {i: isinstance(_module(base, i), Conv1D) for i in linears}

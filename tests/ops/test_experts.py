@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.experts import experts_matmul_, experts_product, list_groups, sort_pairs
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.plan import BatchPlan, PlanBuffers, RowUse, build_plan
@@ -19,11 +20,11 @@ SITE = 1
 def make_site(dtype: torch.dtype, plan: BatchPlan) -> Site:
     """Cells of RANKS in an arena with NaN between them."""
     generator = torch.Generator().manual_seed(1)
-    cells = torch.full((len(RANKS) + 1, 2, 3), -1, dtype=torch.int64)
+    cells = torch.full((len(RANKS) + 1, 2, COLUMNS), -1)
     blocks, offset = [torch.full((7,), float("nan"))], 7
     for slot, rank in enumerate(RANKS):
         num = rank * NUM_EXPERTS * (NUM_IN + NUM_OUT)
-        cells[slot, SITE] = torch.tensor([offset, rank * NUM_EXPERTS, 0])
+        cells[slot, SITE] = torch.tensor([offset, rank * NUM_EXPERTS, 0, 0])
         blocks += [torch.randn(num, generator=generator), torch.full((7,), float("nan"))]
         offset += num + 7
     buffers = PlanBuffers(64, torch.device("cpu"))
@@ -38,7 +39,7 @@ def reference(
     y = y.float().clone()
     for lane in plan.lanes:
         for s, slot in enumerate(lane.slots.tolist()):
-            offset, rank, _ = site.cells[slot, SITE].tolist()
+            offset, rank, *_ = site.cells[slot, SITE].tolist()
             for t in lane.rows[lane.bounds[s] : lane.bounds[s + 1]] if offset >= 0 else ():
                 for k, e in enumerate(index[t].tolist()):
                     r = rank // NUM_EXPERTS

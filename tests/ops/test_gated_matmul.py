@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from polyadapt.ops import native
-from polyadapt.ops.cells import BIAS, OUT_SCALE, num_elements
+from polyadapt.ops.cells import BIAS, COLUMNS, OUT_SCALE, num_elements
 from polyadapt.ops.gated_matmul import Site, gated_embedding_, gated_matmul_
 from polyadapt.ops.plan import PlanBuffers, RowUse, build_plan
 from polyadapt.ops.reference import reference_matmul
@@ -24,7 +24,7 @@ class Bank:
     """Adapters of the given ranks scattered in one arena, with garbage between them."""
 
     arena: torch.Tensor
-    cells: torch.Tensor  # [slots, 2, 3]
+    cells: torch.Tensor  # [slots, 2, 4]
 
 
 def make_bank(
@@ -32,7 +32,7 @@ def make_bank(
 ) -> Bank:
     generator = torch.Generator().manual_seed(7)
     parts = [torch.full((13,), float("nan"), dtype=dtype)]
-    cells = torch.full((len(ranks), 2, 3), -1, dtype=torch.int64)
+    cells = torch.full((len(ranks), 2, COLUMNS), -1)
     offset = 13
     for slot in np.random.default_rng(3).permutation(len(ranks)):
         rank = ranks[slot]
@@ -43,7 +43,7 @@ def make_bank(
         for bit in (BIAS, OUT_SCALE):
             if bits & bit:
                 blocks.append(torch.randn(num_out, generator=generator))
-        cells[slot, SITE] = torch.tensor([offset, rank, bits])
+        cells[slot, SITE] = torch.tensor([offset, rank, bits, 0])
         blocks.append(torch.full((5,), float("nan")))
         for block in blocks:
             parts.append(block.reshape(-1).to(dtype))
@@ -212,7 +212,7 @@ def test_embeddings_gather_their_columns(form, dtype):
     y = torch.randn(num_rows, width).to(dtype)
     # The specification reads A row-major: give it the transposed blocks.
     straight = bank.arena.clone()
-    for offset, rank, _ in bank.cells[:, SITE].tolist():
+    for offset, rank, *_ in bank.cells[:, SITE].tolist():
         block = bank.arena[offset : offset + vocab * rank].view(vocab, rank)
         straight[offset : offset + vocab * rank] = block.t().reshape(-1)
     one_hot = torch.nn.functional.one_hot(ids, vocab).float()
@@ -229,7 +229,7 @@ def test_without_a_plan_nothing_is_read(form):
     y = torch.randn(4, 3)
     before = y.clone()
     nowhere = torch.full((1,), float("nan"))
-    gated_matmul_(y, torch.randn(4, 2), Site(0, nowhere, torch.full((1, 1, 3), -1), buffers))
+    gated_matmul_(y, torch.randn(4, 2), Site(0, nowhere, torch.full((1, 1, COLUMNS), -1), buffers))
     assert torch.equal(y, before)
 
 
@@ -237,13 +237,13 @@ def test_without_a_plan_nothing_is_read(form):
 def test_sites_that_share_their_input_in_one_call_equal_a_call_each(form, lengths):
     generator = torch.Generator().manual_seed(2)
     widths, ranks, num_in = (40, 8, 24), ((3, 5, 0), (16, 1, 2), (0, 4, 9)), 20
-    cells = torch.full((3, 4, 3), -1, dtype=torch.int64)
+    cells = torch.full((3, 4, COLUMNS), -1)
     blocks, offset = [], 0
     for slot in range(3):
         for site, (width, rank) in enumerate(zip(widths, ranks[slot], strict=True)):
             bits = PARTS[(slot + site) % len(PARTS)]
             if rank or bits:
-                cells[slot, site] = torch.tensor([offset, rank, bits])
+                cells[slot, site] = torch.tensor([offset, rank, bits, 0])
                 size = num_elements(num_in, width, rank, bits)
                 blocks.append(torch.randn(size, generator=generator))
                 offset += size

@@ -44,7 +44,7 @@ class Lane:
         offsets = [1 + sum(sizes[:s]) for s in range(len(sizes))]  # an odd start on purpose
         self.arena = (torch.randn(1 + sum(sizes) + 3) / num_in**0.5).to(arena_dtype)
         cells = [
-            [[-1, 0, 0], [offset, r, int(has_bias)]]
+            [[-1, 0, 0, 0], [offset, r, int(has_bias), 0]]
             for offset, r in zip(offsets, ranks, strict=True)
         ]
         self.cells = torch.tensor(cells, dtype=torch.int64)
@@ -61,7 +61,7 @@ class Lane:
         y = self.y.clone()
         native.gated_matmul_(
             y, self.x, self.arena, self.cells, self.rows, self.bounds, self.slots, self.scales,
-            self.num_segments, self.gate, torch.tensor([[site, 0, y.shape[1]]]),
+            self.num_segments, self.gate, None, torch.tensor([[site, 0, y.shape[1]]]),
         )  # fmt: skip
         return y
 
@@ -69,7 +69,7 @@ class Lane:
         """The formula in float64; `hidden(table, row)` replaces A x for an embedding."""
         out = self.y.double().clone()
         for s in range(self.num_segments):
-            offset, rank, has_bias = self.cells[int(self.slots[s]), 1].tolist()
+            offset, rank, has_bias, _ = self.cells[int(self.slots[s]), 1].tolist()
             A, B, bias = self.arena[offset:].double().split_with_sizes(
                 [rank * self.num_in, rank * self.num_out,
                  self.arena.numel() - offset - rank * (self.num_in + self.num_out)]
@@ -165,7 +165,7 @@ def test_x_and_y_may_be_slices_of_wider_tensors() -> None:
     before = wide_y.clone()
     native.gated_matmul_(
         wide_y[:, 40:70], wide_x[:, 10:30], lane.arena, lane.cells, lane.rows, lane.bounds,
-        lane.slots, lane.scales, 2, None, torch.tensor([[1, 0, 30]]),
+        lane.slots, lane.scales, 2, None, None, torch.tensor([[1, 0, 30]]),
     )  # fmt: skip
     assert_close(wide_y[:, 40:70], expected)
     assert torch.equal(wide_y[:, :40], before[:, :40])
@@ -205,7 +205,7 @@ def test_a_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype) -> None:
             native.gated_matmul_(
                 y, lane.x[t : t + 1], lane.arena, lane.cells, torch.zeros(1, dtype=torch.int32),
                 torch.tensor([0, 1], dtype=torch.int32), lane.slots[s:], lane.scales[s:], 1,
-                lane.gate[t : t + 1], torch.tensor([[1, 0, y.shape[1]]]),
+                lane.gate[t : t + 1], None, torch.tensor([[1, 0, y.shape[1]]]),
             )  # fmt: skip
             assert torch.equal(y[0], together[t])
 
@@ -222,7 +222,7 @@ def test_an_embedding_reads_the_token_s_row_of_a(
     y = lane.y.clone()
     native.gated_embedding_(
         y, ids, 99, lane.arena, lane.cells, lane.rows, lane.bounds, lane.slots, lane.scales, 3,
-        lane.gate, 1,
+        lane.gate, None, 1,
     )  # fmt: skip
     assert_close(y, lane.expected(ids))
 
@@ -264,7 +264,7 @@ def test_a_token_outside_the_vocabulary_is_refused_and_y_is_untouched() -> None:
     with pytest.raises(ValueError, match="is not below num_in"):
         native.gated_embedding_(
             y, ids, 8, lane.arena, lane.cells, lane.rows, lane.bounds, lane.slots, lane.scales, 2,
-            None, 1,
+            None, None, 1,
         )  # fmt: skip
     assert torch.equal(y, lane.y)
 

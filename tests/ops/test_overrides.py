@@ -30,7 +30,7 @@ class Bank:
     """Cells of every (slot, site), scattered in one arena with garbage between them."""
 
     arena: torch.Tensor
-    cells: torch.Tensor  # int64 [slots, sites, 3]
+    cells: torch.Tensor  # int64 [slots, sites, 4]
     has_overrides: np.ndarray
 
     def site(self, plan: PlanBuffers, site_id: int = 0) -> Site:
@@ -45,7 +45,7 @@ def make_bank(
 ) -> Bank:
     """parts [slots][sites]; sizes (in, out) by site."""
     generator = torch.Generator().manual_seed(3)
-    cells = torch.full((len(parts), len(sizes), 3), -1, dtype=torch.int64)
+    cells = torch.full((len(parts), len(sizes), layout.COLUMNS), -1)
     blocks, offset = [], 0
     for slot, by_site in enumerate(parts):
         for site, bits in enumerate(by_site):
@@ -54,7 +54,7 @@ def make_bank(
             bits |= group << layout.GROUP_SHIFT if bits & (TRANSFORM | SWAP) else 0
             size = layout.num_elements(*sizes[site], rank, bits)
             blocks += [torch.full((7,), float("nan")), torch.randn(size, generator=generator) / 2]
-            cells[slot, site] = torch.tensor([offset + 7, rank, bits])
+            cells[slot, site] = torch.tensor([offset + 7, rank, bits, 0])
             offset += 7 + size
     bits = cells[:, :, layout.PARTS].clamp(min=0) & layout.OVERRIDES
     return Bank(torch.cat(blocks).to(dtype), cells, bits.bool().any(1).numpy())

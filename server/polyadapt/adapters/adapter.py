@@ -77,7 +77,9 @@ class Delta:
     embedding  y = (1 + out_scale) W[id] + bias + B A[:, id] + dense[id]
     norm       y = weight * normalised x + b + bias, `weight` being what the model itself keeps: of
                Gemma the difference to one. A bias where the base has none needs a weight beside it
-    Shapes: a [rank, in], b [out, rank], rank may be 0; bias, out_scale and weight [out]; transform
+    Where there is a `routing`, B x becomes B (w * A x), w being what it makes of the row (ops/cells.py:
+    Routing); of a whole MLP's experts (Router.EXPERTS) the parts are those of each expert, end to end.
+    Shapes: a [rank, in], b [out, rank], rank may be 0; router [scores, in], router_bias [rank]; bias, out_scale and weight [out]; transform
     [in / g, g, g]: block n of x times matrix n; swap [2, out] with `group` g: v becomes
     (1 + swap[0]) v + swap[1] v', where v' exchanges the halves of every g columns; dense [out, in],
     for an embedding [in, out]. For an embedding `in` is the vocabulary. All float32 and contiguous,
@@ -93,6 +95,9 @@ class Delta:
     dense: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     group: int = 0  # of `swap`
+    routing: cells.Routing | None = None
+    router: torch.Tensor | None = None
+    router_bias: torch.Tensor | None = None
 
     @property
     def tails(self) -> tuple[tuple[int, torch.Tensor], ...]:
@@ -100,6 +105,7 @@ class Delta:
         given = (
             (cells.BIAS, self.bias),
             (cells.OUT_SCALE, self.out_scale),
+            (cells.ROUTER_BIAS, self.router_bias),
             (cells.TRANSFORM, self.transform),
             (cells.SWAP, self.swap),
             (cells.DENSE, self.dense),
@@ -112,6 +118,11 @@ class Delta:
         """The cell's `parts`; see ops/cells.py."""
         group = self.group if self.transform is None else self.transform.shape[-1]
         return sum(bit for bit, _ in self.tails) | group << cells.GROUP_SHIFT
+
+    @property
+    def code(self) -> int:
+        """The cell's `routing`; see ops/cells.py."""
+        return 0 if self.routing is None else self.routing.code
 
 
 # Last components of the paths of linears, as transformers' decoders name them. A layer computes

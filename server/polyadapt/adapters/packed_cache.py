@@ -34,11 +34,12 @@ from polyadapt_store.blobs import BlobStore
 logger = logging.getLogger(__name__)
 
 _MAGIC = b"PAPACKED"
-# magic, key, elements, sites, largest rank, bytes of the traits, crc32 of the weights; then int32
-# [sites, 2] of (rank, parts), the traits as JSON, the crc32 of all that, and the weights at the
+# magic, key, elements, sites, largest rank, bytes of the traits, crc32 of the weights; then int64
+# [sites, 3] of (rank, parts, routing), the traits as JSON, the crc32 of all that, and the weights at the
 # next multiple of _ALIGN.
 _HEAD = struct.Struct("<8s32sQIIII")
 _CRC = struct.Struct("<I")
+_SITE_BYTES = 24
 _ALIGN = 64
 _PAGE = 4096  # bytes; of the memory, at least
 _CHUNK = 1 << 19  # bytes that are summed between two pauses
@@ -172,7 +173,7 @@ class PackedCache:
     def _encode(self, key: bytes, packed: PackedAdapter) -> list[bytes | memoryview]:
         weights = packed.weights.view(torch.uint8).numpy().data
         ranks = torch.where(packed.cells[:, 0] >= 0, packed.cells[:, 1], -1)
-        sites = torch.stack([ranks, packed.cells[:, 2]], dim=1).to(torch.int32).numpy().tobytes()
+        sites = torch.cat([ranks[:, None], packed.cells[:, 2:]], dim=1).numpy().tobytes()
         traits = msgspec.json.encode(packed.traits)
         head = _HEAD.pack(
             _MAGIC, key, packed.weights.numel(), len(packed.cells), packed.rank, len(traits),
@@ -198,16 +199,16 @@ class PackedCache:
         if status.st_size < begin:
             raise _BrokenError(f"it has {status.st_size} bytes, its header announces more")
         start = data[:begin].numpy().tobytes()
-        checked = _HEAD.size + 8 * num_sites + traits_size
+        checked = _HEAD.size + _SITE_BYTES * num_sites + traits_size
         (checksum,) = _CRC.unpack_from(start, checked)
         if zlib.crc32(start[:checked]) != checksum:
             raise _BrokenError("the checksum of its header is wrong")
         if (magic, found, count) != (_MAGIC, self._key(digest), num_sites):
             raise _BrokenError("it is the packed form of something else")
         sites = torch.frombuffer(
-            bytearray(start), dtype=torch.int32, count=2 * num_sites, offset=_HEAD.size
-        ).view(num_sites, 2)
-        cells, laid_out = self._layout.cells(sites[:, 0].long(), sites[:, 1].long())
+            bytearray(start), dtype=torch.int64, count=3 * num_sites, offset=_HEAD.size
+        ).view(num_sites, 3)
+        cells, laid_out = self._layout.cells(*sites.unbind(1))
         expected = begin + num_elements * self._dtype.itemsize
         if laid_out != num_elements or status.st_size != expected:
             raise _BrokenError(f"it has {status.st_size} bytes, its header announces {expected}")
@@ -266,7 +267,7 @@ def _remove(path: Path) -> bool:
 
 
 def _weights_begin(num_sites: int, traits_size: int) -> int:
-    size = _HEAD.size + 8 * num_sites + traits_size + _CRC.size
+    size = _HEAD.size + _SITE_BYTES * num_sites + traits_size + _CRC.size
     return -(-size // _ALIGN) * _ALIGN
 
 

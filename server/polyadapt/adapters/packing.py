@@ -15,7 +15,12 @@ from polyadapt.ops import cells as layout
 from polyadapt.types import BaseSpec, SiteKind, SiteSpec
 
 _ANYWHERE: dict[SiteKind, int] = {
-    "linear": layout.BIAS | layout.OUT_SCALE | layout.TRANSFORM | layout.SWAP | layout.DENSE,
+    "linear": layout.BIAS
+    | layout.OUT_SCALE
+    | layout.ROUTER_BIAS
+    | layout.TRANSFORM
+    | layout.SWAP
+    | layout.DENSE,
     "embedding": layout.BIAS | layout.OUT_SCALE | layout.DENSE,
     "norm": layout.BIAS | layout.WEIGHT,
     "experts": 0,
@@ -24,7 +29,7 @@ _ANYWHERE: dict[SiteKind, int] = {
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """weights [num_elements] in the arena's dtype; cells int64 [num_sites, 3] with offsets
+    """weights [num_elements] in the arena's dtype; cells int64 [num_sites, 4] with offsets
     from 0.
     """
 
@@ -47,21 +52,26 @@ class Layout:
         self._widths = torch.tensor([num_in + num_out for num_in, num_out in self._sizes])
         self._outs = torch.tensor([num_out for _, num_out in self._sizes])
 
-    def cells(self, ranks: torch.Tensor, parts: torch.Tensor) -> tuple[torch.Tensor, int]:
+    def cells(
+        self, ranks: torch.Tensor, parts: torch.Tensor, routings: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
         """Return an adapter's cells and the number of its elements.
 
-        ranks: int64 [num_sites], -1 where nothing is adapted; parts: int64 [num_sites].
+        ranks: int64 [num_sites], -1 where nothing is adapted; parts and routings: int64
+        [num_sites].
         """
         is_adapted = ranks >= 0
-        tails = torch.where(parts == layout.BIAS, self._outs, 0)
+        sizes = torch.where(parts == layout.BIAS, self._outs, 0) + ranks * self._widths
         # Nearly all cells have a bias or nothing behind B, and this is done for every load.
-        for site_id in (parts & ~layout.BIAS).nonzero().flatten().tolist():
+        for site_id in (parts & ~layout.BIAS | routings).nonzero().flatten().tolist():
             num_in, num_out = self._sizes[site_id]
-            tails[site_id] = layout.num_elements(num_in, num_out, 0, int(parts[site_id]))
-        sizes = torch.where(is_adapted, ranks * self._widths + tails, 0)
+            sizes[site_id] = layout.num_elements(
+                num_in, num_out, int(ranks[site_id]), int(parts[site_id]), int(routings[site_id])
+            )
+        sizes = torch.where(is_adapted, sizes, 0)
         ends = sizes.cumsum(0)
         starts = torch.where(is_adapted, ends - sizes, -1)
-        return torch.stack([starts, ranks.clamp(min=0), parts], dim=1), int(ends[-1])
+        return torch.stack([starts, ranks.clamp(min=0), parts, routings], dim=1), int(ends[-1])
 
 
 def pack(
@@ -71,15 +81,17 @@ def pack(
 
     Raises ValueError for a part that its site has no place for, or whose shape is not the site's.
     """
-    ranks, parts = [-1] * len(base.sites), [0] * len(base.sites)
+    ranks, parts, routings = ([empty] * len(base.sites) for empty in (-1, 0, 0))
     blocks: list[torch.Tensor] = []
     for site_id in sorted(modules):
         module, site = modules[site_id], base.sites[site_id]
         _check(module, site)
         a = module.a.t() if site.kind == "embedding" else module.a
-        blocks += [a, module.b.t(), *(tensor for _, tensor in module.tails)]
+        router = () if module.router is None else (module.router,)
+        blocks += [a, *router, module.b.t(), *(tensor for _, tensor in module.tails)]
         ranks[site_id], parts[site_id] = module.a.shape[0], module.parts
-    cells, num_elements = Layout(base).cells(torch.tensor(ranks), torch.tensor(parts))
+        routings[site_id] = module.code
+    cells, num_elements = Layout(base).cells(*map(torch.tensor, (ranks, parts, routings)))
     # Filled block by block: one concatenation would need the bytes twice, and take every core.
     weights = torch.empty(num_elements, dtype=dtype)
     start = 0
@@ -99,6 +111,7 @@ def _check(module: Delta, site: SiteSpec) -> None:
     expected: dict[int, tuple[int, ...]] = {
         layout.BIAS: (num_out,),
         layout.OUT_SCALE: (num_out,),
+        layout.ROUTER_BIAS: (rank,),
         layout.TRANSFORM: (num_in // group if group else 0, group, group),
         layout.SWAP: (2, num_out),
         layout.DENSE: (num_in, num_out) if site.kind == "embedding" else (num_out, num_in),
@@ -113,10 +126,32 @@ def _check(module: Delta, site: SiteSpec) -> None:
     is_placed = not parts & ~_ANYWHERE[site.kind] and not (site.kind == "norm" and rank)
     # The norms of most models have no bias to begin with: such a step is told by the weight.
     is_seen = site.kind != "norm" or site.has_bias or parts != layout.BIAS
-    has_shapes = all(given[bit] == expected[bit] for bit in given)
+    has_shapes = all(given[bit] == expected[bit] for bit in given) and _is_routed(module, site)
     if not (is_plain and is_whole and is_paired and is_placed and is_seen and has_shapes):
         raise ValueError(
             f"the {site.kind} {site.path} of {num_in} inputs and {num_out} outputs takes no parts "
-            f"{given} in groups of {group} beside A {tuple(module.a.shape)} and B "
-            f"{tuple(module.b.shape)}; see ops/cells.py and adapters/adapter.py: Delta"
+            f"{given} in groups of {group} beside A {tuple(module.a.shape)}, B "
+            f"{tuple(module.b.shape)} and {module.routing}; see ops/cells.py and adapters/adapter.py: Delta"
         )
+
+
+def _is_routed(module: Delta, site: SiteSpec) -> bool:
+    """Whether the site takes the routing, and the router has its shape."""
+    routing, rank = module.routing, module.a.shape[0]
+    router = None if module.router is None else tuple(module.router.shape)
+    if routing is None:
+        return router is None and module.router_bias is None
+    has_router = router == (routing.num_scores, site.in_features)
+    needs_router = routing.router not in (layout.Router.TABLE, layout.Router.EXPERTS)
+    kinds = ("linear", "embedding") if routing.router is layout.Router.TABLE else ("linear",)
+    return (
+        site.kind in kinds
+        and 0 < routing.num_scores <= layout.MAX_SCORES
+        and 0 <= routing.top_k <= layout.MAX_SCORES
+        and rank % routing.num_scores == 0
+        and rank <= layout.MAX_ROUTED
+        and (router is None or has_router)
+        and routing.has_router == (router is not None)
+        and (has_router or not needs_router)
+        and (module.router_bias is None or routing.router is layout.Router.SIGMOID)
+    )

@@ -181,6 +181,13 @@ class PeftFamily(Generic[SettingsT]):
         """
         raise NotImplementedError
 
+    def routing(self, module: Module, settings: SettingsT) -> cells.Routing | None:
+        """How the module's components are weighed by the rows themselves; None: they are not.
+
+        Asked for modules whose `cell` was made. Torch-free.
+        """
+        return None
+
     def delta(
         self,
         module: Module,
@@ -365,8 +372,16 @@ class PeftFamily(Generic[SettingsT]):
     ) -> AdapterPlan:
         multiplies = self.multiplies(settings)
         replaced = _replaced(modules, shapes, common, base, tied, multiplies=multiplies)
+        routings = {
+            site_id: self.routing(module, settings)
+            for site_id, module in modules.items()
+            if site_id in shapes and module.has_own
+        }
+        codes = {site_id: of.code for site_id, of in routings.items() if of is not None}
         num_elements = sum(
-            cells.num_elements(base.sites[s].in_features, base.sites[s].out_features, *shape)
+            cells.num_elements(
+                base.sites[s].in_features, base.sites[s].out_features, *shape, codes.get(s, 0)
+            )
             for s, shape in shapes.items()
         )
         paths = [base.sites[site_id].path for site_id in shapes if modules_own(modules, site_id)]

@@ -99,7 +99,7 @@ class AdapterPool:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
         self.has_overrides = has_overrides
         self.weights = arena  # [num_elements], on the device
-        self.cells = cells  # int64 [num_slots, num_sites, 3], on the host
+        self.cells = cells  # int64 [num_slots, num_sites, 4], on the host
         self.host_bytes = host_bytes
         self.counters = counters
         self.keeps_host_copies = keeps_host_copies

@@ -30,6 +30,7 @@ from polyadapt.models.base import BaseModel
 from polyadapt.models.fuse import fuse
 from polyadapt.models.load import load_base
 from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.gated_matmul import strategy
 from polyadapt.ops.plan import PlanBuffers
 from polyadapt.ops.strategy import choose
@@ -63,7 +64,7 @@ def build_engine(
 
     # Not zeroed: no cell points anywhere yet, and untouched memory costs nothing.
     arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device)
-    cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), 3, dtype=torch.int64)
+    cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
     tokens, outputs = (PlanBuffers(max_rows, device, cells, has_overrides) for _ in range(2))

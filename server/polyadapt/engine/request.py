@@ -53,6 +53,11 @@ class Sequence:
         return (self, *self.companions)
 
     @property
+    def wants_hidden(self) -> bool:
+        """Whether the final hidden states of its rows are used."""
+        return self.is_companion
+
+    @property
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,14 @@ from polyadapt.ops.strategy import Strategy
 class StepLogits:
     """The logits of one step, sequence by sequence: iterating yields tensors [k, vocabulary].
 
-    table [rows, vocabulary] holds them end to end, counts[i] rows for sequence i.
+    table [rows, vocabulary] holds them end to end, counts[i] rows for sequence i. hidden [step's
+    rows, width] are the final hidden states, which the head reads, of all rows in the batch's order;
+    None where no sequence wants them.
     """
 
     table: torch.Tensor
     counts: list[int]
+    hidden: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -57,6 +61,8 @@ class ModelRunner:
         self.page_size = page_size
         self.num_override_steps = 0  # in which a segment needed more than the gated product
         self._page_table = PageTable()
+        self._hidden: torch.Tensor | None = None  # of the last forward, [1, rows, width]
+        base.module.get_decoder().register_forward_hook(self._keep_hidden)
         self._planned: tuple[object, ...] = ()  # what the plans below were made for
         self._plans = BatchPlan(0), BatchPlan(0)
 
@@ -103,7 +109,12 @@ class ModelRunner:
         finally:
             self.tokens.clear()
             self.outputs.clear()
-        return StepLogits(logits[: len(keep)], counts)
+        is_wanted = any(sequence.wants_hidden for sequence in sequences)
+        hidden = self._hidden[0] if is_wanted and self._hidden is not None else None
+        return StepLogits(logits[: len(keep)], counts, hidden)
+
+    def _keep_hidden(self, _: torch.nn.Module, __: object, output: Any) -> None:
+        self._hidden = output[0]
 
     def _load_plans(
         self, sequences: list[Sequence], lengths: np.ndarray, num_outputs: np.ndarray

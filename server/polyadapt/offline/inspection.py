@@ -316,7 +316,9 @@ def _cost(deltas: Mapping[int, Delta], base: BaseSpec, num_base_elements: int) -
     slow: dict[str, int] = {}
     for site_id, delta in deltas.items():
         site, rank = base.sites[site_id], len(delta.a)
-        num_elements += cells.num_elements(site.in_features, site.out_features, rank, delta.parts)
+        num_elements += cells.num_elements(
+            site.in_features, site.out_features, rank, delta.parts, delta.code
+        )
         num_multiply_adds += _multiply_adds(site, rank, delta.parts)
         for bit, name in _OVERRIDES.items():
             if delta.parts & cells.OVERRIDES & bit:

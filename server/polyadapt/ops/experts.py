@@ -93,7 +93,7 @@ def experts_matmul_(
 ) -> None:
     """Add the adapters' part to the pairs' y in place.
 
-    Semantics, for every group (slot, scale, expert e), pair p of it, with (offset, rank, _) =
+    Semantics, for every group (slot, scale, expert e), pair p of it, with (offset, rank, ...) =
     cells[slot, site] and r = rank / num_experts:
         h[i] = scale * dot(A[e r + i], x[p]);  h[i] = where(g[e r + i] != 0, g[e r + i] * h[i], 0)
         y[p] += sum_i h[i] * B[e r + i]
@@ -102,7 +102,7 @@ def experts_matmul_(
     """
     num_in, num_out = x.shape[1], y.shape[1]
     for group in groups:
-        offset, rank, _ = site.cells[group.slot, site.id].tolist()
+        offset, rank, *_ = site.cells[group.slot, site.id].tolist()
         if offset < 0 or rank == 0:
             continue
         r = rank // num_experts

@@ -3,8 +3,8 @@
 Its torch form, and the choice between that and the native kernel. The specification is
 ops/reference.py. Knows slots and sites, never names or families.
 
-`cells` int64 [num_slots, num_sites, 3] holds (offset, rank, parts) of each (slot, site), whose
-layout in the flat arena ops/cells.py gives. Every constant scale is folded in at load.
+`cells` int64 [num_slots, num_sites, 4] holds (offset, rank, parts, routing) of each (slot, site),
+whose layout in the flat arena ops/cells.py gives. Every constant scale is folded in at load.
 """
 
 from __future__ import annotations
@@ -14,9 +14,18 @@ from dataclasses import dataclass
 
 import torch
 
-from polyadapt.ops import cells as cells_layout
 from polyadapt.ops import native
+from polyadapt.ops.cells import (
+    BIAS,
+    OUT_SCALE,
+    ROUTER_BIAS,
+    Router,
+    Routing,
+    list_parts,
+    num_router_rows,
+)
 from polyadapt.ops.plan import PlanBuffers, index_of
+from polyadapt.ops.routing import weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Site:
 
     id: int
     arena: torch.Tensor  # [num_elements] float32 or bfloat16
-    cells: torch.Tensor  # int64 [num_slots, num_sites, 3], on the host
+    cells: torch.Tensor  # int64 [num_slots, num_sites, 4], on the host
     plan: PlanBuffers
 
 
@@ -36,11 +45,13 @@ def gated_matmul_(
 ) -> None:
     """Add the adapters' part to y in place.
 
-    Semantics, for every lane, segment s, row t of the segment, with (offset, rank, parts) =
-    cells[slots[s], site]:
+    Semantics, for every lane, segment s, row t of the segment, with (offset, rank, parts, routing)
+    = cells[slots[s], site]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
+        h[i] = where(w[i] != 0, w[i] * h[i], 0)
         y[t] += out_scale * y[t] + sum_i h[i] * B[i] + scales[s] * bias
-    where bias and out_scale are those of the cell, or 0.
+    where bias and out_scale are those of the cell, or 0, and w, ones without a routing, weighs the
+    components as ops/cells.py: Router says. A cell whose router is EXPERTS is left alone.
     y [rows, out], x [rows, in], float32 or bfloat16; sums are float32. Rows in no segment stay as
     they are. Several sites that share x are served at once: parts int64 [n, 3] holds (site id,
     first column of y, columns) of each; absent means all of y for `site`.
@@ -53,14 +64,14 @@ def gated_matmul_(
         if first:
             native.gated_matmul_(
                 y, x, site.arena, site.cells, plan.rows, lane.bounds, lane.slots, lane.scales,
-                first, lane.gate, parts,
+                first, lane.gate, lane.table, parts,
             )  # fmt: skip
         if first < lane.num_segments:
             for site_id, column, width in parts.tolist():
                 segments_matmul_(
                     y[:, column : column + width], x, site.arena, site.cells, plan.rows,
                     lane.bounds[first:], lane.slots[first:], lane.scales[first:], lane.gate,
-                    site_id,
+                    lane.table, site_id,
                 )  # fmt: skip
 
 
@@ -74,12 +85,12 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
         if native.is_available():  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.num_segments, lane.gate, site.id,
+                lane.scales, lane.num_segments, lane.gate, lane.table, site.id,
             )  # fmt: skip
         else:
             segments_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.gate, site.id,
+                lane.scales, lane.gate, lane.table, site.id,
             )  # fmt: skip
 
 
@@ -101,22 +112,27 @@ def segments_matmul_(
     slots: torch.Tensor,
     scales: torch.Tensor,
     gate: torch.Tensor | None,
+    table: torch.Tensor | None,
     site: int,
 ) -> None:
     """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
     num_in, num_out = x.shape[-1], y.shape[-1]
     for segment in _segments(cells, rows, bounds, slots, scales, site):
-        offset, rank, _ = segment.cell
-        a_end = offset + rank * num_in
+        rank = segment.rank
+        a_rows = rank + num_router_rows(segment.code)
+        a_end = segment.offset + a_rows * num_in
         b_end = a_end + rank * num_out
-        _scale_output_(y, arena, b_end, segment)
-        xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
+        tails = _tails(arena, b_end, num_in, num_out, segment)
+        _scale_output_(y, tails, segment)
         if rank:
-            h = xs @ arena[offset:a_end].view(rank, num_in).t()  # [segment rows, rank]
-            h = _apply(h, segment, gate)
+            xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
+            # A and the router in one product
+            products = xs @ arena[segment.offset : a_end].view(a_rows, num_in).t()
+            h = _apply(products[:, :rank], segment, gate)
+            h = _route(h, products[:, rank:], segment, table, tails)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
-        _add_bias_(y, arena, b_end, segment)
+        _add_bias_(y, tails, segment)
 
 
 def segments_embedding_(
@@ -130,26 +146,32 @@ def segments_embedding_(
     slots: torch.Tensor,
     scales: torch.Tensor,
     gate: torch.Tensor | None,
+    table: torch.Tensor | None,
     site: int,
 ) -> None:
     """One gather and one GEMM per segment of one lane; A is stored token-major [num_in, rank]."""
     num_out = y.shape[-1]
     for segment in _segments(cells, rows, bounds, slots, scales, site):
-        offset, rank, _ = segment.cell
-        a_end = offset + num_in * rank
+        rank = segment.rank
+        a_end = segment.offset + num_in * rank
         b_end = a_end + rank * num_out
-        _scale_output_(y, arena, b_end, segment)
+        tails = _tails(arena, b_end, num_in, num_out, segment)
+        _scale_output_(y, tails, segment)
         if rank:
-            table = arena[offset:a_end].view(num_in, rank)
-            h = _apply(table[ids[segment.index]], segment, gate)  # [segment rows, rank]
+            a = arena[segment.offset : a_end].view(num_in, rank)
+            h = _apply(a[ids[segment.index]], segment, gate)  # [segment rows, rank]
+            h = _route(h, h[:, :0], segment, table, tails)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
-        _add_bias_(y, arena, b_end, segment)
+        _add_bias_(y, tails, segment)
 
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    cell: tuple[int, int, int]  # offset, rank, parts
+    offset: int
+    rank: int
+    parts: int
+    code: int  # of the routing
     scale: float
     index: slice | torch.Tensor  # a slice where the rows are neighbours, which spares two copies
 
@@ -164,24 +186,52 @@ def _segments(
 ) -> Iterator[_Segment]:
     limits = bounds.tolist()
     found = cells[slots.long(), site].tolist()
-    for (offset, rank, parts), scale, start, stop in zip(
+    for (offset, rank, parts, code), scale, start, stop in zip(
         found, scales.tolist(), limits[:-1], limits[1:], strict=True
     ):
-        if offset < 0 or start == stop:
+        if offset < 0 or start == stop or (code and Routing.of(code).router is Router.EXPERTS):
             continue
-        yield _Segment((offset, rank, parts), scale, index_of(rows[start:stop]))
+        yield _Segment(offset, rank, parts, code, scale, index_of(rows[start:stop]))
 
 
-def _scale_output_(y: torch.Tensor, arena: torch.Tensor, b_end: int, segment: _Segment) -> None:
-    parts, num_out = segment.cell[2], y.shape[-1]
-    if parts & cells_layout.OUT_SCALE:
-        first = b_end + (num_out if parts & cells_layout.BIAS else 0)
-        y[segment.index] += (y[segment.index] * arena[first : first + num_out]).to(y.dtype)
+def _tails(
+    arena: torch.Tensor, b_end: int, num_in: int, num_out: int, segment: _Segment
+) -> dict[int, torch.Tensor]:
+    """What follows B, by bit."""
+    found, at = {}, b_end
+    for bit, size in list_parts(num_in, num_out, segment.rank, segment.parts):
+        found[bit] = arena[at : at + size]
+        at += size
+    return found
 
 
-def _add_bias_(y: torch.Tensor, arena: torch.Tensor, b_end: int, segment: _Segment) -> None:
-    if segment.cell[2] & cells_layout.BIAS:
-        y[segment.index] += (segment.scale * arena[b_end : b_end + y.shape[-1]]).to(y.dtype)
+def _scale_output_(y: torch.Tensor, tails: dict[int, torch.Tensor], segment: _Segment) -> None:
+    if OUT_SCALE in tails:
+        y[segment.index] += (y[segment.index] * tails[OUT_SCALE]).to(y.dtype)
+
+
+def _add_bias_(y: torch.Tensor, tails: dict[int, torch.Tensor], segment: _Segment) -> None:
+    if BIAS in tails:
+        y[segment.index] += (segment.scale * tails[BIAS]).to(y.dtype)
+
+
+def _route(
+    h: torch.Tensor,
+    scores: torch.Tensor,
+    segment: _Segment,
+    table: torch.Tensor | None,
+    tails: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    if not segment.code:
+        return h
+    routing = Routing.of(segment.code)
+    if routing.router is Router.TABLE:
+        assert table is not None, "whoever needs a table brings it with the plan"
+        first = int(routing.value)
+        scores = table[segment.index, first : first + routing.num_scores]
+    weight = weigh(scores, routing, segment.rank, tails.get(ROUTER_BIAS)).to(h.dtype)
+    # A mask must be `where`: 0 * NaN would poison the row.
+    return torch.where(weight != 0, h * weight, torch.zeros_like(h))
 
 
 def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> torch.Tensor:
@@ -192,5 +242,4 @@ def _apply(h: torch.Tensor, segment: _Segment, gate: torch.Tensor | None) -> tor
     width = min(gate.shape[1], h.shape[1])  # whoever is wider than the gate is ungated there
     weight = torch.ones_like(h)
     weight[:, :width] = gate[segment.index, :width].to(h.dtype)
-    # A mask must be `where`: 0 * NaN would poison the row.
     return torch.where(weight != 0, h * weight, torch.zeros_like(h))

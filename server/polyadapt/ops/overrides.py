@@ -14,7 +14,15 @@ from collections.abc import Iterator
 import torch
 
 from polyadapt.ops import native
-from polyadapt.ops.cells import DENSE, SWAP, TRANSFORM, WEIGHT, group_of, list_parts
+from polyadapt.ops.cells import (
+    DENSE,
+    SWAP,
+    TRANSFORM,
+    WEIGHT,
+    group_of,
+    list_parts,
+    num_elements,
+)
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import Weight
 from polyadapt.ops.native import overrides as kernels
@@ -98,9 +106,9 @@ def _found(
 ) -> dict[int, torch.Tensor]:
     """The parts of the segment's cell, flat, by bit."""
     # The parts are the plan's to remember; where they lie may change between two steps.
-    offset, rank, _ = site.cells[override.slot, site_id].tolist()
-    found, at = {}, offset + rank * (num_in + num_out)
-    for bit, size in list_parts(num_in, num_out, override.parts):
+    offset, rank, _, routing = site.cells[override.slot, site_id].tolist()
+    found, at = {}, offset + num_elements(num_in, num_out, rank, 0, routing)
+    for bit, size in list_parts(num_in, num_out, rank, override.parts):
         found[bit] = site.arena[at : at + size]
         at += size
     return found

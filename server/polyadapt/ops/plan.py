@@ -32,6 +32,8 @@ class RowUse:
     slots: tuple[int, ...]
     scales: tuple[float, ...]
     gates: tuple[np.ndarray | None, ...] = ()  # per lane: [rank] float32, absent when all ones
+    # Per lane [stop - start, width] float32, for cells whose router is TABLE.
+    tables: tuple[np.ndarray | None, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,8 @@ class Lane:
 
     rows [num_rows] int32; segment s holds rows[bounds[s]:bounds[s+1]], served by slots[s] times
     scales[s]; the first num_short segments are shorter than the plan's limit for GEMMs.
-    gate [num_batch_rows, width] float32 is indexed by row, not by position; None means ones.
+    gate [num_batch_rows, width] float32 is indexed by row, not by position; None means ones. table
+    [num_batch_rows, width] float32 likewise: what weighs components whose router is TABLE.
     """
 
     rows: np.ndarray
@@ -49,6 +52,7 @@ class Lane:
     scales: np.ndarray
     num_short: int
     gate: np.ndarray | None = None
+    table: np.ndarray | None = None
 
     @property
     def num_segments(self) -> int:
@@ -84,7 +88,7 @@ def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
     equals the base exactly.
     """
     num_lanes = max((len(use.slots) for use in uses), default=0)
-    runs, gates = [], []
+    runs, gates, tables = [], [], []
     for lane_id in range(num_lanes):
         members = [use for use in uses if len(use.slots) > lane_id and use.scales[lane_id] != 0.0]
         runs.append(
@@ -96,7 +100,8 @@ def build_plan(uses: Sequence[RowUse], num_rows: int) -> BatchPlan:
             )
         )
         gates.append(_build_gate(members, lane_id, num_rows))
-    return plan_of(runs, num_rows, gates)
+        tables.append(_build_table(members, lane_id, num_rows))
+    return plan_of(runs, num_rows, gates, tables=tables)
 
 
 def plan_of(
@@ -104,8 +109,10 @@ def plan_of(
     num_rows: int,
     gates: Sequence[np.ndarray | None] = (),
     gemm_rows: int = GEMM_MIN_ROWS,
+    tables: Sequence[np.ndarray | None] = (),
 ) -> BatchPlan:
-    """Return the plan of runs that are given as arrays, lane by lane; `gates` are the lanes'.
+    """Return the plan of runs that are given as arrays, lane by lane; `gates` and `tables` are the
+    lanes'.
 
     Segments of `gemm_rows` rows and more are left to GEMMs.
     Raises ValueError for more than MAX_LANES lanes.
@@ -119,11 +126,15 @@ def plan_of(
         if not runs.scales.all():
             runs = _only(runs, runs.scales != 0.0)
         if len(runs.slots):
-            built.append(_build_lane(runs, gates[lane_id] if gates else None, gemm_rows))
+            gate = gates[lane_id] if gates else None
+            table = tables[lane_id] if tables else None
+            built.append(_build_lane(runs, gate, table, gemm_rows))
     return BatchPlan(num_rows, tuple(built))
 
 
-def _build_lane(runs: Runs, gate: np.ndarray | None, gemm_rows: int) -> Lane:
+def _build_lane(
+    runs: Runs, gate: np.ndarray | None, table: np.ndarray | None, gemm_rows: int
+) -> Lane:
     order = np.lexsort((runs.scales, runs.slots))  # stable: runs of a segment keep their order
     slots, scales, lengths = runs.slots[order], runs.scales[order], runs.lengths[order]
     is_first = np.ones(len(order), np.bool_)
@@ -144,7 +155,7 @@ def _build_lane(runs: Runs, gate: np.ndarray | None, gemm_rows: int) -> Lane:
     np.cumsum(sizes, out=bounds[1:])
     return Lane(
         rows.astype(np.int32), bounds, slots[firsts].astype(np.int32),
-        scales[firsts].astype(np.float32), num_short, gate,
+        scales[firsts].astype(np.float32), num_short, gate, table,
     )  # fmt: skip
 
 
@@ -170,10 +181,22 @@ def _build_gate(members: list[RowUse], lane_id: int, num_rows: int) -> np.ndarra
     return table
 
 
+def _build_table(members: list[RowUse], lane_id: int, num_rows: int) -> np.ndarray | None:
+    given = [(use, use.tables[lane_id]) for use in members if len(use.tables) > lane_id]
+    width = max((values.shape[1] for _, values in given if values is not None), default=0)
+    if width == 0:
+        return None
+    table = np.zeros((num_rows, width), np.float32)
+    for use, values in given:
+        if values is not None:
+            table[use.start : use.stop, : values.shape[1]] = values
+    return table
+
+
 @dataclass(frozen=True, slots=True)
 class LoadedLane:
     """One lane in the buffers: bounds [num_segments + 1], slots and scales [num_segments], and its
-    gate [rows, width] or None.
+    gate and table [rows, width] or None.
     """
 
     bounds: torch.Tensor
@@ -182,6 +205,7 @@ class LoadedLane:
     num_short: int
     num_segments: int
     gate: torch.Tensor | None
+    table: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +228,8 @@ class PlanBuffers:
     """Fixed-size tensors that one row space's plan is copied into before each forward.
 
     rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
-    positions in `rows`, with one extra entry per lane. gate float32 [lanes, rows, width], grown on
-    demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane after
+    positions in `rows`, with one extra entry per lane. gate and table float32 [lanes, rows, width],
+    grown on demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane after
     lane, that need more than the gated product there.
     """
 
@@ -216,7 +240,7 @@ class PlanBuffers:
         cells: torch.Tensor | None = None,
         has_overrides: np.ndarray | None = None,
     ) -> None:
-        """cells int64 [num_slots, num_sites, 3] and has_overrides, bool [num_slots], are owned by
+        """cells int64 [num_slots, num_sites, 4] and has_overrides, bool [num_slots], are owned by
         whoever fills the slots, and of a slot in a plan they keep their parts; None: no slot has
         overrides.
         """
@@ -232,6 +256,7 @@ class PlanBuffers:
         self.slots = torch.zeros(num, dtype=torch.int32, device=device)
         self.scales = torch.zeros(num, dtype=torch.float32, device=device)
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
+        self.table = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
         self._loaded: BatchPlan | None = None  # what the buffers hold
         self._loaded_lanes: tuple[LoadedLane, ...] = ()
         self._loaded_overrides: dict[int, list[Override]] = {}
@@ -249,8 +274,8 @@ class PlanBuffers:
         self._loaded = None  # unless all of it is copied
         lanes: list[LoadedLane] = []
         overrides: dict[int, list[Override]] = {}
-        widths = [lane.gate.shape[1] for lane in plan.lanes if lane.gate is not None]
-        self._widen_gate(max(widths, default=0))
+        self.gate = self._widened(self.gate, [lane.gate for lane in plan.lanes])
+        self.table = self._widened(self.table, [lane.table for lane in plan.lanes])
         segment = row = 0
         for lane_id, lane in enumerate(plan.lanes):
             stop = segment + lane.num_segments
@@ -262,6 +287,9 @@ class PlanBuffers:
             _fill(self.scales, segment, lane.scales)
             if lane.gate is not None:
                 self._load_gate(lane_id, lane.gate)
+            if lane.table is not None:
+                num_rows, width = lane.table.shape
+                self.table[lane_id, :num_rows, :width] = torch.from_numpy(lane.table)
             lanes.append(
                 LoadedLane(
                     self.bounds[first_bound : stop + lane_id + 1],
@@ -270,6 +298,7 @@ class PlanBuffers:
                     lane.num_short,
                     lane.num_segments,
                     self.gate[lane_id] if lane.gate is not None else None,
+                    self.table[lane_id] if lane.table is not None else None,
                 )
             )
             if self._has_overrides is not None and self._has_overrides[lane.slots].any():
@@ -300,12 +329,14 @@ class PlanBuffers:
                 override = Override(slot, int(parts[site_id]), scale, rows, index, is_short)
                 found.setdefault(site_id, []).append(override)
 
-    def _widen_gate(self, width: int) -> None:
-        # Before any lane is filled: what was there is gone afterwards.
-        if self.gate.shape[2] < width:
-            self.gate = torch.zeros(
-                MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device
-            )
+    def _widened(self, buffer: torch.Tensor, given: list[np.ndarray | None]) -> torch.Tensor:
+        """The buffer, or a wider one; before any lane is filled, as what was there is lost."""
+        width = max((values.shape[1] for values in given if values is not None), default=0)
+        if buffer.shape[2] >= width:
+            return buffer
+        return torch.zeros(
+            MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device
+        )
 
     def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
         width = gate.shape[1]

@@ -5,6 +5,7 @@ Slow on purpose. Every strategy and kernel is tested against these functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,11 +15,15 @@ from polyadapt.ops.cells import (
     BIAS,
     DENSE,
     OUT_SCALE,
+    ROUTER_BIAS,
     SWAP,
     TRANSFORM,
     WEIGHT,
+    Router,
+    Routing,
     group_of,
     list_parts,
+    num_router_rows,
 )
 from polyadapt.ops.plan import BatchPlan
 
@@ -34,6 +39,9 @@ class _Cell:
     b: torch.Tensor
     parts: dict[int, torch.Tensor]
     group: int
+    routing: Routing | None
+    router: torch.Tensor  # flat
+    table: torch.Tensor  # the lane's, of this row; empty where it has none
 
 
 def reference_linear(
@@ -89,7 +97,7 @@ def reference_matmul(
     for cell in _cells(arena, cells, plan, site, num_in, y.shape[1]):
         t = cell.row
         h = cell.scale * (cell.a.view(-1, num_in) @ x[t].float())  # [rank]
-        h = torch.where(cell.gate != 0, cell.gate * h, 0.0)
+        h = torch.where(cell.gate != 0, cell.gate * h, 0.0) * _weights(cell, x[t])
         if OUT_SCALE in cell.parts:
             out[t] += cell.parts[OUT_SCALE] * out[t]
         out[t] += h @ cell.b + cell.scale * cell.parts.get(BIAS, 0.0)
@@ -116,7 +124,7 @@ def reference_embedding(
         h = cell.scale * cell.a.view(num_in, -1)[token] if len(cell.gate) else cell.a
         out[t] += cell.parts.get(OUT_SCALE, 0.0) * out[t]
         out[t] += cell.scale * cell.parts.get(BIAS, 0.0)
-        out[t] += torch.where(cell.gate != 0, cell.gate * h, 0.0) @ cell.b
+        out[t] += torch.where(cell.gate != 0, cell.gate * h, 0.0) * _weights(cell, None) @ cell.b
         if DENSE in cell.parts:
             out[t] += cell.scale * cell.parts[DENSE].view(num_in, num_out)[token]
     return out
@@ -148,6 +156,40 @@ def reference_norm(
     return out
 
 
+def _weights(cell: _Cell, x: torch.Tensor | None) -> torch.Tensor:
+    """What the components weigh, [rank]; see ops/cells.py: Router. x [in], None of an embedding."""
+    routing, rank = cell.routing, len(cell.gate)
+    if routing is None or rank == 0:
+        return torch.ones(rank)
+    expert_of = [i // (rank // routing.num_scores) for i in range(rank)]
+    if routing.router is Router.TABLE:
+        return torch.stack([cell.table[int(routing.value) + expert] for expert in expert_of])
+    assert x is not None, "an embedding has no input that a router could read"
+    scores = [float(row @ x.float()) for row in cell.router.view(routing.num_scores, -1)]
+    if routing.router is Router.SIGMOID:
+        bias = cell.parts.get(ROUTER_BIAS, torch.zeros(rank)).tolist()
+        values = [1 / (1 + math.exp(-scores[e])) + bias[i] for i, e in enumerate(expert_of)]
+        kept = _largest(values, routing.top_k)
+        total = max(sum(values[i] for i in kept), torch.finfo(torch.float32).tiny)
+        return torch.tensor([values[i] / total if i in kept else 0.0 for i in range(rank)])
+    if routing.router is Router.MAGNITUDE:
+        kept = _largest([abs(score) for score in scores], routing.top_k)
+        chosen = torch.tensor([abs(scores[e]) / routing.value for e in kept]).softmax(0).tolist()
+    else:
+        shares = torch.tensor(scores).softmax(0).tolist()
+        kept = _largest(shares, routing.top_k)
+        total = sum(shares[e] for e in kept) if routing.renormalise else 1.0
+        chosen = [shares[e] / total for e in kept]
+    weight_of = dict(zip(kept, chosen, strict=True))
+    return torch.tensor([weight_of.get(expert, 0.0) for expert in expert_of])
+
+
+def _largest(values: list[float], top_k: int) -> list[int]:
+    """Where the top_k largest are, of equal ones the first; 0: all."""
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return order[: top_k or len(values)]
+
+
 def _cells(
     arena: torch.Tensor,
     cells: torch.Tensor,
@@ -159,17 +201,27 @@ def _cells(
     """Lane after lane, the cell of every row that has one."""
     for lane in plan.lanes:
         for s in range(lane.num_segments):
-            offset, rank, parts = cells[int(lane.slots[s]), site].tolist()
+            offset, rank, parts, code = cells[int(lane.slots[s]), site].tolist()
             if offset < 0:
                 continue
-            sizes = [(0, rank * num_in), (-1, rank * num_out), *list_parts(num_in, num_out, parts)]
+            routing = Routing.of(code) if code else None
+            if routing is not None and routing.router is Router.EXPERTS:
+                continue
+            sizes = [
+                (0, rank * num_in), (-2, num_router_rows(code) * num_in), (-1, rank * num_out),
+                *list_parts(num_in, num_out, rank, parts),
+            ]  # fmt: skip
             blocks, at = {}, offset
             for name, size in sizes:
                 blocks[name] = arena[at : at + size].float()
                 at += size
-            a, b = blocks.pop(0), blocks.pop(-1).view(rank, num_out)
+            a, router, b = blocks.pop(0), blocks.pop(-2), blocks.pop(-1).view(rank, num_out)
             for t in lane.rows[lane.bounds[s] : lane.bounds[s + 1]].tolist():
                 gate = torch.ones(rank)
                 if lane.gate is not None:
                     gate[: lane.gate.shape[1]] = torch.from_numpy(lane.gate[t, :rank])
-                yield _Cell(t, float(lane.scales[s]), gate, a, b, blocks, group_of(parts))
+                table = torch.empty(0) if lane.table is None else torch.from_numpy(lane.table[t])
+                yield _Cell(
+                    t, float(lane.scales[s]), gate, a, b, blocks, group_of(parts), routing, router,
+                    table,
+                )  # fmt: skip

@@ -17,8 +17,8 @@ from polyadapt.ops.native import build
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The block of fields that gated_matmul.c calls call_t.
-# `bytes` because packing is a tenth of the cost of passing 26 arguments.
-_GATED_CALL = struct.Struct("=27q")
+# `bytes` because packing is a tenth of the cost of passing so many arguments.
+_GATED_CALL = struct.Struct("=30q")
 _DTYPES = (torch.float32, torch.bfloat16)
 _NO_MEMORY = 1
 _GATED_PROBLEMS = {
@@ -28,6 +28,7 @@ _GATED_PROBLEMS = {
     5: "bounds[{}] and the next do not lie in order inside rows",
     6: "ids[{}] is not below num_in",
     7: "parts[{}] names a site outside cells or columns outside y",
+    8: "segment {} needs a table with the weights of its experts, which the lane has not",
 }
 _ATTENTION_PROBLEMS = {
     2: "kv_lens[{}] is negative or more than its pages hold",
@@ -56,19 +57,22 @@ def gated_matmul_(
     scales: torch.Tensor,
     num_segments: int,
     gate: torch.Tensor | None,
+    table: torch.Tensor | None,
     parts: torch.Tensor,
 ) -> None:
     """Add the adapters' part of one lane to y in place.
 
     Semantics, for each (site, column, width) of parts int64 [n, 3], whose y is the columns from
-    `column` on, for segment s < num_segments with (offset, rank, parts) =
+    `column` on, for segment s < num_segments with (offset, rank, parts, routing) =
     cells[slots[s], site], offset >= 0, and each row t in rows[bounds[s] : bounds[s + 1]]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
+        h[i] = where(w[i] != 0, w[i] * h[i], 0), w being what the routing says: see ops/cells.py
         y[t] += out_scale * y[t] + sum_i h[i] * B[i] + scales[s] * bias
     y [T, out] and x [T, in], both float32 or both bfloat16, last dimension contiguous; arena 1-D,
-    either of the two; at `offset` lies the cell of ops/cells.py, of whose parts bias and out_scale
-    are read here. cells int64 [slots, sites, 3]; rows, bounds, slots int32; scales float32; gate
-    float32 [T, width] or None, components from `width` on are ungated. All on the host; cells,
+    either of the two; at `offset` lies the cell of ops/cells.py, of whose parts bias, out_scale and
+    router_bias are read here. cells int64 [slots, sites, 4]; rows, bounds, slots int32; scales
+    float32; gate float32 [T, width] or None, components from `width` on are ungated; table float32
+    [T, width] or None, for routers that read it. At most 4096 components are routed. All on the host; cells,
     arena, rows, bounds, slots and scales contiguous. A row lies in at most one segment. Sums are
     float32, a bfloat16 y is rounded once. A row's bits do not depend on the number of threads or on
     the other rows. Raises ValueError, leaving y as it was, when an index points outside its tensor.
@@ -83,7 +87,7 @@ def gated_matmul_(
         )
     _gated(
         y, x.data_ptr(), 0, x_stride, num_in, arena, cells, rows, bounds, slots, scales,
-        num_segments, gate, parts,
+        num_segments, gate, table, parts,
     )  # fmt: skip
 
 
@@ -99,6 +103,7 @@ def gated_embedding_(
     scales: torch.Tensor,
     num_segments: int,
     gate: torch.Tensor | None,
+    table: torch.Tensor | None,
     site: int,
 ) -> None:
     """Add the adapters' part of an embedding in place.
@@ -114,7 +119,7 @@ def gated_embedding_(
         )
     _gated(
         y, 0, ids.data_ptr(), 0, num_in, arena, cells, rows, bounds, slots, scales, num_segments,
-        gate, torch.tensor([[site, 0, y.shape[1]]]),
+        gate, table, torch.tensor([[site, 0, y.shape[1]]]),
     )  # fmt: skip
 
 
@@ -206,6 +211,7 @@ def _gated(
     scales: torch.Tensor,
     num_segments: int,
     gate: torch.Tensor | None,
+    table: torch.Tensor | None,
     parts: torch.Tensor,
 ) -> None:
     # Called for every adapted module of every step: few, cheap checks; indices are checked in C.
@@ -236,25 +242,31 @@ def _gated(
             f"{num_segments} segments need as many slots and scales and one bound more; there are "
             f"{len(slots)} slots, {len(scales)} scales and {len(bounds)} bounds"
         )
-    gate_ptr, gate_stride, gate_width = 0, 0, 0
-    if gate is not None:
-        (gate_rows, gate_width), (gate_stride, last) = gate.shape, gate.stride()
-        gate_ptr = gate.data_ptr()
-        if gate.dtype is not torch.float32 or last != 1 or gate_rows < num_rows:
-            raise ValueError(
-                f"gate is {gate.dtype} {tuple(gate.shape)} with strides {gate.stride()}; expected "
-                f"float32 with a contiguous row for each of {num_rows} rows"
-            )
+    gate_ptr, gate_stride, gate_width = _by_row("gate", gate, num_rows)
+    table_ptr, table_stride, table_width = _by_row("table", table, num_rows)
     call = _GATED_CALL.pack(
         y.data_ptr(), x_ptr, ids_ptr, arena.data_ptr(), cells.data_ptr(), rows.data_ptr(),
-        bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, parts.data_ptr(),
-        y_stride, x_stride, gate_stride, gate_width, num_rows, num_in, y.shape[1], parts.shape[0],
-        rows.shape[0], arena.shape[0], num_slots, num_sites, num_segments,
+        bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, table_ptr,
+        parts.data_ptr(), y_stride, x_stride, gate_stride, table_stride, gate_width, table_width,
+        num_rows, num_in, y.shape[1], parts.shape[0], rows.shape[0], arena.shape[0], num_slots, num_sites, num_segments,
         y_dtype is torch.bfloat16, arena_dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     result = _functions()[0](call)
     if result:
         _raise(result, _GATED_PROBLEMS)
+
+
+def _by_row(name: str, values: torch.Tensor | None, num_rows: int) -> tuple[int, int, int]:
+    """Address, stride and width of what is indexed by row; zeros for None."""
+    if values is None:
+        return 0, 0, 0
+    (rows, width), (stride, last) = values.shape, values.stride()
+    if values.dtype is not torch.float32 or last != 1 or rows < num_rows:
+        raise ValueError(
+            f"{name} is {values.dtype} {tuple(values.shape)} with strides {values.stride()}; "
+            f"expected float32 with a contiguous row for each of {num_rows} rows"
+        )
+    return values.data_ptr(), stride, width
 
 
 @functools.cache

@@ -40,10 +40,11 @@ typedef struct {
 } rope_call_t;
 
 typedef struct {
-  int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate; /* gate may be 0, and x or ids */
+  /* gate and table may be 0, and x or ids */
+  int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate, table;
   int64_t parts; /* num_parts of part_t */
-  int64_t y_stride, x_stride, gate_stride; /* in elements */
-  int64_t gate_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
+  int64_t y_stride, x_stride, gate_stride, table_stride; /* in elements */
+  int64_t gate_width, table_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
       num_segments, is_y_half, is_arena_half, threads;
 } gated_call_t;
 
@@ -60,6 +61,24 @@ typedef struct {
   int64_t y_stride, x_stride, num_positions, num_rows, num_in, num_out, group, is_half, w_half, threads;
   double scale;
 } override_call_t;
+
+/* How a cell's components are weighed: ops/cells.py, Routing, taken apart. */
+enum { ROUTER_SOFTMAX = 1, ROUTER_SIGMOID, ROUTER_MAGNITUDE, ROUTER_TABLE, ROUTER_EXPERTS };
+enum { MAX_CHOICES = 4096 };
+
+typedef struct {
+  int64_t router, renormalise, top_k, num_scores, column;
+  int64_t num_rows; /* of the router in the cell, behind A's */
+  float value;
+} routing_t;
+
+routing_t polyadapt_routing(int64_t code);
+/* scores [num_scores] of a softmax or magnitude router become the weights of its experts. */
+void polyadapt_choose(const routing_t *routing, float *scores);
+/* weights [rank] of the components; scores [num_scores] are those of TABLE already, else they are used up.
+ * bias [rank] or NULL. At most MAX_CHOICES components, a multiple of num_scores. */
+void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, const void *bias, int bias_half,
+                     float *weights);
 
 int64_t polyadapt_linear(const linear_call_t *call);
 int64_t polyadapt_rms_norm(const norm_call_t *call);

@@ -1,10 +1,12 @@
 /* The gated segmented low-rank product: y[t] += B (g * A x[t]), each row with its own segment's A and B.
  *
- * Semantics: for each segment s, (offset, rank, parts) = cells[slots[s], site]; offset < 0: nothing.
- * Behind B lie bias if bit 0 of parts is set, then out_scale if bit 1 is; other parts are not read here.
+ * Semantics: for each segment s, (offset, rank, parts, routing) = cells[slots[s], site]; offset < 0: nothing.
+ * Behind A lie the router's rows, behind B bias if bit 0 of parts is set, out_scale if bit 1 is, and the
+ * router's bias if bit 2 is; other parts are not read here.
  *   for each row t = rows[p], bounds[s] <= p < bounds[s + 1]:
  *     h[i] = scales[s] * sum_k A[i, k] x[t, k]                (embedding: scales[s] * A[ids[t], i])
  *     h[i] = gate[t, i] != 0 ? gate[t, i] * h[i] : 0          (i below the gate's width)
+ *     h[i] = w[i] != 0 ? w[i] * h[i] : 0                      (w of the routing, see routing.c)
  *     y[t, :] += out_scale[:] * y[t, :] + sum_i h[i] B[i, :] + scales[s] * bias[:]
  * Several sites that share x may be done in one call, each with its own columns of y.
  * Every weight is read once per tile of ROW_TILE rows. Sums are float32: over k in lanes, over i in
@@ -22,16 +24,17 @@ enum { ROW_TILE = 32, MAX_COLUMNS = 2048, NUM_LOCAL_SEGMENTS = 64 };
  * AHEAD bytes in front. Two rows share each weight and take several rows of weights at a time. Either way
  * a dot product has CHAINS sums and a column of y adds its components in order: the same bits. */
 enum { CHAINS = 2, GROUP = 2, SOLO = 1, WIDE = 4, AHEAD = 1024 };
-enum { HAS_BIAS = 1, HAS_OUT_SCALE = 2 }; /* of a cell's parts; see ops/cells.py */
-enum { NO_MEMORY = 1, BAD_SLOT, BAD_ROW, BAD_CELL, BAD_BOUNDS, BAD_TOKEN, BAD_PART };
+enum { HAS_BIAS = 1, HAS_OUT_SCALE = 2, HAS_ROUTER_BIAS = 4 }; /* of a cell's parts; see ops/cells.py */
+enum { NO_MEMORY = 1, BAD_SLOT, BAD_ROW, BAD_CELL, BAD_BOUNDS, BAD_TOKEN, BAD_PART, NO_TABLE };
 
 /* Estimated time in units of about 0.05 ns: a weight's bytes from memory, and its product per row. */
 enum { COST_PER_BYTE = 2, COST_TO_THREAD = 400000, COST_OF_TASK = 30000 };
 
 typedef struct {
-  const void *a, *b, *bias, *out_scale; /* bias and out_scale may be NULL */
-  float *h;                 /* [segment rows, rank] */
-  int64_t rank, start, stop;
+  const void *a, *b, *bias, *out_scale, *router_bias; /* the last three may be NULL */
+  float *h;                          /* [segment rows, width] */
+  int64_t rank, width, start, stop; /* width: rank and the rows of the router */
+  routing_t routing;                 /* router 0: none */
   int64_t column, num_out; /* the columns of y that are this segment's */
   float scale;
 } segment_t;
@@ -46,8 +49,8 @@ typedef struct {
   const void *x;      /* NULL for an embedding */
   const int64_t *ids; /* NULL for a linear */
   const int32_t *rows;
-  const float *gate; /* may be NULL */
-  int64_t y_stride, x_stride, gate_stride, gate_width, num_in;
+  const float *gate, *table; /* may be NULL */
+  int64_t y_stride, x_stride, gate_stride, gate_width, table_stride, num_in;
   int y_half, arena_half;
   segment_t *segments;
   task_t *tasks;
@@ -55,14 +58,16 @@ typedef struct {
 
 /* ---------------------------------------------------------------- h = gate * scale * A x */
 INLINE float gated(const job_t *job, const segment_t *segment, int64_t row, int64_t i, float dot) {
+  if (i >= segment->rank) return dot; /* a score */
   float h = dot * segment->scale;
   if (!job->gate || i >= job->gate_width) return h;
   float weight = job->gate[row * job->gate_stride + i];
   return weight != 0.0f ? weight * h : 0.0f;
 }
 
-INLINE int is_shut(const job_t *job, const int32_t *rows, int num_rows, int64_t low, int64_t high) {
-  if (!job->gate || high > job->gate_width) return 0;
+INLINE int is_shut(const job_t *job, const segment_t *segment, const int32_t *rows, int num_rows, int64_t low,
+                   int64_t high) {
+  if (!job->gate || high > job->gate_width || high > segment->rank) return 0;
   for (int r = 0; r < num_rows; r++)
     for (int64_t i = low; i < high; i++)
       if (job->gate[rows[r] * job->gate_stride + i] != 0.0f) return 0;
@@ -79,10 +84,10 @@ INLINE void fetch_ahead(const void *base, int64_t index, int num, int is_half) {
 INLINE void shrink_block(const job_t *job, const segment_t *segment, int64_t p, int num_rows,
                          int64_t low, int num_components, int x_half, int a_half) {
   const int32_t *rows = job->rows + p;
-  float *h = segment->h + (p - segment->start) * segment->rank;
-  if (is_shut(job, rows, num_rows, low, low + num_components)) {
+  float *h = segment->h + (p - segment->start) * segment->width;
+  if (is_shut(job, segment, rows, num_rows, low, low + num_components)) {
     for (int r = 0; r < num_rows; r++)
-      for (int c = 0; c < num_components; c++) h[r * segment->rank + low + c] = 0.0f;
+      for (int c = 0; c < num_components; c++) h[r * segment->width + low + c] = 0.0f;
     return;
   }
   const int64_t num_in = job->num_in;
@@ -117,7 +122,7 @@ INLINE void shrink_block(const job_t *job, const segment_t *segment, int64_t p, 
       float dot = sum_lanes(sum);
       for (int64_t tail = k; tail < num_in; tail++)
         dot = fma1(load1(a[c], tail, a_half), load1(x[r], tail, x_half), dot);
-      h[r * segment->rank + low + c] = gated(job, segment, rows[r], low + c, dot);
+      h[r * segment->width + low + c] = gated(job, segment, rows[r], low + c, dot);
     }
 }
 
@@ -145,7 +150,7 @@ static void look_up(const job_t *job, const segment_t *segment, const task_t *ta
   for (int64_t p = task->start; p < task->stop; p++) {
     int64_t row = job->rows[p];
     const void *a = at(segment->a, job->ids[row] * segment->rank, job->arena_half);
-    float *h = segment->h + (p - segment->start) * segment->rank;
+    float *h = segment->h + (p - segment->start) * segment->width;
     for (int64_t i = task->low; i < task->high; i++)
       h[i] = gated(job, segment, row, i, load1(a, i, job->arena_half));
   }
@@ -161,6 +166,20 @@ static void shrink(const job_t *job, const task_t *task) {
     job->arena_half ? shrink_typed(job, segment, task, 0, 1) : shrink_typed(job, segment, task, 0, 0);
 }
 
+/* ---------------------------------------------------------------- h *= what the router makes of x */
+/* Positions start..stop-1, whose h and scores are whole. */
+static void route(const job_t *job, const segment_t *segment, int64_t start, int64_t stop) {
+  if (!segment->routing.router) return;
+  for (int64_t p = start; p < stop; p++) {
+    float *h = segment->h + (p - segment->start) * segment->width, *scores = h + segment->rank;
+    if (segment->routing.router == ROUTER_TABLE)
+      scores = (float *)job->table + job->rows[p] * job->table_stride + segment->routing.column;
+    float weights[MAX_CHOICES];
+    polyadapt_weigh(&segment->routing, segment->rank, scores, segment->router_bias, job->arena_half, weights);
+    for (int64_t i = 0; i < segment->rank; i++) h[i] = weights[i] != 0.0f ? weights[i] * h[i] : 0.0f;
+  }
+}
+
 /* ---------------------------------------------------------------- y += h B + scale * bias */
 /* delta[r][:] += sum of num_components components of h times rows of B. */
 INLINE void expand_block(const segment_t *segment, float (*delta)[MAX_COLUMNS], const float *h,
@@ -172,7 +191,7 @@ INLINE void expand_block(const segment_t *segment, float (*delta)[MAX_COLUMNS], 
   for (int c = 0; c < num_components; c++) {
     b[c] = at(segment->b, (i + c) * num_out + low, b_half);
     for (int r = 0; r < num_rows; r++) {
-      weights[r][c] = h[r * segment->rank + i + c];
+      weights[r][c] = h[r * segment->width + i + c];
       is_zero &= weights[r][c] == 0.0f;
     }
   }
@@ -221,7 +240,7 @@ INLINE void add_scaled(const segment_t *segment, float *delta, const void *vecto
 INLINE void expand_rows(const job_t *job, const segment_t *segment, int64_t p, int num_rows, int64_t low,
                         int64_t width, int y_half, int b_half) {
   float delta[2][MAX_COLUMNS];
-  const float *h = segment->h + (p - segment->start) * segment->rank;
+  const float *h = segment->h + (p - segment->start) * segment->width;
   for (int r = 0; r < num_rows; r++) memset(delta[r], 0, (size_t)width * sizeof(float));
   int64_t i = 0;
   const int64_t group = num_rows == 1 ? SOLO : WIDE;
@@ -279,9 +298,11 @@ static void whole_task(void *opaque, int64_t id, int64_t worker) {
   (void)worker;
   job_t *job = opaque;
   task_t task = job->tasks[id];
-  task.low = 0, task.high = (int32_t)job->segments[task.segment].rank;
+  const segment_t *segment = &job->segments[task.segment];
+  task.low = 0, task.high = (int32_t)segment->width;
   shrink(job, &task);
-  task.high = (int32_t)job->segments[task.segment].num_out;
+  route(job, segment, task.start, task.stop);
+  task.high = (int32_t)segment->num_out;
   expand(job, &task);
 }
 
@@ -295,7 +316,7 @@ static int64_t cut(const job_t *job, int64_t num_segments, int by_component, int
   int64_t num_tasks = 0;
   for (int64_t s = 0; s < num_segments; s++) {
     const segment_t *segment = &job->segments[s];
-    int64_t span = by_component ? segment->rank : segment->num_out;
+    int64_t span = by_component ? segment->width : segment->num_out;
     int64_t length = by_component ? job->num_in : segment->rank;
     int64_t unit = by_component ? GROUP : 64;
     for (int64_t start = segment->start; start < segment->stop; start += ROW_TILE) {
@@ -335,7 +356,7 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
   int64_t total = 0, largest = 0;
   for (int64_t s = 0; s < num_segments; s++) {
     const segment_t *segment = &job->segments[s];
-    int64_t weights = segment->rank * ((job->ids ? 1 : job->num_in) + segment->num_out);
+    int64_t weights = segment->width * (job->ids ? 1 : job->num_in) + segment->rank * segment->num_out;
     int64_t num_rows = segment->stop - segment->start;
     int64_t num_tiles = (num_rows + ROW_TILE - 1) / ROW_TILE;
     int64_t tile = weights * cost_per_weight(job, num_rows < ROW_TILE ? num_rows : ROW_TILE);
@@ -349,7 +370,10 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
   int64_t limit = total / (threads * 8);
   if (limit < COST_OF_TASK) limit = COST_OF_TASK;
   int64_t result = run_cut(job, num_segments, 1, limit, shrink_task, threads);
-  return result ? result : run_cut(job, num_segments, 0, limit, expand_task, threads);
+  if (result) return result;
+  for (int64_t s = 0; s < num_segments; s++)
+    route(job, &job->segments[s], job->segments[s].start, job->segments[s].stop);
+  return run_cut(job, num_segments, 0, limit, expand_task, threads);
 }
 
 /* ---------------------------------------------------------------- entry */
@@ -366,8 +390,9 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
   const void *arena = (const void *)call->arena;
   const int arena_half = (int)call->is_arena_half;
   job_t job = {.y = (void *)call->y, .x = (const void *)call->x, .ids = ids, .rows = rows,
-               .gate = (const float *)call->gate, .y_stride = call->y_stride, .x_stride = call->x_stride,
-               .gate_stride = call->gate_stride, .gate_width = call->gate_width, .num_in = num_in,
+               .gate = (const float *)call->gate, .table = (const float *)call->table,
+               .y_stride = call->y_stride, .x_stride = call->x_stride, .gate_stride = call->gate_stride,
+               .gate_width = call->gate_width, .table_stride = call->table_stride, .num_in = num_in,
                .y_half = (int)call->is_y_half, .arena_half = arena_half};
   segment_t local[NUM_LOCAL_SEGMENTS];
   float local_h[4096];
@@ -388,24 +413,40 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
       else if (ids && (ids[rows[p]] < 0 || ids[rows[p]] >= num_in)) result = problem(BAD_TOKEN, rows[p]);
     }
     for (int64_t part = 0; part < call->num_parts && start < stop && !result; part++) {
-      const int64_t *cell = cells + (slot * call->num_sites + parts[part].site) * 3;
+      const int64_t *cell = cells + (slot * call->num_sites + parts[part].site) * 4;
       int64_t offset = cell[0], rank = cell[1], num_out = parts[part].num_out;
       int64_t has_bias = cell[2] & HAS_BIAS, has_scale = (cell[2] & HAS_OUT_SCALE) != 0;
-      if (offset < 0 || (rank == 0 && !has_bias && !has_scale)) continue;
+      int64_t has_router_bias = (cell[2] & HAS_ROUTER_BIAS) != 0;
+      routing_t routing = polyadapt_routing(cell[3]);
+      if (offset < 0 || routing.router == ROUTER_EXPERTS || (rank == 0 && !has_bias && !has_scale)) continue;
+      int64_t width = rank + routing.num_rows;
       if (rank < 0 || offset > arena_size || rank > arena_size ||
-          offset + rank * (num_in + num_out) + (has_bias + has_scale) * num_out > arena_size) {
+          offset + width * num_in + (rank + has_bias + has_scale) * num_out + has_router_bias * rank >
+              arena_size ||
+          (routing.router && (routing.num_scores == 0 || rank % routing.num_scores || rank > MAX_CHOICES ||
+                              (routing.router != ROUTER_TABLE && routing.num_rows == 0) ||
+                              (ids && routing.num_rows)))) {
         result = problem(BAD_CELL, s);
         continue;
       }
-      const void *b = at(arena, offset + rank * num_in, arena_half);
+      if (routing.router == ROUTER_TABLE &&
+          (!call->table || routing.column + routing.num_scores > call->table_width)) {
+        result = problem(NO_TABLE, s);
+        continue;
+      }
+      const void *b = at(arena, offset + width * num_in, arena_half);
+      const int64_t tail = rank * num_out;
       segments[num_active++] =
           (segment_t){.a = at(arena, offset, arena_half), .b = b,
-                      .bias = has_bias ? at(b, rank * num_out, arena_half) : NULL,
-                      .out_scale = has_scale ? at(b, (rank + has_bias) * num_out, arena_half) : NULL,
-                      .rank = rank,
+                      .bias = has_bias ? at(b, tail, arena_half) : NULL,
+                      .out_scale = has_scale ? at(b, tail + has_bias * num_out, arena_half) : NULL,
+                      .router_bias = has_router_bias
+                                         ? at(b, tail + (has_bias + has_scale) * num_out, arena_half)
+                                         : NULL,
+                      .rank = rank, .width = width, .routing = routing,
                       .start = start, .stop = stop, .column = parts[part].column, .num_out = num_out,
                       .scale = scales[s]};
-      num_h += (stop - start) * rank;
+      num_h += (stop - start) * width;
     }
   }
   float *h = local_h;
@@ -415,7 +456,7 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
     float *next = h;
     for (int64_t s = 0; s < num_active; s++) {
       segments[s].h = next;
-      next += (segments[s].stop - segments[s].start) * segments[s].rank;
+      next += (segments[s].stop - segments[s].start) * segments[s].width;
     }
     job.segments = segments;
     result = run(&job, num_active, call->threads);

@@ -27,7 +27,7 @@ typedef struct {
 } layer_t;
 
 typedef struct {
-  int64_t bounds, slots, scales, gate, gate_stride, gate_width, num_segments;
+  int64_t bounds, slots, scales, gate, gate_stride, gate_width, table, table_stride, table_width, num_segments;
 } lane_t;
 
 /* Rows that the step has, and scratch for one layer. */
@@ -50,9 +50,10 @@ static int64_t product(const step_t *step, const product_t *of, float *y, const 
     const lane_t *lane = &step->lanes[i];
     gated_call_t call = {.y = (int64_t)y, .x = (int64_t)x, .arena = step->arena, .cells = step->cells,
                          .rows = step->rows, .bounds = lane->bounds, .slots = lane->slots,
-                         .scales = lane->scales, .gate = lane->gate, .parts = (int64_t)of->parts,
-                         .y_stride = of->num_out, .x_stride = of->num_in,
+                         .scales = lane->scales, .gate = lane->gate, .table = lane->table,
+                         .parts = (int64_t)of->parts, .y_stride = of->num_out, .x_stride = of->num_in,
                          .gate_stride = lane->gate_stride, .gate_width = lane->gate_width,
+                         .table_stride = lane->table_stride, .table_width = lane->table_width,
                          .num_rows = step->num_rows, .num_in = of->num_in, .num_columns = of->num_out,
                          .num_parts = of->num_parts, .num_positions = step->num_positions,
                          .arena_size = step->arena_size, .num_slots = step->num_adapter_slots,

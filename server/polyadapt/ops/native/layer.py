@@ -20,7 +20,7 @@ from polyadapt.ops.plan import LoadedLane, PlanBuffers
 
 _LAYER = struct.Struct("=41q6d")
 _STEP = struct.Struct("=28q")
-_LANE = struct.Struct("=7q")
+_LANE = struct.Struct("=10q")
 _STAGES = ("qkv", "output", "gate/up", "down", "attention", "the step's write slots")
 
 
@@ -199,12 +199,15 @@ class Step:
 
 
 def _lane_block(lane: LoadedLane) -> bytes:
-    gate = lane.gate
     return _LANE.pack(
-        lane.bounds.data_ptr(), lane.slots.data_ptr(), lane.scales.data_ptr(),
-        0 if gate is None else gate.data_ptr(), 0 if gate is None else gate.stride(0),
-        0 if gate is None else gate.shape[1], lane.num_segments,
+        lane.bounds.data_ptr(), lane.slots.data_ptr(), lane.scales.data_ptr(), *_by_row(lane.gate),
+        *_by_row(lane.table), lane.num_segments,
     )  # fmt: skip
+
+
+def _by_row(values: torch.Tensor | None) -> tuple[int, int, int]:
+    """Address, stride and width."""
+    return (0, 0, 0) if values is None else (values.data_ptr(), values.stride(0), values.shape[1])
 
 
 def _address(block: bytes) -> int:

@@ -1,0 +1,92 @@
+/* The computed gates of one row: what its scores make of a cell's components. See ops/cells.py, Router.
+ *
+ * Sums go over scores or components in order, and of equal values the first is the larger: a row's weights
+ * depend on that row alone.
+ */
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
+#include "calls.h"
+#include "vector.h"
+
+enum { HAS_RENORMALISE = 1 << 4, HAS_ROUTER = 1 << 5, FIELD = (1 << 12) - 1 };
+
+routing_t polyadapt_routing(int64_t code) {
+  routing_t routing = {.router = code & 15, .renormalise = (code & HAS_RENORMALISE) != 0,
+                       .top_k = code >> 8 & FIELD, .num_scores = code >> 20 & FIELD, .column = code >> 32};
+  routing.num_rows = code & HAS_ROUTER ? routing.num_scores : 0;
+  uint32_t bits = (uint32_t)(code >> 32);
+  memcpy(&routing.value, &bits, sizeof bits);
+  return routing;
+}
+
+/* One bit per value: whether it is among the `top_k` largest. */
+static void keep_largest(const float *values, int64_t num, int64_t top_k, uint64_t *kept) {
+  int is_all = top_k <= 0 || top_k >= num;
+  memset(kept, is_all ? 0xff : 0, (size_t)(num + 63) / 64 * sizeof *kept);
+  for (int64_t n = 0; n < top_k && !is_all; n++) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < num; i++)
+      if (!(kept[i / 64] >> (i % 64) & 1) && (best < 0 || values[i] > values[best])) best = i;
+    kept[best / 64] |= (uint64_t)1 << (best % 64);
+  }
+}
+
+INLINE int is_kept(const uint64_t *kept, int64_t i) { return (int)(kept[i / 64] >> (i % 64) & 1); }
+
+/* values[i] = exp(values[i] - the largest) / their sum, over the kept ones; the others 0. */
+static void softmax_kept(float *values, int64_t num, const uint64_t *kept) {
+  float largest = -INFINITY, sum = 0.0f;
+  for (int64_t i = 0; i < num; i++)
+    if (is_kept(kept, i) && values[i] > largest) largest = values[i];
+  for (int64_t i = 0; i < num; i++) {
+    values[i] = is_kept(kept, i) ? expf(values[i] - largest) : 0.0f;
+    sum += values[i];
+  }
+  for (int64_t i = 0; i < num; i++) values[i] /= sum;
+}
+
+static void divide_kept(float *values, int64_t num, const uint64_t *kept, int is_divided) {
+  float sum = 0.0f;
+  for (int64_t i = 0; i < num; i++) {
+    if (!is_kept(kept, i)) values[i] = 0.0f;
+    sum += values[i];
+  }
+  if (!is_divided) return;
+  if (sum < FLT_MIN) sum = FLT_MIN;
+  for (int64_t i = 0; i < num; i++) values[i] /= sum;
+}
+
+void polyadapt_choose(const routing_t *routing, float *scores) {
+  const int64_t num = routing->num_scores;
+  uint64_t kept[MAX_CHOICES / 64];
+  if (routing->router == ROUTER_MAGNITUDE) {
+    for (int64_t e = 0; e < num; e++) scores[e] = fabsf(scores[e]);
+    keep_largest(scores, num, routing->top_k, kept);
+    for (int64_t e = 0; e < num; e++) scores[e] /= routing->value;
+    softmax_kept(scores, num, kept);
+    return;
+  }
+  keep_largest(scores, num, 0, kept);
+  softmax_kept(scores, num, kept);
+  keep_largest(scores, num, routing->top_k, kept);
+  divide_kept(scores, num, kept, (int)routing->renormalise);
+}
+
+void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, const void *bias, int bias_half,
+                     float *weights) {
+  const int64_t repeats = rank / routing->num_scores;
+  if (routing->router == ROUTER_SIGMOID) {
+    uint64_t kept[MAX_CHOICES / 64];
+    for (int64_t i = 0; i < rank; i++) {
+      weights[i] = 1.0f / (1.0f + expf(-scores[i / repeats]));
+      if (bias) weights[i] += load1(bias, i, bias_half);
+    }
+    keep_largest(weights, rank, routing->top_k, kept);
+    divide_kept(weights, rank, kept, 1);
+    return;
+  }
+  if (routing->router != ROUTER_TABLE) polyadapt_choose(routing, scores);
+  for (int64_t i = 0; i < rank; i++) weights[i] = scores[i / repeats];
+}

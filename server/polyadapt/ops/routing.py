@@ -1,0 +1,56 @@
+"""The computed gates: what a row's own scores make of a cell's components. The torch form.
+
+What each router means stands in ops/cells.py: Router; ops/reference.py says it again row by row.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from polyadapt.ops.cells import Router, Routing
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def weigh(
+    scores: torch.Tensor, routing: Routing, rank: int, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return the weight of every component, float32 [n, rank].
+
+    scores [n, routing.num_scores] are the rows' products with ROUTER; of TABLE, the weights of the
+    experts. bias: ROUTER_BIAS [rank] or None. rank is a multiple of num_scores.
+    """
+    scores = scores.float()
+    repeats = rank // routing.num_scores
+    if routing.router is Router.TABLE:
+        return scores.repeat_interleave(repeats, 1)
+    if routing.router is Router.SIGMOID:
+        values = scores.sigmoid().repeat_interleave(repeats, 1)
+        if bias is not None:
+            values = values + bias.float()
+        kept = _largest(values, routing.top_k)
+        values = torch.where(kept, values, 0.0)
+        return values / values.sum(1, keepdim=True).clamp(min=_TINY)
+    if routing.router is Router.MAGNITUDE:
+        values = scores.abs()
+        kept = _largest(values, routing.top_k)
+        weights = torch.where(kept, values / routing.value, -torch.inf).softmax(1)
+        return weights.repeat_interleave(repeats, 1)
+    return choose(scores, routing).repeat_interleave(repeats, 1)
+
+
+def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Return the weight of every expert by a softmax router, float32 [n, num_scores]; 0: not
+    chosen.
+    """
+    weights = scores.float().softmax(1)
+    kept = torch.where(_largest(weights, routing.top_k), weights, 0.0)
+    return kept / kept.sum(1, keepdim=True) if routing.renormalise else kept
+
+
+def _largest(values: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Bool [n, m]: the top_k largest of each row, those with the lower index first; 0: all."""
+    if not 0 < top_k < values.shape[1]:
+        return torch.ones_like(values, dtype=torch.bool)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, True)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from polyadapt.ops import cells as layout
 from polyadapt.ops.plan import GEMM_MIN_ROWS, MAX_LANES, BatchPlan, PlanBuffers, RowUse, build_plan
 
 
@@ -160,3 +161,19 @@ def test_a_plan_that_is_loaded_again_is_there_again_and_another_one_replaces_it(
     assert buffers.slots[0] == 7
     buffers.load(plan)
     assert content() == first
+
+
+def test_which_sites_a_plan_adapts_is_known_before_they_are_reached():
+    cells = torch.full((3, 4, layout.COLUMNS), -1)
+    cells[0, 1, layout.OFFSET] = 0
+    cells[2, 3, layout.OFFSET] = 5
+    buffers = PlanBuffers(8, torch.device("cpu"), cells)
+    assert not buffers.adapts([1, 3])
+    buffers.load(build_plan([RowUse(0, 2, (0,), (1.0,))], 2))
+    assert buffers.adapts([0, 1])
+    assert not buffers.adapts([0, 2, 3])
+    buffers.load(build_plan([RowUse(0, 2, (1, 2), (1.0, 1.0))], 2))
+    assert buffers.adapts([3])
+    assert not buffers.adapts([1])
+    buffers.clear()
+    assert not buffers.adapts([3])

@@ -247,3 +247,53 @@ def test_the_kept_weights_sum_to_one_where_they_are_said_to(kind):
     weights = weigh(scores, routing, 8)
     assert ((weights != 0).sum(1) == 3).all()
     torch.testing.assert_close(weights.sum(1), torch.ones(50))
+
+
+@pytest.mark.parametrize("length", [3, 300])
+def test_what_the_rows_chose_is_noted(form, length):
+    arena, cells = make_cells(torch.float32)
+    uses, num_rows = make_uses([length] * len(CASES))
+    buffers = PlanBuffers(num_rows, torch.device("cpu"))
+    buffers.usage = torch.zeros(len(CASES), layout.USAGE_COLUMNS)
+    buffers.load(build_plan(uses, num_rows))
+    x = torch.randn(num_rows, NUM_IN)
+    gated_matmul_(torch.zeros(num_rows, NUM_OUT), x, Site(0, arena, cells, buffers))
+    for slot, (rank, routing, parts) in enumerate(CASES):
+        found = buffers.usage[slot]
+        if routing is None or routing.router is Router.EXPERTS:
+            assert not found.any()
+            continue
+        assert found[0] == length
+        rows = x[uses[slot].start : uses[slot].stop]
+        at = int(cells[slot, 0, 0]) + rank * NUM_IN
+        if routing.router is Router.TABLE:
+            first = int(routing.value)
+            scores = torch.from_numpy(uses[slot].tables[0][:, first : first + routing.num_scores])
+        else:
+            router = arena[at : at + routing.num_scores * NUM_IN].view(-1, NUM_IN)
+            scores = rows @ router.t()
+        bias = None
+        if parts & ROUTER_BIAS:
+            tails = layout.list_parts(NUM_IN, NUM_OUT, rank, parts)
+            size = layout.num_elements(NUM_IN, NUM_OUT, rank, parts, routing.code)
+            end = int(cells[slot, 0, 0]) + size
+            assert tails[-1] == (ROUTER_BIAS, rank)
+            bias = arena[end - rank : end]
+        weights = weigh(scores, routing, rank, bias)
+        shares = weights.view(length, routing.num_scores, -1).mean(2).sum(0)
+        torch.testing.assert_close(
+            found[1 : 1 + routing.num_scores], shares, rtol=1e-4, atol=1e-4 * length
+        )
+
+
+def test_more_experts_than_buckets_are_noted_with_their_neighbours(form):
+    rank = 128
+    arena = torch.cat([torch.ones(rank), torch.ones(rank)])
+    cells = torch.tensor([[[0, rank, 0, Routing(Router.TABLE, rank, has_router=False).code]]])
+    table = np.arange(rank, dtype=np.float32)[None]
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    buffers.usage = torch.zeros(1, layout.USAGE_COLUMNS)
+    buffers.load(build_plan([RowUse(0, 1, (0,), (1.0,), (), (table,))], 1))
+    gated_matmul_(torch.zeros(1, 1), torch.ones(1, 1), Site(0, arena, cells, buffers))
+    expected = [1.0, *(float(4 * b + 1) for b in range(64))]
+    assert buffers.usage[0].tolist() == expected

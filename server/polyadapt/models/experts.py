@@ -21,7 +21,6 @@ from polyadapt.ops.experts import (
     Pairs,
     experts_matmul_,
     experts_product,
-    has_cells,
     list_groups,
     sort_pairs,
 )
@@ -75,7 +74,7 @@ class AdaptedExperts(nn.Module):
         [rows, top k] -> [rows, hidden].
         """
         sites = tuple(self.sites.values())
-        if sites and has_cells(sites):
+        if sites and sites[0].plan.adapts(site.id for site in sites):
             pairs = sort_pairs(top_k_index, self.num_experts)
             groups = list_groups(pairs, sites, hidden_states.shape[0])
             if groups:

@@ -30,6 +30,10 @@ OVERRIDES = TRANSFORM | SWAP | DENSE | WEIGHT
 
 MAX_SCORES = (1 << 12) - 1
 MAX_ROUTED = 4096  # components of one cell
+# What is noted of an adapter's routing: how many rows, and the summed weights of its experts, of
+# more than so many in as many buckets of neighbours.
+USAGE_BUCKETS = 64
+USAGE_COLUMNS = 1 + USAGE_BUCKETS
 
 
 class Router(enum.IntEnum):

@@ -70,11 +70,6 @@ def experts_product(x: torch.Tensor, weights: torch.Tensor, pairs: Pairs) -> tor
     return y
 
 
-def has_cells(sites: Sequence[Site]) -> bool:
-    """Whether any adapter of the plan has a cell at one of the sites, which share their plan."""
-    return any(bool(_has_cells(lane, sites).any()) for lane in sites[0].plan.lanes)
-
-
 def list_groups(pairs: Pairs, sites: Sequence[Site], num_rows: int) -> list[ExpertGroup]:
     """The pairs whose row has an adapter with a cell at one of the sites, which share their plan
     and their experts; num_rows rows were routed. Empty: the base alone.

@@ -25,7 +25,7 @@ from polyadapt.ops.cells import (
     num_router_rows,
 )
 from polyadapt.ops.plan import PlanBuffers, index_of
-from polyadapt.ops.routing import weigh
+from polyadapt.ops.routing import note_usage, weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +64,14 @@ def gated_matmul_(
         if first:
             native.gated_matmul_(
                 y, x, site.arena, site.cells, plan.rows, lane.bounds, lane.slots, lane.scales,
-                first, lane.gate, lane.table, parts,
+                first, lane.gate, lane.table, parts, plan.usage,
             )  # fmt: skip
         if first < lane.num_segments:
             for site_id, column, width in parts.tolist():
                 segments_matmul_(
                     y[:, column : column + width], x, site.arena, site.cells, plan.rows,
                     lane.bounds[first:], lane.slots[first:], lane.scales[first:], lane.gate,
-                    lane.table, site_id,
+                    lane.table, site_id, plan.usage,
                 )  # fmt: skip
 
 
@@ -85,12 +85,12 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
         if native.is_available():  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.num_segments, lane.gate, lane.table, site.id,
+                lane.scales, lane.num_segments, lane.gate, lane.table, site.id, plan.usage,
             )  # fmt: skip
         else:
             segments_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.gate, lane.table, site.id,
+                lane.scales, lane.gate, lane.table, site.id, plan.usage,
             )  # fmt: skip
 
 
@@ -114,6 +114,7 @@ def segments_matmul_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     site: int,
+    usage: torch.Tensor | None = None,
 ) -> None:
     """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
     num_in, num_out = x.shape[-1], y.shape[-1]
@@ -129,7 +130,7 @@ def segments_matmul_(
             # A and the router in one product
             products = xs @ arena[segment.offset : a_end].view(a_rows, num_in).t()
             h = _apply(products[:, :rank], segment, gate)
-            h = _route(h, products[:, rank:], segment, table, tails)
+            h = _route(h, products[:, rank:], segment, table, tails, usage)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)
@@ -148,6 +149,7 @@ def segments_embedding_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     site: int,
+    usage: torch.Tensor | None = None,
 ) -> None:
     """One gather and one GEMM per segment of one lane; A is stored token-major [num_in, rank]."""
     num_out = y.shape[-1]
@@ -160,7 +162,7 @@ def segments_embedding_(
         if rank:
             a = arena[segment.offset : a_end].view(num_in, rank)
             h = _apply(a[ids[segment.index]], segment, gate)  # [segment rows, rank]
-            h = _route(h, h[:, :0], segment, table, tails)
+            h = _route(h, h[:, :0], segment, table, tails, usage)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)
@@ -168,6 +170,7 @@ def segments_embedding_(
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
+    slot: int
     offset: int
     rank: int
     parts: int
@@ -186,12 +189,12 @@ def _segments(
 ) -> Iterator[_Segment]:
     limits = bounds.tolist()
     found = cells[slots.long(), site].tolist()
-    for (offset, rank, parts, code), scale, start, stop in zip(
-        found, scales.tolist(), limits[:-1], limits[1:], strict=True
+    for slot, (offset, rank, parts, code), scale, start, stop in zip(
+        slots.tolist(), found, scales.tolist(), limits[:-1], limits[1:], strict=True
     ):
         if offset < 0 or start == stop or (code and Routing.of(code).router is Router.EXPERTS):
             continue
-        yield _Segment(offset, rank, parts, code, scale, index_of(rows[start:stop]))
+        yield _Segment(slot, offset, rank, parts, code, scale, index_of(rows[start:stop]))
 
 
 def _tails(
@@ -221,6 +224,7 @@ def _route(
     segment: _Segment,
     table: torch.Tensor | None,
     tails: dict[int, torch.Tensor],
+    usage: torch.Tensor | None,
 ) -> torch.Tensor:
     if not segment.code:
         return h
@@ -229,7 +233,10 @@ def _route(
         assert table is not None, "whoever needs a table brings it with the plan"
         first = int(routing.value)
         scores = table[segment.index, first : first + routing.num_scores]
-    weight = weigh(scores, routing, segment.rank, tails.get(ROUTER_BIAS)).to(h.dtype)
+    weight = weigh(scores, routing, segment.rank, tails.get(ROUTER_BIAS))
+    if usage is not None:
+        note_usage(usage, segment.slot, weight, routing.num_scores)
+    weight = weight.to(h.dtype)
     # A mask must be `where`: 0 * NaN would poison the row.
     return torch.where(weight != 0, h * weight, torch.zeros_like(h))
 

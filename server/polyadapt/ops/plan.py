@@ -6,7 +6,7 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -249,6 +249,9 @@ class PlanBuffers:
         self.device = device
         self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
         self.overrides: dict[int, list[Override]] = {}  # empty for nearly every step
+        # What the rows of adapters with routers chose: float32 [num_slots, cells.USAGE_COLUMNS], added
+        # to by every product; None: nobody asks.
+        self.usage: torch.Tensor | None = None
         self._cells = cells
         self._has_overrides = has_overrides
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
@@ -260,6 +263,7 @@ class PlanBuffers:
         self._loaded: BatchPlan | None = None  # what the buffers hold
         self._loaded_lanes: tuple[LoadedLane, ...] = ()
         self._loaded_overrides: dict[int, list[Override]] = {}
+        self._loaded_sites: frozenset[int] | None = None
 
     def load(self, plan: BatchPlan) -> None:
         """Copy the plan in; the previous step's content is gone afterwards.
@@ -271,7 +275,7 @@ class PlanBuffers:
             return
         if plan.num_rows > self.max_rows:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
-        self._loaded = None  # unless all of it is copied
+        self._loaded = self._loaded_sites = None  # unless all of it is copied
         lanes: list[LoadedLane] = []
         overrides: dict[int, list[Override]] = {}
         self.gate = self._widened(self.gate, [lane.gate for lane in plan.lanes])
@@ -311,6 +315,16 @@ class PlanBuffers:
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
         self.lanes, self.overrides = (), {}
+
+    def adapts(self, site_ids: Iterable[int]) -> bool:
+        """Whether an adapter of the plan has a cell at one of the sites."""
+        if not self.lanes or self._cells is None:
+            return bool(self.lanes)
+        if self._loaded_sites is None:
+            slots = torch.cat([lane.slots for lane in self.lanes]).unique().long().cpu()
+            is_adapted = (self._cells[slots, :, layout.OFFSET] >= 0).any(0)
+            self._loaded_sites = frozenset(is_adapted.nonzero().flatten().tolist())
+        return not self._loaded_sites.isdisjoint(site_ids)
 
     def _find_overrides(self, lane: Lane, row: int, found: dict[int, list[Override]]) -> None:
         """Add those of the lane, whose rows begin at `row` of the buffer."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from polyadapt.ops.cells import Router, Routing
+from polyadapt.ops.cells import USAGE_BUCKETS, Router, Routing
 
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -46,6 +46,18 @@ def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
     weights = scores.float().softmax(1)
     kept = torch.where(_largest(weights, routing.top_k), weights, 0.0)
     return kept / kept.sum(1, keepdim=True) if routing.renormalise else kept
+
+
+def note_usage(usage: torch.Tensor, slot: int, weights: torch.Tensor, num_scores: int) -> None:
+    """Count the rows in usage[slot] and add what each expert weighed; see PlanBuffers.usage.
+
+    weights [rows, experts, or their components, so many of each].
+    """
+    by_expert = weights.view(len(weights), num_scores, -1).mean(2).sum(0)
+    buckets = min(num_scores, USAGE_BUCKETS)
+    usage[slot, 0] += len(weights)
+    of = torch.arange(num_scores) * buckets // num_scores
+    usage[slot, 1 : 1 + buckets].index_add_(0, of, by_expert)
 
 
 def _largest(values: torch.Tensor, top_k: int) -> torch.Tensor:

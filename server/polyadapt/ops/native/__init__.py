@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 import torch
 
+from polyadapt.ops.cells import USAGE_COLUMNS
 from polyadapt.ops.native import build
 
 _POINTER, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # The block of fields that gated_matmul.c calls call_t.
 # `bytes` because packing is a tenth of the cost of passing so many arguments.
-_GATED_CALL = struct.Struct("=30q")
+_GATED_CALL = struct.Struct("=31q")
 _DTYPES = (torch.float32, torch.bfloat16)
 _NO_MEMORY = 1
 _GATED_PROBLEMS = {
@@ -59,6 +60,7 @@ def gated_matmul_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     parts: torch.Tensor,
+    usage: torch.Tensor | None = None,
 ) -> None:
     """Add the adapters' part of one lane to y in place.
 
@@ -72,7 +74,8 @@ def gated_matmul_(
     either of the two; at `offset` lies the cell of ops/cells.py, of whose parts bias, out_scale and
     router_bias are read here. cells int64 [slots, sites, 4]; rows, bounds, slots int32; scales
     float32; gate float32 [T, width] or None, components from `width` on are ungated; table float32
-    [T, width] or None, for routers that read it. At most 4096 components are routed. All on the host; cells,
+    [T, width] or None, for routers that read it. At most 4096 components are routed. usage, see
+    PlanBuffers, is added to. All on the host; cells,
     arena, rows, bounds, slots and scales contiguous. A row lies in at most one segment. Sums are
     float32, a bfloat16 y is rounded once. A row's bits do not depend on the number of threads or on
     the other rows. Raises ValueError, leaving y as it was, when an index points outside its tensor.
@@ -87,7 +90,7 @@ def gated_matmul_(
         )
     _gated(
         y, x.data_ptr(), 0, x_stride, num_in, arena, cells, rows, bounds, slots, scales,
-        num_segments, gate, table, parts,
+        num_segments, gate, table, parts, usage,
     )  # fmt: skip
 
 
@@ -105,6 +108,7 @@ def gated_embedding_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     site: int,
+    usage: torch.Tensor | None = None,
 ) -> None:
     """Add the adapters' part of an embedding in place.
 
@@ -119,7 +123,7 @@ def gated_embedding_(
         )
     _gated(
         y, 0, ids.data_ptr(), 0, num_in, arena, cells, rows, bounds, slots, scales, num_segments,
-        gate, table, torch.tensor([[site, 0, y.shape[1]]]),
+        gate, table, torch.tensor([[site, 0, y.shape[1]]]), usage,
     )  # fmt: skip
 
 
@@ -213,6 +217,7 @@ def _gated(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     parts: torch.Tensor,
+    usage: torch.Tensor | None,
 ) -> None:
     # Called for every adapted module of every step: few, cheap checks; indices are checked in C.
     y_dtype, arena_dtype = y.dtype, arena.dtype
@@ -244,10 +249,18 @@ def _gated(
         )
     gate_ptr, gate_stride, gate_width = _by_row("gate", gate, num_rows)
     table_ptr, table_stride, table_width = _by_row("table", table, num_rows)
+    usage_ptr = 0
+    if usage is not None:
+        usage_ptr = usage.data_ptr()
+        if usage.dtype is not torch.float32 or usage.shape != (num_slots, USAGE_COLUMNS):
+            raise ValueError(
+                f"usage is {usage.dtype} {tuple(usage.shape)}; expected float32 "
+                f"[{num_slots}, {USAGE_COLUMNS}]"
+            )
     call = _GATED_CALL.pack(
         y.data_ptr(), x_ptr, ids_ptr, arena.data_ptr(), cells.data_ptr(), rows.data_ptr(),
         bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, table_ptr,
-        parts.data_ptr(), y_stride, x_stride, gate_stride, table_stride, gate_width, table_width,
+        usage_ptr, parts.data_ptr(), y_stride, x_stride, gate_stride, table_stride, gate_width, table_width,
         num_rows, num_in, y.shape[1], parts.shape[0], rows.shape[0], arena.shape[0], num_slots, num_sites, num_segments,
         y_dtype is torch.bfloat16, arena_dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip

@@ -42,6 +42,7 @@ typedef struct {
 typedef struct {
   /* gate and table may be 0, and x or ids */
   int64_t y, x, ids, arena, cells, rows, bounds, slots, scales, gate, table;
+  int64_t usage; /* float [num_slots, 1 + USAGE_BUCKETS], or 0 */
   int64_t parts; /* num_parts of part_t */
   int64_t y_stride, x_stride, gate_stride, table_stride; /* in elements */
   int64_t gate_width, table_width, num_rows, num_in, num_columns, num_parts, num_positions, arena_size, num_slots, num_sites,
@@ -64,7 +65,7 @@ typedef struct {
 
 /* How a cell's components are weighed: ops/cells.py, Routing, taken apart. */
 enum { ROUTER_SOFTMAX = 1, ROUTER_SIGMOID, ROUTER_MAGNITUDE, ROUTER_TABLE, ROUTER_EXPERTS };
-enum { MAX_CHOICES = 4096 };
+enum { MAX_CHOICES = 4096, USAGE_BUCKETS = 64 }; /* ops/cells.py has both */
 
 typedef struct {
   int64_t router, renormalise, top_k, num_scores, column;
@@ -79,6 +80,10 @@ void polyadapt_choose(const routing_t *routing, float *scores);
  * bias [rank] or NULL. At most MAX_CHOICES components, a multiple of num_scores. */
 void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, const void *bias, int bias_half,
                      float *weights);
+
+/* Count a row of `slot` and add up what each of its num_scores experts weighed, in as many buckets at most.
+ * weights [num]: of the experts, or of their components, so many of each. */
+void polyadapt_note_usage(float *usage, int64_t slot, const float *weights, int64_t num, int64_t num_scores);
 
 int64_t polyadapt_linear(const linear_call_t *call);
 int64_t polyadapt_rms_norm(const norm_call_t *call);

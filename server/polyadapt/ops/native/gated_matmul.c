@@ -33,7 +33,7 @@ enum { COST_PER_BYTE = 2, COST_TO_THREAD = 400000, COST_OF_TASK = 30000 };
 typedef struct {
   const void *a, *b, *bias, *out_scale, *router_bias; /* the last three may be NULL */
   float *h;                          /* [segment rows, width] */
-  int64_t rank, width, start, stop; /* width: rank and the rows of the router */
+  int64_t slot, rank, width, start, stop; /* width: rank and the rows of the router */
   routing_t routing;                 /* router 0: none */
   int64_t column, num_out; /* the columns of y that are this segment's */
   float scale;
@@ -49,7 +49,8 @@ typedef struct {
   const void *x;      /* NULL for an embedding */
   const int64_t *ids; /* NULL for a linear */
   const int32_t *rows;
-  const float *gate, *table; /* may be NULL */
+  const float *gate, *table; /* may be NULL, and so may usage */
+  float *usage;
   int64_t y_stride, x_stride, gate_stride, gate_width, table_stride, num_in;
   int y_half, arena_half;
   segment_t *segments;
@@ -176,6 +177,8 @@ static void route(const job_t *job, const segment_t *segment, int64_t start, int
       scores = (float *)job->table + job->rows[p] * job->table_stride + segment->routing.column;
     float weights[MAX_CHOICES];
     polyadapt_weigh(&segment->routing, segment->rank, scores, segment->router_bias, job->arena_half, weights);
+    if (job->usage)
+      polyadapt_note_usage(job->usage, segment->slot, weights, segment->rank, segment->routing.num_scores);
     for (int64_t i = 0; i < segment->rank; i++) h[i] = weights[i] != 0.0f ? weights[i] * h[i] : 0.0f;
   }
 }
@@ -391,6 +394,7 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
   const int arena_half = (int)call->is_arena_half;
   job_t job = {.y = (void *)call->y, .x = (const void *)call->x, .ids = ids, .rows = rows,
                .gate = (const float *)call->gate, .table = (const float *)call->table,
+               .usage = (float *)call->usage,
                .y_stride = call->y_stride, .x_stride = call->x_stride, .gate_stride = call->gate_stride,
                .gate_width = call->gate_width, .table_stride = call->table_stride, .num_in = num_in,
                .y_half = (int)call->is_y_half, .arena_half = arena_half};
@@ -443,7 +447,7 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
                       .router_bias = has_router_bias
                                          ? at(b, tail + (has_bias + has_scale) * num_out, arena_half)
                                          : NULL,
-                      .rank = rank, .width = width, .routing = routing,
+                      .slot = slot, .rank = rank, .width = width, .routing = routing,
                       .start = start, .stop = stop, .column = parts[part].column, .num_out = num_out,
                       .scale = scales[s]};
       num_h += (stop - start) * width;

@@ -38,7 +38,7 @@ typedef struct {
   const int32_t *page_table, *kv_lens;
   const lane_t *lanes;
   int64_t arena, cells, rows, num_positions, arena_size, num_adapter_slots, num_sites, arena_half;
-  int64_t num_rows, rotary, page_stride, max_pages, page_size, num_lanes, threads;
+  int64_t num_rows, rotary, page_stride, max_pages, page_size, num_lanes, usage, threads;
 } step_t;
 
 static int64_t product(const step_t *step, const product_t *of, float *y, const float *x) {
@@ -51,6 +51,7 @@ static int64_t product(const step_t *step, const product_t *of, float *y, const 
     gated_call_t call = {.y = (int64_t)y, .x = (int64_t)x, .arena = step->arena, .cells = step->cells,
                          .rows = step->rows, .bounds = lane->bounds, .slots = lane->slots,
                          .scales = lane->scales, .gate = lane->gate, .table = lane->table,
+                         .usage = step->usage,
                          .parts = (int64_t)of->parts, .y_stride = of->num_out, .x_stride = of->num_in,
                          .gate_stride = lane->gate_stride, .gate_width = lane->gate_width,
                          .table_stride = lane->table_stride, .table_width = lane->table_width,

@@ -19,7 +19,7 @@ from polyadapt.ops.native import build
 from polyadapt.ops.plan import LoadedLane, PlanBuffers
 
 _LAYER = struct.Struct("=41q6d")
-_STEP = struct.Struct("=28q")
+_STEP = struct.Struct("=29q")
 _LANE = struct.Struct("=10q")
 _STAGES = ("qkv", "output", "gate/up", "down", "attention", "the step's write slots")
 
@@ -164,7 +164,8 @@ class Step:
             _address(self._lanes), self._arena.data_ptr(), self._cells.data_ptr(),
             plan.rows.data_ptr(), plan.rows.shape[0], self._arena.shape[0], self._cells.shape[0],
             self._cells.shape[1], self._arena.dtype is torch.bfloat16, rows, cos.shape[1],
-            table.stride(0), table.shape[1], batch.page_size, len(lanes), torch.get_num_threads(),
+            table.stride(0), table.shape[1], batch.page_size, len(lanes),
+            0 if plan.usage is None else plan.usage.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if not self._made_for or self._made_for[0] is not batch:
             self.num_steps += 1

@@ -90,3 +90,21 @@ void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, cons
   if (routing->router != ROUTER_TABLE) polyadapt_choose(routing, scores);
   for (int64_t i = 0; i < rank; i++) weights[i] = scores[i / repeats];
 }
+
+void polyadapt_note_usage(float *usage, int64_t slot, const float *weights, int64_t num, int64_t num_scores) {
+  float shares[USAGE_BUCKETS] = {0};
+  float *of = usage + slot * (1 + USAGE_BUCKETS);
+  const int64_t buckets = num_scores < USAGE_BUCKETS ? num_scores : USAGE_BUCKETS;
+  for (int64_t i = 0; i < num; i++) {
+    int64_t expert = i / (num / num_scores);
+    shares[expert * buckets / num_scores] += weights[i] / (float)(num / num_scores);
+  }
+  /* Rows of one adapter may be with several threads. */
+#pragma omp atomic
+  of[0] += 1.0f;
+  for (int64_t b = 0; b < buckets; b++)
+    if (shares[b] != 0.0f) {
+#pragma omp atomic
+      of[1 + b] += shares[b];
+    }
+}

@@ -14,6 +14,10 @@ SiteKind = Literal["linear", "embedding", "norm", "experts"]
 
 MAX_ADAPTERS = 4  # of one request
 
+# What a request may say to an adapter: a word, a whole number, a number, yes or no, some words.
+OptionValue = str | int | float | bool | tuple[str, ...]
+Options = tuple[tuple[str, OptionValue], ...]  # by name, each name once, sorted by name
+
 
 # --------------------------------------------------------------------------- adapters
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,14 @@ class AdapterId:
 @dataclass(frozen=True, slots=True)
 class AppliedAdapter:
     """One adapter of one request. `scale` 0 equals the base exactly; `rank` chooses how many
-    components of a nested adapter are used, None: all.
+    components of a nested adapter are used, None: all; `options` are what else it lets a request
+    choose.
     """
 
     adapter: AdapterId
     scale: float = 1.0
     rank: int | None = None
+    options: Options = ()
 
 
 @dataclass(frozen=True, slots=True)

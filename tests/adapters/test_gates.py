@@ -6,10 +6,10 @@ import random
 
 import pytest
 
-from polyadapt.adapters.adapter import Traits
+from polyadapt.adapters.adapter import Option, Traits
 from polyadapt.adapters.gates import NEVER, GatedAdapter, arrange
-from polyadapt.errors import InvalidRequest
-from polyadapt.types import AdapterId, AppliedAdapter
+from polyadapt.errors import InvalidRequest, UnsupportedField
+from polyadapt.types import AdapterId, AppliedAdapter, OptionValue
 
 NESTED = Traits(nested_rank=8, min_nested_rank=2)
 
@@ -131,3 +131,120 @@ def test_what_scales_the_base_comes_before_what_replaces_other_parameters(
     ]
     lanes = arrange([use(replacing), use(scaling)], traits, [1, 2])
     assert [lane.applied.adapter.name for lane in lanes] == [scaling, replacing]
+
+
+# --------------------------------------------------------------------------- options
+PARTS = Option(
+    "parts", "words", "which parts", ("p", "q", "r"), ("p", "q", "r"),
+    components=((0, 2), (2, 3), (3, 5)),
+)  # fmt: skip
+CHOOSING = Traits(
+    options=(
+        PARTS,
+        Option("limit", "count", "how many", 4, least=1, most=9),
+        Option("weight", "number", "how much", 1.0, least=-2, most=2),
+        Option("is_late", "flag", "when", False),
+        Option("mode", "word", "how", "slow", ("slow", "fast")),
+        Option("after", "count", "from when on", least=0, most=9),
+    )
+)
+
+
+def choose(**options: OptionValue) -> AppliedAdapter:
+    chosen = tuple(sorted(options.items()))
+    return AppliedAdapter(AdapterId("a", 1, "sha256:a"), options=chosen)
+
+
+@pytest.mark.parametrize(
+    ("parts", "weights"),
+    [
+        ((), (0.0,) * 5),
+        (("p",), (1.0, 1.0, 0.0, 0.0, 0.0)),
+        (("q",), (0.0, 0.0, 1.0, 0.0, 0.0)),
+        (("r", "p"), (1.0, 1.0, 0.0, 1.0, 1.0)),
+        (("p", "r"), (1.0, 1.0, 0.0, 1.0, 1.0)),
+    ],
+)
+def test_parts_that_are_not_chosen_weigh_nothing(parts, weights):
+    found = gate(CHOOSING, choose(parts=parts))
+    assert found.weights == weights
+    assert found.is_gated
+    assert found.options == (("parts", tuple(sorted(parts))),), "in the adapter's order"
+
+
+def test_what_an_adapter_does_by_itself_may_be_less_than_all_of_its_parts():
+    some = Traits(options=(Option("parts", "words", "", ("q",), PARTS.words,
+                                  components=PARTS.components),))  # fmt: skip
+    assert gate(some).weights == (0.0, 0.0, 1.0, 0.0, 0.0)
+    assert gate(some, choose(parts=("p", "q", "r"))).weights == ()
+    assert gate(some, choose(parts=("p", "q"))).weights == (1.0, 1.0, 1.0, 0.0, 0.0)
+
+
+def test_parts_of_a_nested_adapter_weigh_what_its_rank_makes_of_them():
+    both = Traits(nested_rank=4, options=(PARTS,))
+    applied = AppliedAdapter(AdapterId("a", 1, "sha256:a"), 1.0, 2, (("parts", ("q", "p")),))
+    assert gate(both, applied).weights == (2.0, 2.0, 0.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ({}, ()),
+        ({"parts": ("r", "q", "p")}, ()),
+        ({"limit": 4, "weight": 1, "is_late": False, "mode": "slow"}, ()),
+        ({"limit": 9}, (("limit", 9),)),
+        ({"weight": 2, "limit": 1}, (("limit", 1), ("weight", 2.0))),
+        ({"weight": -0.0}, (("weight", 0.0),)),
+        ({"mode": "fast", "is_late": True}, (("is_late", True), ("mode", "fast"))),
+        ({"after": 0}, (("after", 0),)),
+    ],
+)
+def test_options_have_one_form_for_one_meaning(given, meant):
+    found = gate(CHOOSING, choose(**given))
+    assert found.options == meant
+    assert [type(value) for _, value in found.options] == [type(value) for _, value in meant]
+    assert str(found.options) == str(meant), "0.0 is not -0.0"
+    assert not found.weights
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("parts", ("p", "x"), "a list of some of 'p', 'q', 'r'"),
+        ("parts", ("p", "p"), "each once"),
+        ("parts", "p", "a list of some of 'p', 'q', 'r'"),
+        ("parts", True, "a list of some of"),
+        ("limit", 0, "a whole number from 1 to 9"),
+        ("limit", 10, "a whole number from 1 to 9"),
+        ("limit", 2.0, "a whole number"),
+        ("limit", True, "a whole number"),
+        ("limit", "2", "a whole number"),
+        ("weight", 2.5, "a number from -2 to 2"),
+        ("weight", float("nan"), "a number"),
+        ("weight", False, "a number"),
+        ("is_late", 1, "true or false"),
+        ("mode", "Slow", "one of 'slow', 'fast'"),
+        ("mode", ("slow",), "one of 'slow', 'fast'"),
+    ],
+)
+def test_a_value_that_an_option_does_not_have_is_refused_by_name(name, value, expected):
+    error = refused([use("b"), choose(**{name: value})], [Traits(), CHOOSING])
+    assert (error.code, error.param) == ("invalid_request", f"adapters[1].options.{name}")
+    assert expected in error.message
+    assert "'a'" in error.message
+
+
+def test_an_option_that_an_adapter_does_not_have_is_refused_with_those_it_has():
+    for traits, said in [(CHOOSING, "'parts', 'limit', 'weight'"), (Traits(), "it has none")]:
+        error = refused([choose(tempo=3)], [traits])
+        assert isinstance(error, UnsupportedField)
+        assert error.param == "adapters[0].options.tempo"
+        assert said in error.message
+
+
+def test_many_words_are_not_all_listed():
+    words = tuple(f"w{i}" for i in range(40))
+    many = Traits(options=(Option("mode", "word", "", words=words),))
+    error = refused([choose(mode="x" * 300)], [many])
+    assert "and 24 more" in error.message
+    assert len(error.message) < 500

@@ -18,6 +18,7 @@ from tests.support.engines import put_blob
 from tests.support.peft_adapters import peft_model, save, tiny_gpt2
 
 from polyadapt.adapters import packed_cache, reader
+from polyadapt.adapters.adapter import Option, Traits
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.reader import AdapterReader
@@ -72,6 +73,25 @@ def assert_same(found: PackedAdapter, expected: PackedAdapter) -> None:
     assert torch.equal(found.cells, expected.cells)
     for name in ("traits", "rank", "nbytes"):
         assert getattr(found, name) == getattr(expected, name)
+
+
+def test_what_a_request_may_choose_is_kept(rig: Rig) -> None:
+    cache, digest = rig.reader()._cache, rig.add()
+    assert cache is not None
+    options = (
+        Option("parts", "words", "which", ("a", "b"), ("a", "b"), components=((0, 1), (1, 4))),
+        Option("weight", "number", "how much", 1.0, least=-1, most=2.5),
+        Option("limit", "count", "how many", 1, least=1, most=3),
+        Option("is_late", "flag", "when", True),
+        Option("after", "count", "from when on", most=9),
+    )
+    packed = dataclasses.replace(rig.reader()(digest), traits=Traits(options=options))
+    cache.put(digest, packed)
+    found = cache.get(digest)
+    assert found is not None
+    assert_same(found, packed)
+    kinds = [type(option.default) for option in found.traits.options]
+    assert kinds == [tuple, float, int, bool, type(None)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -100,10 +100,26 @@ async def test_an_unknown_name_is_named(server: Server) -> None:
     assert server.engine.requests == []
 
 
-async def test_an_unknown_option_is_named(server: Server) -> None:
+async def test_options_reach_the_engine_by_name_and_null_is_absent(server: Server) -> None:
+    await upload(server, "a", "b")
+    options = {"tasks": ["y", "x"], "limit": 3, "weight": 0.5, "exact": False, "mode": "m"}
+    wanted = [{"name": "a", "options": options | {"no": None}}, {"name": "b", "options": None}]
+    assert (await ask(server, adapters=wanted)).status_code == 200
+    assert [use.options for use in server.engine.requests[-1].adapters] == [
+        (("exact", False), ("limit", 3), ("mode", "m"), ("tasks", ("y", "x")), ("weight", 0.5)),
+        (),
+    ]
+
+
+async def test_an_option_that_the_adapter_does_not_have_names_its_field(
+    make_server: Maker,
+) -> None:
+    param = "adapters[0].options.tempo"
+    failure = (0, "unsupported_field", "adapter 'a' has no option 'tempo'", param)
+    server = await make_server(FakeEngine(failure=failure))
     await upload(server, "a")
     reply = await ask(server, adapters=[{"name": "a", "options": {"tempo": 3}}])
-    assert "'tempo'" in refused(reply, 400, "unsupported_field", "adapters[0].options")
+    assert "'tempo'" in refused(reply, 400, "unsupported_field", param)
 
 
 async def test_the_same_adapter_twice_is_refused_under_any_name(server: Server) -> None:

@@ -12,7 +12,7 @@ from tests.oracle import adapters, composed, peft_oracle, tiny
 from tests.oracle.composed import Part
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
-from polyadapt.adapters.adapter import Traits
+from polyadapt.adapters.adapter import Option, Traits
 from polyadapt.types import AdapterId, AppliedAdapter, Failed, Finished, Request, Started
 
 NAMES = ("a", "b", "c", "d")
@@ -272,6 +272,60 @@ def test_a_rank_that_is_not_served_fails_its_request_alone(start, identities, na
     assert isinstance(last, Failed)
     assert (last.code, last.param) == ("invalid_request", "adapters[0].rank")
     assert said in last.message
+    assert driver.transcripts["good"].last == Finished("good")
+
+
+# --------------------------------------------------------------------------- options
+PARTS = Option("parts", "words", "which", ("x", "y"), ("x", "y"), components=((0, 3), (3, 8)))
+
+
+def choosing(adapter: AdapterId, *parts: str) -> AppliedAdapter:
+    return AppliedAdapter(adapter, options=(("parts", parts),))
+
+
+def test_parts_of_one_adapter_in_one_batch_are_served_apart_and_none_is_the_base(start, identities):
+    b = identities["b"]
+    uses = {"all": [choosing(b, "y", "x")], "x": [choosing(b, "x")], "y": [choosing(b, "y")],
+            "none": [choosing(b)], "plain": [AppliedAdapter(b)], "base": []}  # fmt: skip
+    driver = start({"b": Traits(options=(PARTS,))})
+    recorder = LogitsRecorder(driver.engine)
+    driver.load(b)
+    driver.run(*(whole(name, ids(0), *use) for name, use in uses.items()))
+    rows = {name: recorder.of(name)[: len(ids(0))] for name in uses}
+    assert torch.equal(rows["all"], rows["plain"])
+    assert torch.equal(rows["none"], rows["base"])
+    assert not torch.allclose(rows["x"], rows["y"], atol=1e-3)
+    assert not torch.allclose(rows["x"], rows["plain"], atol=1e-3)
+
+
+def test_choices_share_pages_with_their_equals_alone(start, identities):
+    driver = start({"b": Traits(options=(PARTS,))})
+    prompt, b = ids(0, 2 * PAGE + 3), identities["b"]
+    asked = {"plain": AppliedAdapter(b), "x": choosing(b, "x"), "y": choosing(b, "y"),
+             "x again": choosing(b, "x"), "both": choosing(b, "y", "x")}  # fmt: skip
+    for name, use in asked.items():
+        driver.run(applying(greedy_request(name, prompt, None, 2), use))
+    found = [cached(driver, name) for name in asked]
+    assert found == [0, 0, 0, 2 * PAGE, 2 * PAGE]
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "param"),
+    [
+        ((("parts", ("x", "z")),), "invalid_request", "adapters[0].options.parts"),
+        ((("tempo", 3),), "unsupported_field", "adapters[0].options.tempo"),
+    ],
+)
+def test_an_option_that_is_not_served_fails_its_request_alone(
+    start, identities, options, code, param
+):
+    driver = start({"b": Traits(options=(PARTS,))})
+    bad = whole("bad", ids(0), AppliedAdapter(identities["b"], options=options))
+    driver.run(bad, greedy_request("good", ids(1), identities["b"], 3))
+    last = driver.transcripts["bad"].last
+    assert isinstance(last, Failed)
+    assert (last.code, last.param) == (code, param)
+    assert "parts" in last.message
     assert driver.transcripts["good"].last == Finished("good")
 
 

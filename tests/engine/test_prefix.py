@@ -11,7 +11,7 @@ import pytest
 
 from polyadapt.adapters.gates import NEVER, GatedAdapter
 from polyadapt.engine.prefix import PageKeys, encode
-from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
+from polyadapt.types import AdapterId, AppliedAdapter, Options, Request, SamplingParams
 
 ENGINE = {"base_digest": "sha256:base", "kv_dtype": "float32", "page_size": 4, "is_exact": False}
 A = AppliedAdapter(AdapterId("a", 1, "sha256:a"))
@@ -93,6 +93,21 @@ def test_the_rank_counts_where_it_takes_components_away():
         ]
     }
     assert len(roots) == 3
+
+
+def test_options_count_as_the_gates_read_them():
+    keys = PageKeys(**ENGINE)
+    asked = replace(A, options=(("x", 1),))
+    base = keys.root((), [GatedAdapter(A, 0)])
+    assert keys.root((), [GatedAdapter(asked, 0)]) == base, "it says what the adapter does anyway"
+    chosen: list[Options] = [
+        (("x", 1),), (("x", 1.0),), (("x", True),), (("x", "1"),), (("x", ("1",)),), (("x", ()),),
+        (("y", 1),), (("x", 1), ("y", 1)),
+    ]  # fmt: skip
+    roots = {keys.root((), [GatedAdapter(A, 0, options=options)]) for options in chosen}
+    assert len(roots | {base}) == len(chosen) + 1
+    turns = [keys.turns([invoked(4, options=options)])[1] for options in ((), *chosen)]
+    assert len(set(turns)) == len(turns)
 
 
 def test_an_invoked_adapter_joins_at_the_page_of_its_first_position():

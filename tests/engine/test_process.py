@@ -245,6 +245,7 @@ def _is_running(pid: int) -> bool:
 
 def test_every_message_survives_the_wire():
     adapter = AdapterId("ä", 2, "sha256:" + "0" * 64)
+    options = (("a", 1), ("b", 1.0), ("c", True), ("d", "ä"), ("e", ("x", "y")), ("f", ()))
     request = replace(
         greedy_request("r", [1, 2], adapter, 3, logit_bias=((1, 0.5),), num_logprobs=2),
         n=2,
@@ -252,10 +253,13 @@ def test_every_message_survives_the_wire():
         cache_salt=("tenant", "ä"),
         priority=-3,
         speculative_tokens=4,
-        when_cold=WhenCold(20, (AppliedAdapter(adapter, 0.5, rank=3),)),
+        when_cold=WhenCold(20, (AppliedAdapter(adapter, 0.5, rank=3, options=options),)),
     )
     for command in (Submit(request), Cancel("r"), Call(7, "load", adapter.digest, True)):
         assert wire.decode_command(wire.encode_command(command)) == command
+    decoded = wire.decode_command(wire.encode_command(Submit(request)))
+    (instead,) = decoded.request.when_cold.instead
+    assert repr(instead.options) == repr(options), "1, 1.0 and True are equal, and not the same"
     scored = TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0)))
     output = StepOutput(
         [

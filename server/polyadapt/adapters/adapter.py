@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from polyadapt.ops import cells
-from polyadapt.types import BaseSpec
+from polyadapt.types import BaseSpec, OptionValue
 from polyadapt_store.checkpoint import Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     import torch
+
+OptionKind = Literal["flag", "count", "number", "word", "words"]
+
+_LISTED_WORDS = 16  # in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,41 @@ class TensorRead:
     key: str
     site_id: int
     role: str
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One thing that a request may choose of an adapter beside its scale and rank.
+
+    kind `flag`: yes or no; `count`: a whole number, `number`: any, both from `least` to `most`;
+    `word`: one of `words`; `words`: some of them, none or all, in whatever order. `default` stands
+    where a request says nothing, and to give it is to say nothing; None: no value means that.
+    `components` stand beside `words`: word i is the components from components[i][0] to before
+    components[i][1] of every module, and those of the words that a request leaves out weigh 0.
+    """
+
+    name: str
+    kind: OptionKind
+    summary: str  # for people: what is chosen
+    default: OptionValue | None = None
+    words: tuple[str, ...] = ()
+    least: float = 0.0  # finite, like `most`
+    most: float = 0.0
+    components: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def expected(self) -> str:
+        """Its values, for people."""
+        if self.kind == "flag":
+            return "true or false"
+        if self.kind in ("word", "words"):
+            listed = ", ".join(map(repr, self.words[:_LISTED_WORDS]))
+            more = len(self.words) - _LISTED_WORDS
+            listed += f" and {more} more" if more > 0 else ""
+            is_list = self.kind == "words"
+            return f"a list of some of {listed}, each once" if is_list else f"one of {listed}"
+        whole = "a whole number" if self.kind == "count" else "a number"
+        return f"{whole} from {self.least:g} to {self.most:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +86,7 @@ class Traits:
     # smallest on, times nested_rank / b; 0: they are not.
     nested_rank: int = 0
     min_nested_rank: int = 1
+    options: tuple[Option, ...] = ()  # what else a request may choose, each by a name of its own
 
 
 ORDINARY = Traits()

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, zip_longest
+from operator import itemgetter
 
-from polyadapt.adapters.adapter import Traits
-from polyadapt.errors import InvalidRequest
-from polyadapt.types import AppliedAdapter
+from polyadapt.adapters.adapter import Option, Traits
+from polyadapt.errors import InvalidRequest, UnsupportedField
+from polyadapt.types import AppliedAdapter, Options, OptionValue
 
 NEVER = 1 << 62  # behind every position
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,10 @@ class GatedAdapter:
     first: int = 0  # the position of the first token that it acts on; NEVER: the base answers
     # Of its first components; empty, and of those behind: one.
     weights: tuple[float, ...] = ()
+    # What the request chose, in one form for one meaning: sorted by name, numbers as floats, words in
+    # the adapter's order, and nothing that is as the adapter does by itself. Choices of components
+    # are in `weights` as well.
+    options: Options = ()
     # Whether it acts from an invocation on, so that its tokens alone do not tell a page's content.
     is_invoked: bool = False
     is_kv_neutral: bool = False  # see Traits
@@ -44,8 +50,8 @@ def arrange(
     since the others add to what is then computed; the rest is in the order of the digests, so that
     sums, and with them bits and cached pages, do not depend on the order in which a caller names
     adapters.
-    Raises InvalidRequest for a scale or rank that an adapter does not have, and for two that
-    replace the same parameter.
+    Raises InvalidRequest for a scale, rank or option that an adapter does not have, and for two
+    that replace the same parameter.
     """
     gated = [
         _gate(place, applied, own, prompt_ids)
@@ -74,11 +80,13 @@ def _gate(
             f"{applied.scale:g}; use a scale of 1 or 0",
             param=f"adapters[{place}].scale",
         )
+    options = _options(place, applied, traits)
     return GatedAdapter(
         applied,
         place,
         first=_first(traits.invocation, prompt_ids),
-        weights=_weights(place, applied, traits),
+        weights=_product(_of_rank(place, applied, traits), _of_words(traits, options)),
+        options=options,
         is_invoked=bool(traits.invocation),
         is_kv_neutral=traits.is_kv_neutral,
     )
@@ -100,7 +108,7 @@ def _first(invocation: tuple[int, ...], prompt_ids: Sequence[int]) -> int:
     return NEVER
 
 
-def _weights(place: int, applied: AppliedAdapter, traits: Traits) -> tuple[float, ...]:
+def _of_rank(place: int, applied: AppliedAdapter, traits: Traits) -> tuple[float, ...]:
     """R / b for the first b of a nested adapter's R components and 0 for the others: the stored
     scale is alpha / R, the truncated adapter's alpha / b.
 
@@ -126,6 +134,78 @@ def _weights(place: int, applied: AppliedAdapter, traits: Traits) -> tuple[float
     if rank == full:
         return ()
     return (full / rank,) * rank + (0.0,) * (full - rank)
+
+
+def _of_words(traits: Traits, options: Options) -> tuple[float, ...]:
+    """0 for the components of words that are not chosen; empty where all of them are."""
+    weights: list[float] = []
+    given = dict(options)
+    for option in traits.options:
+        words = given.get(option.name, option.default)
+        if words is None or words == option.words:
+            continue
+        for word, (start, stop) in zip(option.words, option.components, strict=False):
+            assert isinstance(words, tuple), "components stand beside words"
+            weights += [1.0] * (stop - len(weights))
+            if word not in words:
+                weights[start:stop] = [0.0] * (stop - start)
+    return tuple(weights)
+
+
+def _product(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(a * b for a, b in zip_longest(one, other, fillvalue=1.0))
+
+
+def _options(place: int, applied: AppliedAdapter, traits: Traits) -> Options:
+    """The request's options, checked and in the form that GatedAdapter promises."""
+    known = {option.name: option for option in traits.options}
+    found: list[tuple[str, OptionValue]] = []
+    for name, value in applied.options:
+        param = f"adapters[{place}].options.{name}"
+        if name not in known:
+            names = ", ".join(map(repr, known))
+            raise UnsupportedField(
+                f"adapter '{applied.adapter.name}' has no option {name!r}, it has "
+                f"{f'only {names}' if names else 'none'}; leave {name!r} out",
+                param=param,
+            )
+        option = known[name]
+        meant = _read(option, value)
+        if meant is None:
+            raise InvalidRequest(
+                f"option {name!r} of adapter '{applied.adapter.name}' is {_shown(value)}, expected "
+                f"{option.expected}",
+                param=param,
+            )
+        if meant != option.default:
+            found.append((name, meant))
+    return tuple(sorted(found, key=itemgetter(0)))
+
+
+def _read(option: Option, value: OptionValue) -> OptionValue | None:
+    """The value in its one form; None if it is none of the option's."""
+    if option.kind == "words":
+        if not isinstance(value, tuple) or len(set(value)) < len(value):
+            return None
+        if not set(value).issubset(option.words):
+            return None
+        return tuple(word for word in option.words if word in value)
+    if option.kind == "word":
+        return value if value in option.words else None
+    if option.kind == "flag":
+        return value if isinstance(value, bool) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if isinstance(value, float) and option.kind == "count":
+        return None
+    if not option.least <= value <= option.most:
+        return None
+    return value if option.kind == "count" else float(value) + 0.0  # -0.0 is 0.0
+
+
+def _shown(value: OptionValue) -> str:
+    text = repr(list(value) if isinstance(value, tuple) else value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _check_replaced(adapters: Sequence[AppliedAdapter], traits: Sequence[Traits]) -> None:

@@ -20,6 +20,7 @@ from polyadapt.adapters.adapter import (
     AdapterPlan,
     BaseWeights,
     Delta,
+    Option,
     TensorRead,
     Traits,
     keeps_keys_and_values,
@@ -386,20 +387,21 @@ class PeftFamily(Generic[SettingsT]):
         )
         paths = [base.sites[site_id].path for site_id in shapes if modules_own(modules, site_id)]
         ranks = [r // (base.sites[site_id].num_experts or 1) for site_id, (r, _) in shapes.items()]
+        traits = Traits(
+            is_scalable=not replaced,
+            is_kv_neutral=keeps_keys_and_values(shapes, base),
+            replaced=replaced,
+            is_scaling=any(parts & cells.OUT_SCALE for _, parts in shapes.values()),
+            **self.traits(settings),
+        )
         return AdapterPlan(
             family=self.name,
             rank=max(ranks, default=0),
             target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
             num_elements=num_elements,
             reads=tuple(reads),
-            notes=tuple(notes),
-            traits=Traits(
-                is_scalable=not replaced,
-                is_kv_neutral=keeps_keys_and_values(shapes, base),
-                replaced=replaced,
-                is_scaling=any(parts & cells.OUT_SCALE for _, parts in shapes.values()),
-                **self.traits(settings),
-            ),
+            notes=(*notes, *map(_note_option, traits.options)),
+            traits=traits,
         )
 
     def _common(self, reader: ConfigReader) -> Common | None:
@@ -831,6 +833,10 @@ def _note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) ->
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         notes.append(f"task_type {shown(task)} is served as CAUSAL_LM")
+
+
+def _note_option(option: Option) -> str:
+    return f"a request may choose {option.name}, {option.summary}: {option.expected}"
 
 
 def _token_indices(reader: ConfigReader, key: str) -> dict[str, tuple[int, ...]]:

@@ -70,7 +70,7 @@ def _counts(lane: GatedAdapter) -> bool:
 
 def _identity(lane: GatedAdapter) -> tuple[object, ...]:
     rank = lane.applied.rank if lane.weights else None  # all components, however that was said
-    return (lane.applied.adapter.digest, float(lane.applied.scale), rank)
+    return (lane.applied.adapter.digest, float(lane.applied.scale), rank, lane.options)
 
 
 def encode(value: object) -> bytes:

@@ -17,7 +17,7 @@ from typing import BinaryIO, Literal, Protocol
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import AdapterUnavailable, EngineUnavailable, InvalidRequest, ModelNotFound
 from polyadapt.tasks.model_name import NamedAdapter, parse_adapter, split_base
-from polyadapt.types import AdapterId, AppliedAdapter, Residency, WhenCold
+from polyadapt.types import AdapterId, AppliedAdapter, Options, Residency, WhenCold
 from polyadapt_store.manifest import AdapterRecord
 from polyadapt_store.registry import Page
 from polyadapt_store.staging import StagedUpload
@@ -86,13 +86,14 @@ class Store(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """One adapter as the caller wrote it: `name` or `name@version`, how strongly it applies, and
-    with how many of its components.
+    """One adapter as the caller wrote it: `name` or `name@version`, how strongly it applies, with
+    how many of its components, and what else it lets a request choose.
     """
 
     name: str
     scale: float = 1.0
     rank: int | None = None
+    options: Options = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +249,7 @@ class AdapterDirectory:
                 f"scale is {ref.scale:g}, expected 0 or 1",
                 param=f"adapters[{position}].scale",
             )
-        return AppliedAdapter(record.adapter_id, ref.scale, ref.rank)
+        return AppliedAdapter(record.adapter_id, ref.scale, ref.rank, ref.options)
 
     def _when_cold(
         self, tenant: str, on_cold: OnCold | None, applied: tuple[AppliedAdapter, ...]

@@ -5,13 +5,22 @@ A field that would change the output is either served or refused by name, never 
 
 from __future__ import annotations
 
+import math
+from operator import itemgetter
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from polyadapt.api.schemas.base import MAX_NAME, Body, StreamOptions, only, unsupported, wrong
+from polyadapt.api.schemas.base import MAX_NAME, Body, StreamOptions, only, wrong
 from polyadapt.tasks.directory import AdapterRef, OnCold
-from polyadapt.types import MAX_ADAPTERS, SamplingParams
+from polyadapt.types import MAX_ADAPTERS, Options, OptionValue, SamplingParams
 
 MAX_TOKENS = 2**31 - 1
 MAX_STOPS = 16
@@ -23,9 +32,46 @@ MAX_METADATA = 16
 MAX_PRIORITY = 100
 MAX_SPECULATIVE_TOKENS = 16
 MAX_RANK = 1 << 16
+MAX_OPTIONS = 16
+MAX_OPTION_CHARS = 256
+MAX_OPTION_WORDS = 256
 MAX_COLD_TIMEOUT_MS = 3_600_000
 _FALLBACK = "fallback:"
 _Action = Literal["wait", "base", "fail"]
+
+
+def _option(value: Any) -> OptionValue | None:
+    """Check one value of `options`; what it means is the adapter's to say."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int) and abs(value) < 1 << 63:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, str) and len(value) <= MAX_OPTION_CHARS:
+        return value
+    if isinstance(value, list) and len(value) <= MAX_OPTION_WORDS:
+        if all(isinstance(word, str) and len(word) <= MAX_OPTION_CHARS for word in value):
+            return tuple(value)
+    raise ValueError(
+        f"expected a word of at most {MAX_OPTION_CHARS} characters, a number, true or false, or a "
+        f"list of at most {MAX_OPTION_WORDS} words"
+    )
+
+
+_OPTION_SCHEMA = {
+    "anyOf": [
+        {"type": "string", "maxLength": MAX_OPTION_CHARS},
+        {"type": "number"},
+        {"type": "boolean"},
+        {
+            "type": "array",
+            "items": {"type": "string", "maxLength": MAX_OPTION_CHARS},
+            "maxItems": MAX_OPTION_WORDS,
+        },
+        {"type": "null"},
+    ]
+}
 
 
 class AdapterChoice(Body):
@@ -41,16 +87,18 @@ class AdapterChoice(Body):
         le=MAX_RANK,
         description="how many components of a nested adapter to use; the default is all",
     )
-    options: dict[str, Any] | None = Field(
-        None, description="what the adapter's family lets a request choose; none does so far"
+    options: (
+        dict[
+            Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")],
+            Annotated[Any, AfterValidator(_option), WithJsonSchema(_OPTION_SCHEMA)],
+        ]
+        | None
+    ) = Field(
+        None,
+        max_length=MAX_OPTIONS,
+        description="what else this adapter lets a request choose; one that it does not have is "
+        "refused with a list of those that it has",
     )
-
-    @field_validator("options", mode="after")
-    @classmethod
-    def _options_are_known(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        for name in value or {}:
-            raise unsupported(f"the option {name[:64]!r} is not known; leave it out")
-        return value
 
 
 def _stop_list(value: Any) -> Any:
@@ -166,7 +214,10 @@ class GenerationRequest(Body):
         """Return the adapters that replace the model's own, or None."""
         if self.adapters is None:
             return None
-        return tuple(AdapterRef(choice.name, choice.scale, choice.rank) for choice in self.adapters)
+        return tuple(
+            AdapterRef(choice.name, choice.scale, choice.rank, _chosen(choice.options))
+            for choice in self.adapters
+        )
 
     def cold(self) -> OnCold | None:
         """Return what is done when the adapters are not on the device; None if nothing is asked."""
@@ -205,6 +256,13 @@ class GenerationRequest(Body):
     def unsigned_seed(self) -> int | None:
         """The seed as 63 bits; negative ones are folded in."""
         return None if self.seed is None else self.seed % (1 << 63)
+
+
+def _chosen(options: dict[str, OptionValue | None] | None) -> Options:
+    """Null is absent, as in every other field."""
+    given = (options or {}).items()
+    chosen = [(name, value) for name, value in given if value is not None]
+    return tuple(sorted(chosen, key=itemgetter(0)))
 
 
 def _default(value: float | None, default: float) -> float:

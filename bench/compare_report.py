@@ -146,18 +146,28 @@ def target_rows(
 def _measured(rows: Sequence[Row], target: Target, ours: str) -> tuple[float | None, bool]:
     """Return the ratio (None when a side is missing) and whether both sides were quiet.
 
-    A peer is compared with our blocks beside its own, so that drift of the machine cancels.
+    A peer is compared with our blocks beside its own, so that drift of the machine cancels. Runs that
+    other work disturbed count only where a cell has no others.
     """
     other = ours if target.other == OURS else target.other
-    theirs = [r for r in _measured_rows(rows, other, target.theirs) if _value(r, target)]
+    theirs = _quiet([r for r in _measured_rows(rows, other, target.theirs) if _value(r, target)])
     mine = [r for r in _measured_rows(rows, ours, target.ours) if _value(r, target)]
     if other != ours and theirs:
         beside = [r for r in mine if abs(r.block - theirs[0].block) == 1]
         mine = beside or mine
+    mine = _quiet(mine)
     value = ratio(
         _mean([_value(r, target) for r in mine]), _mean([_value(r, target) for r in theirs])
     )
-    return value, all((r.other_cores or 0.0) < QUIET_CORES for r in (*mine, *theirs))
+    return value, all(map(_is_quiet, (*mine, *theirs)))
+
+
+def _quiet(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if _is_quiet(row)] or rows
+
+
+def _is_quiet(row: Row) -> bool:
+    return (row.other_cores or 0.0) < QUIET_CORES
 
 
 def _value(row: Row, target: Target) -> float | None:
@@ -218,7 +228,8 @@ def render(
             "Tokens/s: output tokens a second, prefill included, each run of this server. Ratios: "
             "to our own base at the same concurrency, and to each peer in the same cell, against "
             "our runs beside it. Distinct: median of distinct adapters per step. Other: cores busy "
-            f"with unrelated work meanwhile; from {QUIET_CORES} on (`!`) a figure is doubtful.",
+            f"with unrelated work meanwhile; from {QUIET_CORES} on (`!`) a figure is doubtful, and is "
+            "left out of ratios where the cell has others.",
             "",
             *table(
                 [

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 
 from polyadapt.config import Config, load_config
-from polyadapt.errors import InvalidRequest, NotFound, StartupError
+from polyadapt.errors import AdapterRejected, InvalidRequest, NotFound, StartupError
 
 if TYPE_CHECKING:
     from polyadapt.offline.inspection import Inspection
@@ -160,6 +161,13 @@ def inspect(
         str | None,
         typer.Option(help="The base: a transformers directory, a hub id, or smollm2."),
     ] = None,
+    routing: Annotated[
+        str | None,
+        typer.Option(help="Show which experts this prompt is sent to.", metavar="PROMPT"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="With --routing, also a picture.", metavar="FILE.svg")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     home: Home = None,
 ) -> None:
@@ -168,10 +176,17 @@ def inspect(
     With --model also whether its tensors fit, and the adapter is served once by an engine of this
     process, in float32, beside the same adapter written into the weights of a second copy. Status 1
     when it is refused or the two differ.
+
+    With --routing instead which of its experts each module gives the prompt's tokens to.
     """
     with _one_clear_line():
         if not directory.is_dir():
             raise StartupError(f"{directory} is no directory; give that of an adapter")
+        if routing is not None:
+            _show_routing(directory, model, home, routing, plot, as_json=as_json)
+            return
+        if plot is not None:
+            raise StartupError("--plot draws what --routing finds; give --routing PROMPT too")
         from polyadapt.offline.report import show
 
         found = _inspect(directory, model, home)
@@ -323,6 +338,41 @@ def _inspect(directory: Path, model: str | None, home: Path | None) -> Inspectio
         return inspect_files(directory)
     settings = load_config({"home": home, "model": model})
     return inspect_adapter(directory, _model_dir(model, home), settings.engine)
+
+
+def _show_routing(
+    directory: Path,
+    model: str | None,
+    home: Path | None,
+    prompt: str,
+    plot: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    from polyadapt.offline.routing import trace_routing
+    from polyadapt.offline.routing_report import to_data, to_svg, to_table
+    from polyadapt.tasks.tokenizer import Tokenizer
+
+    if model is None:
+        raise StartupError("--routing runs the prompt through the base; give --model")
+    settings, model_dir = load_config({"home": home, "model": model}), _model_dir(model, home)
+    token_ids = Tokenizer.load(model_dir).encode(prompt, add_special_tokens=True)
+    if not token_ids:
+        raise InvalidRequest("the prompt of --routing has no tokens; give some text")
+    try:
+        found = trace_routing(directory, model_dir, settings.engine, token_ids)
+    except AdapterRejected as error:
+        raise StartupError(
+            f"{directory} is refused: {error.problems[0].message}; `polyadapt inspect` lists all"
+        ) from None
+    if plot is not None:
+        plot.write_text(to_svg(found), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(to_data(found), indent=2))
+        return
+    out.print(to_table(found))
+    if found.warning is not None:
+        err.print(f"polyadapt: {found.warning}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _model_dir(model: str, home: Path | None) -> Path:

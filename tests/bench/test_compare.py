@@ -160,6 +160,19 @@ def test_each_target_says_what_was_measured_and_whether_it_is_met():
     assert peft == [">= 6.0", "-", "not measured"]
 
 
+def test_a_disturbed_run_counts_only_where_there_is_no_other():
+    rows = [
+        row("polyadapt", "8@8", 10.0, block=0, other_cores=0.9),
+        row("llama.cpp", "8@8", 10.0, block=1),
+        row("polyadapt", "8@8", 30.0, block=2),
+        row("mistralrs", "8@8", 10.0, block=3, other_cores=0.9),
+        row("polyadapt", "8@8", 50.0, block=4),
+    ]
+    found = verdicts(rows)
+    assert found["8 distinct adapters to llama.cpp, 8 streams"][1:] == ["3.00", "met"]
+    assert found["8 distinct adapters to mistral.rs, 8 streams"][1:] == ["4.00", "doubtful"]
+
+
 def test_a_peer_is_compared_with_our_runs_beside_it_only():
     rows = [
         row("polyadapt", "8@8", 10.0, block=0),

@@ -9,8 +9,9 @@ whose layout in the flat arena ops/cells.py gives. Every constant scale is folde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -25,7 +26,7 @@ from polyadapt.ops.cells import (
     num_router_rows,
 )
 from polyadapt.ops.plan import PlanBuffers, index_of
-from polyadapt.ops.routing import note_usage, weigh
+from polyadapt.ops.routing import weigh
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,9 @@ def gated_matmul_(
     if parts is None:
         parts = torch.tensor([[site.id, 0, y.shape[1]]])
     plan = site.plan
+    is_native = native.is_available() and plan.observer is None
     for lane in plan.lanes:
-        first = lane.num_short if native.is_available() else 0
+        first = lane.num_short if is_native else 0
         if first:
             native.gated_matmul_(
                 y, x, site.arena, site.cells, plan.rows, lane.bounds, lane.slots, lane.scales,
@@ -71,7 +73,7 @@ def gated_matmul_(
                 segments_matmul_(
                     y[:, column : column + width], x, site.arena, site.cells, plan.rows,
                     lane.bounds[first:], lane.slots[first:], lane.scales[first:], lane.gate,
-                    lane.table, site_id, plan.usage,
+                    lane.table, site_id, partial(plan.note, site_id),
                 )  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
     """
     plan = site.plan
     for lane in plan.lanes:
-        if native.is_available():  # a gather of single rows: long segments are no GEMM here
+        if native.is_available() and plan.observer is None:  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
                 lane.scales, lane.num_segments, lane.gate, lane.table, site.id, plan.usage,
@@ -90,8 +92,12 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
         else:
             segments_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.gate, lane.table, site.id, plan.usage,
+                lane.scales, lane.gate, lane.table, site.id, partial(plan.note, site.id),
             )  # fmt: skip
+
+
+# Told of a segment's slot, the weights [rows, rank] of its components and how many experts they make.
+Note = Callable[[int, torch.Tensor, int], None]
 
 
 def strategy() -> str:
@@ -114,7 +120,7 @@ def segments_matmul_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     site: int,
-    usage: torch.Tensor | None = None,
+    note: Note | None = None,
 ) -> None:
     """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
     num_in, num_out = x.shape[-1], y.shape[-1]
@@ -130,7 +136,7 @@ def segments_matmul_(
             # A and the router in one product
             products = xs @ arena[segment.offset : a_end].view(a_rows, num_in).t()
             h = _apply(products[:, :rank], segment, gate)
-            h = _route(h, products[:, rank:], segment, table, tails, usage)
+            h = _route(h, products[:, rank:], segment, table, tails, note)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)
@@ -149,7 +155,7 @@ def segments_embedding_(
     gate: torch.Tensor | None,
     table: torch.Tensor | None,
     site: int,
-    usage: torch.Tensor | None = None,
+    note: Note | None = None,
 ) -> None:
     """One gather and one GEMM per segment of one lane; A is stored token-major [num_in, rank]."""
     num_out = y.shape[-1]
@@ -162,7 +168,7 @@ def segments_embedding_(
         if rank:
             a = arena[segment.offset : a_end].view(num_in, rank)
             h = _apply(a[ids[segment.index]], segment, gate)  # [segment rows, rank]
-            h = _route(h, h[:, :0], segment, table, tails, usage)
+            h = _route(h, h[:, :0], segment, table, tails, note)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)
@@ -224,7 +230,7 @@ def _route(
     segment: _Segment,
     table: torch.Tensor | None,
     tails: dict[int, torch.Tensor],
-    usage: torch.Tensor | None,
+    note: Note | None,
 ) -> torch.Tensor:
     if not segment.code:
         return h
@@ -234,8 +240,8 @@ def _route(
         first = int(routing.value)
         scores = table[segment.index, first : first + routing.num_scores]
     weight = weigh(scores, routing, segment.rank, tails.get(ROUTER_BIAS))
-    if usage is not None:
-        note_usage(usage, segment.slot, weight, routing.num_scores)
+    if note is not None:
+        note(segment.slot, weight, routing.num_scores)
     weight = weight.to(h.dtype)
     # A mask must be `where`: 0 * NaN would poison the row.
     return torch.where(weight != 0, h * weight, torch.zeros_like(h))

@@ -6,13 +6,14 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from polyadapt.ops import cells as layout
+from polyadapt.ops.routing import note_usage
 from polyadapt.types import MAX_ADAPTERS
 
 MAX_LANES = MAX_ADAPTERS
@@ -252,6 +253,9 @@ class PlanBuffers:
         # What the rows of adapters with routers chose: float32 [num_slots, cells.USAGE_COLUMNS], added
         # to by every product; None: nobody asks.
         self.usage: torch.Tensor | None = None
+        # Told of every choice in the plan: site id, slot, weights of the experts [rows, experts]. While
+        # there is one, the torch form serves, so that it misses none.
+        self.observer: Callable[[int, int, torch.Tensor], None] | None = None
         self._cells = cells
         self._has_overrides = has_overrides
         self.rows = torch.zeros(num, dtype=torch.int32, device=device)
@@ -311,6 +315,18 @@ class PlanBuffers:
         self._loaded, self._loaded_lanes = plan, tuple(lanes)
         self._loaded_overrides = overrides
         self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
+
+    def note(self, site_id: int, slot: int, weights: torch.Tensor, num_scores: int) -> None:
+        """Note what rows of a slot chose at a site: weights [rows, components] of num_scores experts
+        with equally many each.
+        """
+        if self.usage is None and self.observer is None:
+            return
+        by_expert = weights.view(len(weights), num_scores, -1).mean(2)
+        if self.usage is not None:
+            note_usage(self.usage[slot], by_expert)
+        if self.observer is not None:
+            self.observer(site_id, slot, by_expert)
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""

@@ -48,16 +48,15 @@ def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
     return kept / kept.sum(1, keepdim=True) if routing.renormalise else kept
 
 
-def note_usage(usage: torch.Tensor, slot: int, weights: torch.Tensor, num_scores: int) -> None:
-    """Count the rows in usage[slot] and add what each expert weighed; see PlanBuffers.usage.
-
-    weights [rows, experts, or their components, so many of each].
+def note_usage(usage: torch.Tensor, weights: torch.Tensor) -> None:
+    """Count the rows and add what each expert weighed: weights [rows, experts] to one slot's row of
+    PlanBuffers.usage.
     """
-    by_expert = weights.view(len(weights), num_scores, -1).mean(2).sum(0)
+    num_scores = weights.shape[1]
     buckets = min(num_scores, USAGE_BUCKETS)
-    usage[slot, 0] += len(weights)
-    of = torch.arange(num_scores) * buckets // num_scores
-    usage[slot, 1 : 1 + buckets].index_add_(0, of, by_expert)
+    usage[0] += len(weights)
+    bucket_of = torch.arange(num_scores) * buckets // num_scores
+    usage[1 : 1 + buckets].index_add_(0, bucket_of, weights.sum(0))
 
 
 def _largest(values: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -192,6 +192,7 @@ class Step:
             and batch.write_slots.shape[0] == batch.num_decodes
             and all(lane.num_short == lane.num_segments for lane in lanes)
             and self._sites.isdisjoint(self._plan.overrides)  # the head's, say, do not matter
+            and self._plan.observer is None
             and x.is_contiguous()
             and cos.is_contiguous()
             and sin.is_contiguous()

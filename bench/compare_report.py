@@ -146,8 +146,8 @@ def target_rows(
 def _measured(rows: Sequence[Row], target: Target, ours: str) -> tuple[float | None, bool]:
     """Return the ratio (None when a side is missing) and whether both sides were quiet.
 
-    A peer is compared with our blocks beside its own, so that drift of the machine cancels. Runs that
-    other work disturbed count only where a cell has no others.
+    A peer is compared with our blocks beside its own, so that drift of the machine cancels. Runs
+    that other work disturbed count only where a cell has no others.
     """
     other = ours if target.other == OURS else target.other
     theirs = _quiet([r for r in _measured_rows(rows, other, target.theirs) if _value(r, target)])
@@ -228,8 +228,8 @@ def render(
             "Tokens/s: output tokens a second, prefill included, each run of this server. Ratios: "
             "to our own base at the same concurrency, and to each peer in the same cell, against "
             "our runs beside it. Distinct: median of distinct adapters per step. Other: cores busy "
-            f"with unrelated work meanwhile; from {QUIET_CORES} on (`!`) a figure is doubtful, and is "
-            "left out of ratios where the cell has others.",
+            f"with unrelated work meanwhile; from {QUIET_CORES} on (`!`) a figure is doubtful, and "
+            "is left out of ratios where the cell has others.",
             "",
             *table(
                 [

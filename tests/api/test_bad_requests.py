@@ -71,13 +71,19 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"adapters": [{"name": "a", "rank": 0}]}, "invalid_request", "adapters[0].rank"),
     ({"adapters": [{"name": "nobody"}]}, "model_not_found", "adapters[0].name"),
     *(
-        ({"adapters": [{"name": "a", "options": {"x": value}}]}, "invalid_request",
-         "adapters[0].options.x")
+        (
+            {"adapters": [{"name": "a", "options": {"x": value}}]},
+            "invalid_request",
+            "adapters[0].options.x",
+        )
         for value in ({}, [1], [["a"]], [None], 2**63, 1e999, "x" * 257, ["x"] * 257)
     ),
     *(
-        ({"adapters": [{"name": "a", "options": options}]}, "invalid_request",
-         "adapters[0].options")
+        (
+            {"adapters": [{"name": "a", "options": options}]},
+            "invalid_request",
+            "adapters[0].options",
+        )
         for options in ({"": 1}, {"a.b": 1}, {"x" * 65: 1}, {f"x{i}": 1 for i in range(17)}, [])
     ),
     ({"adapters": [{"name": "a", "scale": 1e9}]}, "invalid_request", "adapters[0].scale"),

@@ -117,13 +117,14 @@ class Delta:
     embedding  y = (1 + out_scale) W[id] + bias + B A[:, id] + dense[id]
     norm       y = weight * normalised x + b + bias, `weight` being what the model itself keeps: of
                Gemma the difference to one. A bias where the base has none needs a weight beside it
-    Where there is a `routing`, B x becomes B (w * A x), w being what it makes of the row (ops/cells.py:
-    Routing); of a whole MLP's experts (Router.EXPERTS) the parts are those of each expert, end to end.
-    Shapes: a [rank, in], b [out, rank], rank may be 0; router [scores, in], router_bias [rank]; bias, out_scale and weight [out]; transform
-    [in / g, g, g]: block n of x times matrix n; swap [2, out] with `group` g: v becomes
-    (1 + swap[0]) v + swap[1] v', where v' exchanges the halves of every g columns; dense [out, in],
-    for an embedding [in, out]. For an embedding `in` is the vocabulary. All float32 and contiguous,
-    on the host; None: absent.
+    Where there is a `routing`, B A x becomes B (w * A x), w being what it makes of the row
+    (ops/cells.py: Routing); of a whole MLP's experts (Router.EXPERTS) A and B are those of each
+    expert, end to end.
+    Shapes: a [rank, in], b [out, rank], rank may be 0; router [scores, in], router_bias [rank];
+    bias, out_scale and weight [out]; transform [in / g, g, g]: block n of x times matrix n; swap
+    [2, out] with `group` g: v becomes (1 + swap[0]) v + swap[1] v', where v' exchanges the halves
+    of every g columns; dense [out, in], for an embedding [in, out]. For an embedding `in` is the
+    vocabulary. All float32 and contiguous, on the host; None: absent.
     """
 
     a: torch.Tensor

@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MAGIC = b"PAPACKED"
 # magic, key, elements, sites, largest rank, bytes of the traits, crc32 of the weights; then int64
-# [sites, 3] of (rank, parts, routing), the traits as JSON, the crc32 of all that, and the weights at the
-# next multiple of _ALIGN.
+# [sites, 3] of (rank, parts, routing), the traits as JSON, the crc32 of all that, and the weights
+# at the next multiple of _ALIGN.
 _HEAD = struct.Struct("<8s32sQIIII")
 _CRC = struct.Struct("<I")
 _SITE_BYTES = 24

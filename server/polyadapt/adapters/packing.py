@@ -131,7 +131,8 @@ def _check(module: Delta, site: SiteSpec) -> None:
         raise ValueError(
             f"the {site.kind} {site.path} of {num_in} inputs and {num_out} outputs takes no parts "
             f"{given} in groups of {group} beside A {tuple(module.a.shape)}, B "
-            f"{tuple(module.b.shape)} and {module.routing}; see ops/cells.py and adapters/adapter.py: Delta"
+            f"{tuple(module.b.shape)} and {module.routing}; see ops/cells.py and "
+            "adapters/adapter.py: Delta"
         )
 
 

@@ -25,8 +25,8 @@ class StepLogits:
     """The logits of one step, sequence by sequence: iterating yields tensors [k, vocabulary].
 
     table [rows, vocabulary] holds them end to end, counts[i] rows for sequence i. hidden [step's
-    rows, width] are the final hidden states, which the head reads, of all rows in the batch's order;
-    None where no sequence wants them.
+    rows, width] are the final hidden states, which the head reads, of all rows in the batch's
+    order; None where no sequence wants them.
     """
 
     table: torch.Tensor
@@ -62,7 +62,8 @@ class ModelRunner:
         self.num_override_steps = 0  # in which a segment needed more than the gated product
         self._page_table = PageTable()
         self._hidden: torch.Tensor | None = None  # of the last forward, [1, rows, width]
-        base.module.get_decoder().register_forward_hook(self._keep_hidden)
+        decoder: torch.nn.Module = base.module.get_decoder()  # type: ignore[operator]
+        decoder.register_forward_hook(self._keep_hidden)
         self._planned: tuple[object, ...] = ()  # what the plans below were made for
         self._plans = BatchPlan(0), BatchPlan(0)
 

@@ -1,4 +1,4 @@
-"""Which experts a prompt's tokens are sent to, module by module, as the engine serves the adapter."""
+"""Which experts a prompt's tokens are sent to, module by module, as the engine serves them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModuleRouting:
 
     @property
     def effective_experts(self) -> float:
-        """exp of the shares' entropy: 1 where one expert has all, their number where all are alike."""
+        """exp of the shares' entropy: from 1, one has all, to their number, all are alike."""
         return math.exp(-sum(share * math.log(share) for share in self.shares if share > 0))
 
     @property

@@ -47,7 +47,7 @@ def to_table(report: RoutingReport) -> Table:
 
 
 def to_svg(report: RoutingReport) -> str:
-    """Return a picture with a row per module and a column per expert: the darker, the more weight."""
+    """Return a picture, a row per module and a column per expert: the darker, the more weight."""
     num_experts = max(len(module.shares) for module in report.modules)
     width = _LABEL_WIDTH + num_experts * _CELL_WIDTH + 20
     height = _TOP + len(report.modules) * _CELL_HEIGHT + 20

@@ -104,7 +104,9 @@ class Routing:
             top_k=code >> 8 & MAX_SCORES,
             renormalise=bool(code >> 4 & 1),
             has_router=bool(code >> 5 & 1),
-            value=bits if router is Router.TABLE else struct.unpack("<f", struct.pack("<I", bits))[0],
+            value=bits
+            if router is Router.TABLE
+            else struct.unpack("<f", struct.pack("<I", bits))[0],
         )
 
 

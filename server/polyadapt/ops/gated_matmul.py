@@ -84,7 +84,9 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
     """
     plan = site.plan
     for lane in plan.lanes:
-        if native.is_available() and plan.observer is None:  # a gather of single rows: long segments are no GEMM here
+        if (
+            native.is_available() and plan.observer is None
+        ):  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
                 lane.scales, lane.num_segments, lane.gate, lane.table, site.id, plan.usage,
@@ -96,7 +98,8 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
             )  # fmt: skip
 
 
-# Told of a segment's slot, the weights [rows, rank] of its components and how many experts they make.
+# Told of a segment's slot, the weights [rows, rank] of its components, and how many experts they
+# make.
 Note = Callable[[int, torch.Tensor, int], None]
 
 

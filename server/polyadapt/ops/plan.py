@@ -230,8 +230,8 @@ class PlanBuffers:
 
     rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
     positions in `rows`, with one extra entry per lane. gate and table float32 [lanes, rows, width],
-    grown on demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane after
-    lane, that need more than the gated product there.
+    grown on demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane
+    after lane, that need more than the gated product there.
     """
 
     def __init__(
@@ -250,11 +250,11 @@ class PlanBuffers:
         self.device = device
         self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
         self.overrides: dict[int, list[Override]] = {}  # empty for nearly every step
-        # What the rows of adapters with routers chose: float32 [num_slots, cells.USAGE_COLUMNS], added
-        # to by every product; None: nobody asks.
+        # What the rows of adapters with routers chose: float32 [num_slots, cells.USAGE_COLUMNS],
+        # added to by every product; None: nobody asks.
         self.usage: torch.Tensor | None = None
-        # Told of every choice in the plan: site id, slot, weights of the experts [rows, experts]. While
-        # there is one, the torch form serves, so that it misses none.
+        # Told of every choice in the plan: site id, slot, weights of the experts [rows, experts].
+        # While there is one, the torch form serves, so that it misses none.
         self.observer: Callable[[int, int, torch.Tensor], None] | None = None
         self._cells = cells
         self._has_overrides = has_overrides
@@ -317,8 +317,8 @@ class PlanBuffers:
         self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
 
     def note(self, site_id: int, slot: int, weights: torch.Tensor, num_scores: int) -> None:
-        """Note what rows of a slot chose at a site: weights [rows, components] of num_scores experts
-        with equally many each.
+        """Note what rows of a slot chose at a site: weights [rows, components] of num_scores
+        experts with equally many each.
         """
         if self.usage is None and self.observer is None:
             return
@@ -337,7 +337,7 @@ class PlanBuffers:
         if not self.lanes or self._cells is None:
             return bool(self.lanes)
         if self._loaded_sites is None:
-            slots = torch.cat([lane.slots for lane in self.lanes]).unique().long().cpu()
+            slots = torch.cat([lane.slots for lane in self.lanes]).long().cpu()
             is_adapted = (self._cells[slots, :, layout.OFFSET] >= 0).any(0)
             self._loaded_sites = frozenset(is_adapted.nonzero().flatten().tolist())
         return not self._loaded_sites.isdisjoint(site_ids)
@@ -364,9 +364,7 @@ class PlanBuffers:
         width = max((values.shape[1] for values in given if values is not None), default=0)
         if buffer.shape[2] >= width:
             return buffer
-        return torch.zeros(
-            MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device
-        )
+        return torch.zeros(MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device)
 
     def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
         width = gate.shape[1]

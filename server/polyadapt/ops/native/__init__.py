@@ -260,9 +260,10 @@ def _gated(
     call = _GATED_CALL.pack(
         y.data_ptr(), x_ptr, ids_ptr, arena.data_ptr(), cells.data_ptr(), rows.data_ptr(),
         bounds.data_ptr(), slots.data_ptr(), scales.data_ptr(), gate_ptr, table_ptr,
-        usage_ptr, parts.data_ptr(), y_stride, x_stride, gate_stride, table_stride, gate_width, table_width,
-        num_rows, num_in, y.shape[1], parts.shape[0], rows.shape[0], arena.shape[0], num_slots, num_sites, num_segments,
-        y_dtype is torch.bfloat16, arena_dtype is torch.bfloat16, torch.get_num_threads(),
+        usage_ptr, parts.data_ptr(), y_stride, x_stride, gate_stride, table_stride, gate_width,
+        table_width, num_rows, num_in, y.shape[1], parts.shape[0], rows.shape[0], arena.shape[0],
+        num_slots, num_sites, num_segments, y_dtype is torch.bfloat16,
+        arena_dtype is torch.bfloat16, torch.get_num_threads(),
     )  # fmt: skip
     result = _functions()[0](call)
     if result:

@@ -1,78 +1,46 @@
-"""Owns all device memory of adapters: the arena, the slots, their leases, and the host copies
-behind.
+"""Owns all device memory of adapters: the arena, the slots and their leases.
 
     store (files) --read--> host copy --place--> device slot
-Reading happens in one thread and copying in another, so that a host copy never waits behind a
-read; a short copy is made at once. Slots, extents and the cell table change only here, on the
-thread that steps the engine, between steps. An adapter that is leased or pinned is never evicted.
-Where the device's memory is the host's, a host copy is dropped once it is placed. Everything is
-keyed by digest; no step looks at an adapter that nothing happens to.
+Reading happens in one thread (read_ahead.py) and copying in another, so that a host copy never
+waits behind a read; a short copy is made at once. Slots, extents and the cell table change only
+here, on the thread that steps the engine, between steps. An adapter that is leased or pinned is
+never evicted, but it may be moved (compaction.py), a bounded part between two steps. Where the
+device's memory is the host's, a host copy is dropped once it is placed. Everything is keyed by
+digest; no step looks at an adapter that nothing happens to.
 """
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from polyadapt.adapters.adapter import ORDINARY, Traits
+from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.arena import Arena, Extent
+from polyadapt.adapters.compaction import Compaction
+from polyadapt.adapters.entry import Done, Entry, State
 from polyadapt.adapters.eviction import EvictionOrder, Standing
+from polyadapt.adapters.host_copies import HostCopies
 from polyadapt.adapters.load_estimate import LoadEstimate
 from polyadapt.adapters.packing import PackedAdapter
+from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
 from polyadapt.ops import cells as layout
-from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter, Tier
+from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter
 
 logger = logging.getLogger(__name__)
-
-Read = Callable[[str], PackedAdapter]  # digest -> weights; raises PolyadaptError
-Done = Callable[["Residency | PolyadaptError"], None]
-
-# Rounds: a full batch asks for nobody in the queue for a while, and asks again.
-_ABANDONED_AFTER = 100
-_NUM_AHEAD = 2  # adapters read for the queue beyond what the device has room for now
 
 # Rounds without a lease or a job after which the queue's first may take others' idle adapters.
 _RESTS_TO_YIELD = 3
 
-
-class _State(enum.Enum):
-    READING = enum.auto()
-    HOST = enum.auto()
-    PLACING = enum.auto()
-    DEVICE = enum.auto()
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    digest: str
-    state: _State
-    nbytes: int = 0
-    traits: Traits = ORDINARY
-    packed: PackedAdapter | None = None  # the host copy
-    slot: int = -1
-    extent: Extent | None = None
-    num_leases: int = 0
-    is_pinned: bool = False
-    wanted_round: int = -2  # the latest round in which a queued request asked for it
-    is_short: bool = False  # it lies on the host because nothing could be evicted for it
-    on_device_standing: Standing = field(default_factory=Standing)
-    on_host_standing: Standing = field(default_factory=Standing)
-    last_used: float = 0.0  # unix seconds, for people
-    load_ms: float = 0.0  # of the latest trip to the device, until the first lease reports it
-    load_tier: Tier = "device"
-    started: float = 0.0
-    read_s: float = 0.0  # what its own read took
-    on_host: list[Done] = field(default_factory=list)
-    on_device: list[Done] = field(default_factory=list)
+# Bytes that are moved together; so many in every round, however short it has to be, or gaps would
+# never become one.
+_MOVED_TOGETHER = 1 << 18
 
 
 class AdapterPool:
@@ -100,39 +68,36 @@ class AdapterPool:
         self.has_overrides = has_overrides
         self.weights = arena  # [num_elements], on the device
         self.cells = cells  # int64 [num_slots, num_sites, 4], on the host
-        self.host_bytes = host_bytes
         self.counters = counters
         self.keeps_host_copies = keeps_host_copies
         self._read = read
         self._wake = wake
         self._clock = clock
         self._arena = Arena(arena.numel())
+        self._compaction = Compaction(self._arena, self.weights, self.cells)
+        self._read_ahead = ReadAhead(
+            lambda digest: self._read(digest), host_bytes, counters, wake, clock
+        )
+        self._host = HostCopies(host_bytes, self._read_ahead.seconds, counters)
         self._free_slots = list(range(cells.shape[0] - 1, -1, -1))
-        self._entries: dict[str, _Entry] = {}
-        self._by_slot: dict[int, _Entry] = {}
-        self._commanded: dict[str, _Entry] = {}  # a pin or a load call wants them on the device
+        self._entries: dict[str, Entry] = {}
+        self._by_slot: dict[int, Entry] = {}
+        self._commanded: dict[str, Entry] = {}  # a pin or a load call wants them on the device
         self._changed: dict[str, None] = {}  # digests whose residency is to be told
         self._failures: dict[str, PolyadaptError] = {}
         self._refusals: dict[frozenset[str], PolyadaptError] = {}  # of adapters for one request
         self._unloading: dict[str, list[Callable[[], None]]] = {}
-        self._jobs: dict[Future[PackedAdapter | None], _Entry] = {}
-        self._host_nbytes = 0  # of all host copies
-        self._device_order, self._host_order = EvictionOrder(), EvictionOrder()
-        # Guesses of an ordinary machine, until something was loaded.
-        self._read_estimate = LoadEstimate(5e-3, 1e-8)
-        self._copy_estimate = LoadEstimate(1e-4, 1e-9)
+        self._copies: dict[Future[None], Entry] = {}  # under way
+        self._device_order = EvictionOrder()
+        self._copy_estimate = LoadEstimate(1e-4, 1e-9)  # a guess, until something was copied
         self._round = 0
         self._step_patience_s = 0.0  # what copies may delay one step by
         self._patience_s = 0.0  # what is left of that for the next one
-        self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
+        self._moved_nbytes = 0  # in this round
         self._may_compact = True  # not for a prefetch
         self._num_leases = 0  # of all adapters
         self._num_rests = 0  # rounds in a row that began with no lease and no job
-        self._has_deferred = False  # whoever comes later in the round is read later
         self._no_room_from: int | None = None  # extents so large were refused since room was made
-        self._mean_nbytes = 0.0  # of the adapters that were read lately
-        # One reader: reading is Python for the most part, and two would share one interpreter.
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
         self.cells[:, :, 0] = -1
 
@@ -144,7 +109,7 @@ class AdapterPool:
         if len(adapters) > 1 and self._refuses_together({a.adapter.digest for a in adapters}):
             return None
         entries = [self._want(applied.adapter.digest) for applied in adapters]
-        if any(entry is None or entry.state is not _State.DEVICE for entry in entries):
+        if any(entry is None or entry.state is not State.DEVICE for entry in entries):
             return None
         slots = []
         for entry in entries:
@@ -205,17 +170,17 @@ class AdapterPool:
     def are_on_device(self, adapters: Iterable[AppliedAdapter]) -> bool:
         """Whether a lease of all of them would be given now; changes nothing."""
         entries = (self._entries.get(applied.adapter.digest) for applied in adapters)
-        return all(entry is not None and entry.state is _State.DEVICE for entry in entries)
+        return all(entry is not None and entry.state is State.DEVICE for entry in entries)
 
     # ------------------------------------------------------------------ commands
     def prepare(self, digest: str, done: Done) -> None:
         """Read and check the weights into host memory, then call done once."""
         entry = self._entries.get(digest) or self._start_reading(digest)
         self._use(entry)
-        if entry.state is _State.READING:
+        if entry.state is State.READING:
             entry.on_host.append(done)
         else:
-            done(self._residency(entry))
+            done(entry.residency())
 
     def load(self, digest: str, is_pinned: bool, done: Done) -> None:
         """Bring the adapter to the device and set its pin, then call done once."""
@@ -224,12 +189,12 @@ class AdapterPool:
         entry = self._entries.get(digest) or self._start_reading(digest)
         entry.is_pinned = is_pinned
         self._use(entry)
-        if entry.state is _State.DEVICE:
-            done(self._residency(entry))
+        if entry.state is State.DEVICE:
+            done(entry.residency())
             return
         entry.on_device.append(done)
         self._commanded[digest] = entry
-        if entry.state is _State.HOST:
+        if entry.state is State.HOST:
             self._place(entry)
 
     def unload(self, digest: str, done: Callable[[], None]) -> None:
@@ -251,25 +216,33 @@ class AdapterPool:
         """
         self._round += 1
         self._step_patience_s = self._patience_s = patience_s
-        self._num_cold = self._cold_nbytes = 0
-        self._has_deferred, self._no_room_from = False, None
+        self._read_ahead.begin_round()
+        self._moved_nbytes, self._no_room_from = 0, None
         self._may_compact = True
         self._num_rests = 0 if self._num_leases or self._jobs else self._num_rests + 1
-        for future in [job for job in self._jobs if job.done()]:
-            self._absorb(self._jobs.pop(future), future)
+        for entry, outcome in self._read_ahead.take_done():
+            self._absorb(entry, outcome)
+        for future in [copy for copy in self._copies if copy.done()]:
+            self._finish_copy(self._copies.pop(future), future)
         for entry in list(self._commanded.values()):
-            if entry.state is _State.HOST:
+            if entry.state is State.HOST:
                 self._place(entry)
-        self._forget_unwanted_reads()
+        for entry in self._read_ahead.give_up(self._is_awaited, self._round):
+            self._forget(entry)
         self._finish_unloading()
-        self._trim_host()
+        self._host.trim(self._entries.values(), self._is_wanted, self._forget)
 
     def close(self) -> None:
         """Stop the threads; nothing is usable afterwards."""
-        for executor in (self._reader, self._copier):
-            executor.shutdown(wait=True, cancel_futures=True)
+        self._read_ahead.close()
+        self._copier.shutdown(wait=True, cancel_futures=True)
 
     # ------------------------------------------------------------------ what it says of itself
+    @property
+    def _jobs(self) -> list[Future[PackedAdapter] | Future[None]]:
+        """Reads and copies under way."""
+        return [*self._read_ahead.jobs, *self._copies]
+
     @property
     def is_busy(self) -> bool:
         """Whether a poll has something to do, now or once a job or a lease ends."""
@@ -293,7 +266,7 @@ class AdapterPool:
         changed, self._changed = self._changed, {}
         known = [self._entries[digest] for digest in changed if digest in self._entries]
         gone = [digest for digest in changed if digest not in self._entries]
-        return [self._residency(entry) for entry in known], gone
+        return [entry.residency() for entry in known], gone
 
     def check_integrity(self) -> None:
         """Assert the book-keeping of slots, extents and cells."""
@@ -302,20 +275,25 @@ class AdapterPool:
         assert sorted([*self._by_slot, *self._free_slots]) == list(range(self.cells.shape[0]))
         assert sum(e.extent.size for e in on_device if e.extent) == self._arena.num_used
         assert sum(e.num_leases for e in on_device) == self._num_leases
-        copies = [e.packed for e in self._entries.values() if e.packed is not None]
-        assert sum(packed.nbytes for packed in copies) == self._host_nbytes
         assert all(self._entries[e.digest] is e for e in self._commanded.values())
-        working = set(self._jobs.values())
+        copying = set(self._copies.values())
         for entry in self._entries.values():
-            is_working = entry.state in (_State.READING, _State.PLACING)
-            assert is_working == (entry in working), "a state without its job"
+            assert (entry.state is State.PLACING) == (entry in copying), "a state without its job"
             assert not entry.on_device or entry.digest in self._commanded, "a load left alone"
+        for e in on_device:
+            assert e.extent is not None
+            assert e.extent.slot == e.slot
+            assert e.extent.is_fixed == (e.state is State.PLACING)
+        self._arena.check_integrity()
+        self._compaction.check_integrity([e.extent for e in on_device if e.extent])
+        self._read_ahead.check_integrity(list(self._entries.values()))
+        self._host.check_integrity(self._entries.values())
         free = self.cells[self._free_slots, :, 0]
         assert bool((free == -1).all()), "a free slot still has cells"
         assert not self.has_overrides[self._free_slots].any(), "a free slot still has overrides"
 
     # ------------------------------------------------------------------ inside
-    def _want(self, digest: str) -> _Entry | None:
+    def _want(self, digest: str) -> Entry | None:
         """Mark the digest as wanted on the device and start what is missing; None when it
         failed.
         """
@@ -323,119 +301,89 @@ class AdapterPool:
             return None
         entry = self._entries.get(digest)
         if entry is None:
-            self._has_deferred = self._has_deferred or not self._may_read()
-            if self._has_deferred:
+            if not self._read_ahead.may_read(self._room):
                 return None
             entry = self._start_reading(digest)
         is_first_time = entry.wanted_round < self._round
         entry.wanted_round = self._round
-        if entry.state is _State.HOST:
+        if entry.state is State.HOST:
             self._place(entry)
         if digest in self._failures:
             return None
-        if is_first_time and entry.state in (_State.READING, _State.HOST):
-            self._num_cold += 1
-            self._cold_nbytes += entry.nbytes or int(self._mean_nbytes)
+        if is_first_time and entry.state in (State.READING, State.HOST):
+            self._read_ahead.count_cold(entry)
         return entry
 
-    def _may_read(self) -> bool:
-        """Whether the queue's next cold adapter is read already now.
-
-        The first of a round always is. The others, in the queue's order, as long as what is cold
-        before them and they fit into the host's memory and into the device's that is free or
-        idle, and _NUM_AHEAD more: beyond that they would only push each other out.
-        """
-        if self._num_cold == 0:
-            return True
-        if self._mean_nbytes == 0.0:  # nothing was read yet: no size is known
-            return self._num_cold <= _NUM_AHEAD
-        nbytes = self._cold_nbytes + self._mean_nbytes
-        if nbytes > self.host_bytes:
-            return False
+    def _room(self) -> Room:
         idle = [entry for entry in self._by_slot.values() if self._is_idle(entry)]
-        if self._num_cold >= len(self._free_slots) + len(idle) + _NUM_AHEAD:
-            return False
-        room = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
-        return nbytes <= room * self.weights.element_size() + _NUM_AHEAD * self._mean_nbytes
+        num_elements = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
+        return Room(len(self._free_slots) + len(idle), num_elements * self.weights.element_size())
 
-    def _use(self, entry: _Entry) -> None:
+    def _use(self, entry: Entry) -> None:
         self._device_order.use(entry.on_device_standing)
-        self._host_order.use(entry.on_host_standing)
+        self._host.use(entry)
         entry.last_used = time.time()
         self._changed[entry.digest] = None
 
-    def _is_wanted(self, entry: _Entry) -> bool:
+    def _is_wanted(self, entry: Entry) -> bool:
         """Whether a pin, a load call or a queued request waits for it. The queue asks again in
         every round, so that a request that is gone stops wanting by itself.
         """
         is_queued = entry.wanted_round >= self._round - 1
         return bool(entry.is_pinned or entry.on_device or is_queued)
 
-    def _start_reading(self, digest: str) -> _Entry:
-        entry = _Entry(digest, _State.READING, started=self._clock(), last_used=time.time())
+    def _is_awaited(self, entry: Entry) -> bool:
+        """Whether anybody has to hear how its read ends."""
+        return bool(self._is_wanted(entry) or entry.on_host or entry.digest in self._unloading)
+
+    def _start_reading(self, digest: str) -> Entry:
+        entry = Entry(digest, State.READING, started=self._clock(), last_used=time.time())
         entry.load_tier = "store"
         self._entries[digest] = entry
         self._changed[digest] = None
-
-        def read() -> PackedAdapter:
-            started = self._clock()
-            packed = self._read(digest)
-            entry.read_s = self._clock() - started
-            return packed
-
-        self._submit(self._reader, entry, read)
-        self.counters["adapter_reads"] += 1
+        self._read_ahead.start(entry)
         return entry
 
-    def _submit(
-        self,
-        executor: ThreadPoolExecutor,
-        entry: _Entry,
-        work: Callable[[], PackedAdapter | None],
-    ) -> None:
-        future: Future[PackedAdapter | None] = executor.submit(work)
-        self._jobs[future] = entry
-        future.add_done_callback(lambda _: self._wake())
+    def _absorb(self, entry: Entry, outcome: PackedAdapter | BaseException) -> None:
+        """Take in what was read."""
+        if isinstance(outcome, BaseException):
+            self._fail(entry, outcome)
+            return
+        entry.nbytes, entry.traits = outcome.nbytes, outcome.traits
+        if outcome.weights.numel() > self._arena.size:
+            self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
+            return
+        self._read_ahead.observe(entry)
+        self._host.keep(entry, outcome)
+        entry.state = State.HOST
+        self._changed[entry.digest] = None
+        if not self._is_wanted(entry):
+            entry.load_tier = "device"  # nobody waits for it: the trip that counts starts later
+        self._tell(entry.on_host, entry.residency())
 
-    def _absorb(self, entry: _Entry, future: Future[PackedAdapter | None]) -> None:
+    def _finish_copy(self, entry: Entry, future: Future[None]) -> None:
         error = future.exception()
-        if error is not None:
-            self._fail(entry, error)
-        elif entry.state is _State.READING:
-            packed = future.result()
-            assert packed is not None
-            entry.nbytes, entry.traits = packed.nbytes, packed.traits
-            if packed.weights.numel() > self._arena.size:
-                self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
-                return
-            self._read_estimate.observe(entry.nbytes, entry.read_s)
-            self._mean_nbytes += (entry.nbytes - self._mean_nbytes) * (
-                0.1 if self._mean_nbytes else 1.0
-            )
-            entry.packed, entry.state = packed, _State.HOST
-            self._host_nbytes += entry.nbytes
-            self._host_order.use(entry.on_host_standing)
-            self._changed[entry.digest] = None
-            if not self._is_wanted(entry):
-                entry.load_tier = "device"  # nobody waits for it: the trip that counts starts later
-            self._tell(entry.on_host, self._residency(entry))
-        else:
+        if error is None:
             self._land(entry)
+        else:
+            self._fail(entry, error)
 
-    def _land(self, entry: _Entry) -> None:
+    def _land(self, entry: Entry) -> None:
         """The weights are in their extent: the adapter can be leased from now on."""
-        entry.state = _State.DEVICE
+        assert entry.extent is not None
+        entry.extent.is_fixed = False
+        entry.state = State.DEVICE
         entry.load_ms = (self._clock() - entry.started) * 1e3
         self._bind(entry)
         if not self.keeps_host_copies:
-            self._drop_host_copy(entry)
+            self._host.drop(entry)
         self._device_order.use(entry.on_device_standing)
         self.counters["adapter_loads"] += 1
         self._commanded.pop(entry.digest, None)
         self._changed[entry.digest] = None
-        self._tell(entry.on_device, self._residency(entry))
+        self._tell(entry.on_device, entry.residency())
 
-    def _fail(self, entry: _Entry, error: BaseException) -> None:
+    def _fail(self, entry: Entry, error: BaseException) -> None:
         if not isinstance(error, PolyadaptError):
             logger.error("loading adapter %s failed", entry.digest, exc_info=error)
             error = AdapterUnavailable(
@@ -448,7 +396,7 @@ class AdapterPool:
         self._tell(entry.on_host, error)
         self._tell(entry.on_device, error)
 
-    def _place(self, entry: _Entry) -> None:
+    def _place(self, entry: Entry) -> None:
         """Give the host copy a slot and an extent, evicting idle adapters, and start the copy."""
         assert entry.packed is not None
         packed = entry.packed
@@ -462,13 +410,15 @@ class AdapterPool:
         extent = self._make_room(size)
         entry.is_short = extent is None
         if extent is None:
-            self._no_room_from = size if self._free_slots else 0
+            if self._no_room_from is None or size < self._no_room_from:
+                self._no_room_from = size if self._free_slots else 0
             if not self._fits_beside_pins(entry):
                 self._fail(entry, self._crowded_out(entry))
             return  # everything resident is in use: asked again at the next poll
         entry.extent, entry.slot = extent, self._free_slots.pop()
+        extent.slot, extent.is_fixed = entry.slot, True
         self._by_slot[entry.slot] = entry
-        entry.state = _State.PLACING
+        entry.state = State.PLACING
         if entry.load_tier == "device":
             entry.load_tier, entry.started = "host", self._clock()
         self._changed[entry.digest] = None
@@ -483,18 +433,28 @@ class AdapterPool:
             self._land(entry)
             return
 
-        self._submit(self._copier, entry, lambda: _copy_beside(target, packed.weights))
+        future = self._copier.submit(_copy_beside, target, packed.weights)
+        self._copies[future] = entry
+        future.add_done_callback(lambda _: self._wake())
         self.counters["adapter_loads_overlapped"] += 1
 
     def _make_room(self, size: int) -> Extent | None:
+        """An extent, made of gaps or of idle adapters'; None: not in this round."""
+        has_moved = False
         while True:
             extent = self._arena.allocate(size) if self._free_slots else None
             if extent is not None:
+                self.counters["arena_compactions"] += has_moved
                 return extent
             if self._free_slots and self._arena.num_free >= size:
                 if not self._may_compact:
                     return None
-                if self._compact():
+                if not self._may_move():
+                    # What is being put together here is nobody's who comes later in the round.
+                    self._no_room_from = 0
+                    return None
+                if self._move(size):
+                    has_moved = True
                     continue
             idle = [entry for entry in self._by_slot.values() if self._is_idle(entry)]
             reachable = self._arena.num_free + sum(e.extent.size for e in idle if e.extent)
@@ -507,7 +467,7 @@ class AdapterPool:
             self._device_order.evicted(self._device_score(victim))
             self._evict(victim)
 
-    def _is_idle(self, entry: _Entry) -> bool:
+    def _is_idle(self, entry: Entry) -> bool:
         """Whether it may leave the device. Whoever a queued request waits for may not: two
         requests of the queue would otherwise evict each other's adapters for ever.
 
@@ -515,23 +475,19 @@ class AdapterPool:
         another needs. Then the first of the queue, who asks first in a round, gets what those
         behind it wanted.
         """
-        if entry.state is not _State.DEVICE or entry.num_leases:
+        if entry.state is not State.DEVICE or entry.num_leases:
             return False
         if self._num_rests < _RESTS_TO_YIELD or entry.is_pinned or entry.on_device:
             return not self._is_wanted(entry)
         return entry.wanted_round < self._round
 
-    def _device_score(self, entry: _Entry) -> tuple[float, int]:
+    def _device_score(self, entry: Entry) -> tuple[float, int]:
         return_s = self._copy_estimate.seconds(entry.nbytes)
         if entry.packed is None:
-            return_s += self._read_estimate.seconds(entry.nbytes)
+            return_s += self._read_ahead.seconds(entry.nbytes)
         return self._device_order.score(entry.on_device_standing, return_s, entry.nbytes)
 
-    def _host_score(self, entry: _Entry) -> tuple[float, int]:
-        return_s = self._read_estimate.seconds(entry.nbytes)
-        return self._host_order.score(entry.on_host_standing, return_s, entry.nbytes)
-
-    def _fits_beside_pins(self, entry: _Entry) -> bool:
+    def _fits_beside_pins(self, entry: Entry) -> bool:
         """Whether the adapter would fit if everything that is not pinned were gone."""
         assert entry.packed is not None
         pinned = [e for e in self._by_slot.values() if e.is_pinned and e.extent is not None]
@@ -564,29 +520,29 @@ class AdapterPool:
             return False
         return True
 
-    def _crowded_out(self, entry: _Entry) -> AdapterUnavailable:
+    def _crowded_out(self, entry: Entry) -> AdapterUnavailable:
         total = self._arena.size * self.weights.element_size()
         return AdapterUnavailable(
             f"the adapter needs {entry.nbytes} bytes of device memory and the pinned adapters "
             f"leave less of --max-adapter-bytes {total}; unpin one or raise the limit"
         )
 
-    def _compact(self) -> bool:
-        """Close the arena's gaps; not while a copy into it is under way."""
-        if any(entry.state is _State.PLACING for entry in self._by_slot.values()):
-            return False
-        by_extent = {id(entry.extent): entry for entry in self._by_slot.values()}
-        for extent, old_start in self._arena.compact():
-            old = self.weights[old_start : old_start + extent.size]
-            # The ranges may overlap, which copy_ does not allow.
-            self.weights[extent.start : extent.start + extent.size] = old.clone()
-            entry = by_extent[id(extent)]
-            moved = self.cells[entry.slot, :, 0]
-            moved[moved >= 0] += extent.start - old_start
-        self.counters["arena_compactions"] += 1
-        return True
+    def _may_move(self) -> bool:
+        """Whether the next step can wait for more to be moved."""
+        if self._moved_nbytes < _MOVED_TOGETHER:
+            return True
+        return self._copy_estimate.seconds(_MOVED_TOGETHER) <= self._patience_s
 
-    def _bind(self, entry: _Entry) -> None:
+    def _move(self, size: int) -> bool:
+        """Move a part of what stands between gaps; False: copies under way are in between."""
+        started, element_size = self._clock(), self.weights.element_size()
+        moved = self._compaction.advance(size, _MOVED_TOGETHER // element_size)
+        self._patience_s -= self._clock() - started
+        self._moved_nbytes += moved * element_size
+        self.counters["arena_moved_bytes"] += moved * element_size
+        return moved > 0
+
+    def _bind(self, entry: Entry) -> None:
         assert entry.packed is not None
         assert entry.extent is not None
         cells = entry.packed.cells.clone()
@@ -595,35 +551,31 @@ class AdapterPool:
         parts = cells[cells[:, layout.OFFSET] >= 0, layout.PARTS]
         self.has_overrides[entry.slot] = bool((parts & layout.OVERRIDES).any())
 
-    def _evict(self, entry: _Entry) -> None:
+    def _evict(self, entry: Entry) -> None:
         self.counters["adapter_evictions"] += 1
         if entry.packed is None:
             self._forget(entry)
             return
         self._discard_slot(entry)
         self._changed[entry.digest] = None
-        entry.state, entry.on_device_standing = _State.HOST, Standing()
+        entry.state, entry.on_device_standing = State.HOST, Standing()
         entry.load_tier, entry.load_ms = "device", 0.0
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         """Release every tier."""
         self._discard_slot(entry)
-        self._drop_host_copy(entry)
+        self._host.drop(entry)
         self._commanded.pop(entry.digest, None)
         self._changed[entry.digest] = None
         del self._entries[entry.digest]
 
-    def _drop_host_copy(self, entry: _Entry) -> None:
-        if entry.packed is not None:
-            self._host_nbytes -= entry.nbytes
-            entry.packed = None
-
-    def _discard_slot(self, entry: _Entry) -> None:
+    def _discard_slot(self, entry: Entry) -> None:
         if entry.slot < 0:
             return
         assert entry.extent is not None
         self.cells[entry.slot, :, 0] = -1
         self.has_overrides[entry.slot] = False
+        self._compaction.forget(entry.extent)
         self._arena.release(entry.extent)
         self._free_slots.append(entry.slot)
         self._no_room_from = None
@@ -634,7 +586,7 @@ class AdapterPool:
         for digest in list(self._unloading):
             entry = self._entries.get(digest)
             if entry is not None:
-                if entry.num_leases or entry.state in (_State.READING, _State.PLACING):
+                if entry.num_leases or entry.state in (State.READING, State.PLACING):
                     continue
                 self._forget(entry)
                 gone = AdapterUnavailable("the adapter was unloaded before its load was done")
@@ -642,50 +594,6 @@ class AdapterPool:
                 self._tell(entry.on_device, gone)
             for done in self._unloading.pop(digest):
                 done()
-
-    def _forget_unwanted_reads(self) -> None:
-        """Give up reads that have not begun and that nobody waits for any more."""
-        for future, entry in list(self._jobs.items()):
-            is_awaited = (
-                self._is_wanted(entry)
-                or entry.on_host
-                or entry.digest in self._unloading
-                or entry.wanted_round >= self._round - _ABANDONED_AFTER
-            )
-            if entry.state is _State.READING and not is_awaited and future.cancel():
-                del self._jobs[future]
-                self._forget(entry)
-
-    def _trim_host(self) -> None:
-        """Drop host copies until the rest is within its budget: first those behind the device."""
-        if self._host_nbytes <= self.host_bytes:
-            return
-        held = [entry for entry in self._entries.values() if entry.packed is not None]
-        held.sort(key=lambda e: (e.state is not _State.DEVICE, self._host_score(e)))
-        for entry in held:
-            if self._host_nbytes <= self.host_bytes:
-                return
-            if entry.state is _State.DEVICE:
-                self._drop_host_copy(entry)
-            elif entry.state is _State.HOST and not self._is_wanted(entry):
-                self._host_order.evicted(self._host_score(entry))
-                self._forget(entry)
-            else:
-                continue
-            self.counters["host_evictions"] += 1
-
-    def _residency(self, entry: _Entry) -> Residency:
-        tier: Tier = "store" if entry.state is _State.READING else "host"
-        if entry.state is _State.DEVICE:
-            tier = "device"
-        return Residency(
-            entry.digest,
-            tier,
-            is_pinned=entry.is_pinned,
-            num_leases=entry.num_leases,
-            last_used=entry.last_used,
-            nbytes=entry.nbytes,
-        )
 
     @staticmethod
     def _tell(waiters: list[Done], outcome: Residency | PolyadaptError) -> None:
@@ -702,7 +610,7 @@ def _copy_beside(target: torch.Tensor, source: torch.Tensor) -> None:
         target.copy_(source)
 
 
-def _too_large(entry: _Entry, capacity: int, element_size: int) -> InvalidRequest:
+def _too_large(entry: Entry, capacity: int, element_size: int) -> InvalidRequest:
     return InvalidRequest(
         f"the adapter needs {entry.nbytes} bytes of device memory, --max-adapter-bytes is "
         f"{capacity * element_size}; raise it or lower the adapter's rank",

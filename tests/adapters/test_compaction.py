@@ -21,7 +21,7 @@ class Rig:
     def __init__(self, size: int, num_slots: int = 16) -> None:
         self.arena = Arena(size)
         self.weights = torch.full((size,), -1.0)
-        self.cells = torch.zeros(num_slots, NUM_SITES, 3, dtype=torch.int64)
+        self.cells = torch.zeros(num_slots, NUM_SITES, layout.COLUMNS, dtype=torch.int64)
         self.cells[:, :, layout.OFFSET] = -1
         self.compaction = Compaction(self.arena, self.weights, self.cells)
         self.held: dict[int, tuple[Extent, dict[int, torch.Tensor]]] = {}

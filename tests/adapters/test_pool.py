@@ -39,7 +39,7 @@ def packed_cells(value: float, sizes: list[int]) -> PackedAdapter:
     whole = packed(value, sum(sizes))
     start = 0
     for site_id, size in enumerate(sizes):
-        whole.cells[site_id] = torch.tensor([start, 2, 0])
+        whole.cells[site_id] = torch.tensor([start, 2, 0, 0])
         whole.weights[start : start + size] = value + site_id / 8
         start += size
     return whole

@@ -254,3 +254,6 @@ class EngineStats:
     waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for
     counters: dict[str, int] = field(default_factory=dict)  # event -> how often
     steps_by_adapters: dict[int, int] = field(default_factory=dict)  # distinct adapters -> steps
+    # Of the busiest adapters that route their rows, by digest, since they came to the device: rows,
+    # counted at every module, and then each expert's part of the weight.
+    routing: dict[str, tuple[float, ...]] = field(default_factory=dict)

@@ -132,6 +132,22 @@ async def test_the_engines_counters_are_shown(server: Server) -> None:
     assert found["polyadapt_kv_pages_cached", "{}"] == 8
 
 
+async def test_what_routed_adapters_chose_is_shown_by_name(server: Server) -> None:
+    body = await server.upload("mix", "1")
+    server.engine.routing = {body["digest"]: (40.0, 0.75, 0.25), "sha256:gone": (1.0, 1.0)}
+    found = await samples(server)
+    assert found["polyadapt_adapter_routed_rows", '{"adapter": "mix"}'] == 40
+    shares = {
+        labels: value
+        for (name, labels), value in found.items()
+        if name == "polyadapt_adapter_expert_share"
+    }
+    assert shares == {
+        '{"adapter": "mix", "expert": "0"}': 0.75,
+        '{"adapter": "mix", "expert": "1"}': 0.25,
+    }
+
+
 async def test_failures_are_counted_by_code(server: Server) -> None:
     server.engine.failure = (1, "numerical_error", "x")
     await server.client.post("/v1/chat/completions", json=CHAT)

@@ -95,6 +95,7 @@ class FakeEngine:
     deleted: set[str] = field(default_factory=set)
     resident: dict[str, Residency] = field(default_factory=dict)
     num_stops: int = 0
+    routing: dict[str, tuple[float, ...]] = field(default_factory=dict)
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
@@ -230,6 +231,7 @@ class FakeEngine:
             num_pages=64,
             adapter_bytes_used=100 * len(self.resident),
             counters={"preemptions": 3},
+            routing=self.routing,
         )
 
     def residencies(self) -> dict[str, Residency]:

@@ -58,10 +58,11 @@ class AdapterPool:
         keeps_host_copies: bool = True,
         clock: Callable[[], float] = time.monotonic,
         has_overrides: np.ndarray | None = None,
+        on_bind: Callable[[int], None] = lambda slot: None,
     ) -> None:
         """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
         need not be read again after an eviction. has_overrides: bool [num_slots], written here,
-        read by the plans' buffers.
+        read by the plans' buffers. on_bind is told of every slot that is given to an adapter.
         """
         if has_overrides is None:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
@@ -73,6 +74,7 @@ class AdapterPool:
         self._read = read
         self._wake = wake
         self._clock = clock
+        self._on_bind = on_bind
         self._arena = Arena(arena.numel())
         self._compaction = Compaction(self._arena, self.weights, self.cells)
         self._read_ahead = ReadAhead(
@@ -166,6 +168,10 @@ class AdapterPool:
     def traits(self, slot: int) -> Traits:
         """What the engine has to know of the resident adapter."""
         return self._by_slot[slot].traits
+
+    def digests(self) -> dict[int, str]:
+        """The adapters on the device by their slots."""
+        return {slot: entry.digest for slot, entry in self._by_slot.items()}
 
     def are_on_device(self, adapters: Iterable[AppliedAdapter]) -> bool:
         """Whether a lease of all of them would be given now; changes nothing."""
@@ -550,6 +556,7 @@ class AdapterPool:
         self.cells[entry.slot] = cells
         parts = cells[cells[:, layout.OFFSET] >= 0, layout.PARTS]
         self.has_overrides[entry.slot] = bool((parts & layout.OVERRIDES).any())
+        self._on_bind(entry.slot)
 
     def _evict(self, entry: Entry) -> None:
         self.counters["adapter_evictions"] += 1

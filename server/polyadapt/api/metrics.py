@@ -135,7 +135,28 @@ class _EngineCollector(Collector):
             events.add_metric([name], float(count))
         yield events
         yield _steps_by_adapters(stats)
+        yield from self._routing(stats)
         yield from self._for_the_gateway(stats, info)
+
+    def _routing(self, stats: EngineStats) -> Iterable[Metric]:
+        """Yield what adapters with routers choose; the engine names only the busiest of them."""
+        rows = GaugeMetricFamily(
+            "polyadapt_adapter_routed_rows",
+            "Rows that an adapter has routed, at every module, since it came to the device",
+            labels=["adapter"],
+        )
+        shares = GaugeMetricFamily(
+            "polyadapt_adapter_expert_share",
+            "Part of the weight that an expert, or some neighbours of many, got of those rows",
+            labels=["adapter", "expert"],
+        )
+        for digest, (count, *parts) in stats.routing.items():
+            for name in self._names([digest])[:1]:
+                rows.add_metric([name], count)
+                for expert, share in enumerate(parts):
+                    shares.add_metric([name, str(expert)], share)
+        yield rows
+        yield shares
 
     def _for_the_gateway(self, stats: EngineStats, info: EngineInfo | None) -> Iterable[Metric]:
         """Yield the names of kubernetes-sigs/gateway-api-inference-extension's protocol

@@ -25,6 +25,7 @@ from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.runner import ModelRunner
 from polyadapt.engine.scheduler import Scheduler
+from polyadapt.engine.usage import RoutingUsage
 from polyadapt.errors import StartupError
 from polyadapt.models.base import BaseModel
 from polyadapt.models.fuse import fuse
@@ -68,6 +69,8 @@ def build_engine(
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
     tokens, outputs = (PlanBuffers(max_rows, device, cells, has_overrides) for _ in range(2))
+    usage = RoutingUsage(cells)
+    tokens.usage = usage.table
     wrap_sites(base, arena, cells, tokens, outputs)
     chosen = choose(dtype, is_exact=config.exact)
     fused = fuse(base, config.page_size, chosen)
@@ -78,6 +81,7 @@ def build_engine(
         arena=arena,
         cells=cells,
         has_overrides=has_overrides,
+        on_bind=usage.forget,
         read=AdapterReader(
             blob_root,
             base.spec,
@@ -130,7 +134,13 @@ def build_engine(
         config.page_size, adapter_bytes >> 20, info.strategy,
     )  # fmt: skip
     return Engine(
-        info=info, scheduler=scheduler, runner=runner, pool=pool, pace=pace, counters=counters
+        info=info,
+        scheduler=scheduler,
+        runner=runner,
+        pool=pool,
+        pace=pace,
+        counters=counters,
+        usage=usage,
     )
 
 

@@ -22,6 +22,7 @@ from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
 from polyadapt.engine.runner import ModelRunner, StepLogits
 from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
 from polyadapt.engine.scheduler import ScheduledRows, Scheduler, is_overdue
+from polyadapt.engine.usage import RoutingUsage
 from polyadapt.errors import (
     AdapterCold,
     AdapterDeleted,
@@ -74,6 +75,7 @@ class Engine:
         pool: AdapterPool,
         pace: Pace,
         counters: Counter[str],
+        usage: RoutingUsage | None = None,
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -81,6 +83,7 @@ class Engine:
         self.pool = pool
         self._pace = pace
         self.counters = counters
+        self._usage = usage or RoutingUsage(pool.cells)
         self._groups: dict[str, RequestGroup] = {}
         self._impatient: dict[str, RequestGroup] = {}  # who fails rather than wait for adapters
         self._left_cold: dict[str, _LeftCold] = {}  # by digest, the oldest first
@@ -185,6 +188,7 @@ class Engine:
                 override_steps=self.runner.num_override_steps,
             ),
             steps_by_adapters=dict(self._steps_by_adapters),
+            routing=self._usage.snapshot(self.pool.digests()),
         )
 
     def check_integrity(self) -> None:

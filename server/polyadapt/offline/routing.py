@@ -13,12 +13,10 @@ import torch
 
 from polyadapt.adapters.validator import validate
 from polyadapt.config import EngineConfig
+from polyadapt.engine.usage import COLLAPSE_SHARE
 from polyadapt.errors import InvalidRequest
 from polyadapt.offline.served import ServedModel
 from polyadapt_store.limits import StoreLimits
-
-# One expert with so large a part of all weight is a collapse, where there are several.
-COLLAPSE_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""What adapters with routers chose since they came to the device, and a warning where one expert of
+several got nearly all.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from polyadapt.ops import cells as layout
+
+logger = logging.getLogger(__name__)
+
+MAX_ADAPTERS = 16  # in one snapshot: those with the most rows
+# One expert with so large a part of all weight is a collapse, once so many rows were routed.
+COLLAPSE_SHARE = 0.9
+_ENOUGH_ROWS = 5_000  # a row counts once at every routed module
+
+
+class RoutingUsage:
+    """Owns float32 [num_slots, cells.USAGE_COLUMNS], which the products of every step add to."""
+
+    def __init__(self, cells: torch.Tensor) -> None:
+        """cells: int64 [num_slots, num_sites, 4], the pool's."""
+        self.table = torch.zeros(cells.shape[0], layout.USAGE_COLUMNS)
+        self._cells = cells
+        self._warned: set[str] = set()  # digests
+
+    def forget(self, slot: int) -> None:
+        """Begin anew for whoever is in the slot from now on."""
+        self.table[slot] = 0.0
+
+    def snapshot(self, digest_of: dict[int, str]) -> dict[str, tuple[float, ...]]:
+        """Return by digest the rows, and then each expert's part of their weight, in percent of 1.
+
+        digest_of: the adapters on the device by slot. More experts than cells.USAGE_BUCKETS share
+        their parts with their neighbours.
+        """
+        rows = self.table[:, 0]
+        if not bool(rows.any()):  # nearly every server
+            return {}
+        slots = rows.argsort(descending=True)[:MAX_ADAPTERS].tolist()
+        found = {}
+        for slot in slots:
+            if rows[slot] == 0 or slot not in digest_of:
+                continue
+            codes = self._cells[slot, self._cells[slot, :, layout.OFFSET] >= 0, layout.ROUTING]
+            num = max(layout.Routing.of(code).num_scores for code in set(codes.tolist()) if code)
+            weights = self.table[slot, 1 : 1 + min(num, layout.USAGE_BUCKETS)]
+            shares = (weights / weights.abs().sum().clamp(min=1e-30)).tolist()
+            found[digest_of[slot]] = (float(rows[slot]), *shares)
+        self._warn(found)
+        return found
+
+    def _warn(self, found: dict[str, tuple[float, ...]]) -> None:
+        self._warned &= found.keys()
+        for digest, (rows, *shares) in found.items():
+            is_collapsed = len(shares) > 1 and max(shares) > COLLAPSE_SHARE
+            if is_collapsed and rows >= _ENOUGH_ROWS and digest not in self._warned:
+                self._warned.add(digest)
+                logger.warning(
+                    "the routing of adapter %s has collapsed: expert %d has %.0f %% of the weight "
+                    "of %d rows; `polyadapt inspect --routing` shows it module by module",
+                    digest, shares.index(max(shares)), 100 * max(shares), rows,
+                )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.family_samples import SAMPLES, make_sample
+from tests.support.family_samples import NAMES, make_sample
 from tests.support.servers import RunningServer, running_server
 
 NUM_TOKENS = 24
@@ -23,7 +23,7 @@ def server(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
     model_dir, root = tiny_model("llama"), tmp_path_factory.mktemp("http-families")
     options = ("--max-num-seqs", "64", "--no-prefix-cache")
     with running_server(root / "home", model_dir, *options) as running:
-        for name in SAMPLES:
+        for name in NAMES:
             upload(running, name, make_sample(name, model_dir, root / name))
         yield running
 
@@ -40,9 +40,10 @@ def upload(server: RunningServer, name: str, directory: Path) -> None:
 def bodies(server: RunningServer) -> dict[str, dict[str, Any]]:
     """What is asked, by a name of its own: every family, the base, and adapters together."""
     (base,) = [m["id"] for m in server.get("/v1/models").json()["data"] if not m.get("parent")]
-    asked = {name: {"model": name} for name in SAMPLES}
+    asked = {name: {"model": name} for name in NAMES}
     asked |= {f"base{n}": {"model": base} for n in range(3)}
-    pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("road", "gralora")]
+    pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("road", "gralora"),
+             ("smora", "mola"), ("arrow", "lora")]  # fmt: skip
     for one, two in pairs:
         adapters = [{"name": one}, {"name": two}]
         asked[f"{one} + {two}"] = {"model": base, "adapters": adapters}
@@ -61,7 +62,7 @@ def outcome(reply: httpx.Response) -> tuple[list[int], list[float]]:
 
 def test_every_family_and_composition_in_one_step_equals_itself_alone(server) -> None:
     asked = bodies(server)
-    for name in SAMPLES:  # so that all are admitted together
+    for name in NAMES:  # so that all are admitted together
         assert server.post(f"/v1/adapters/{name}/load", json={}).status_code == 200
     alone = {n: outcome(server.post("/v1/completions", json=b)) for n, b in asked.items()}
     before = {b: steps_of_at_most(server, b) for b in (14, 64)}

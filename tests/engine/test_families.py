@@ -1,4 +1,4 @@
-"""Every family in one batch: each row equals PEFT alone, whoever shares the step with it."""
+"""Every family in one batch: each row equals its oracle, whoever shares the step with it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.oracle import peft_oracle, tiny
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
-from tests.support.family_samples import SAMPLES, make_sample
+from tests.support.family_samples import NAMES, ROUTED, make_sample, oracle_logits
 
 from polyadapt.types import AdapterId, Request
 
@@ -23,7 +23,7 @@ Zoo = tuple[Path, Path, dict[str, tuple[AdapterId, Path]]]
 def zoo(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     """(model directory, blob root, name -> (identity, PEFT's directory))."""
     model_dir, root = tiny_model("llama"), tmp_path_factory.mktemp("families")
-    made = {name: make_sample(name, model_dir, root / name) for name in SAMPLES}
+    made = {name: make_sample(name, model_dir, root / name) for name in NAMES}
     blobs = root / "blobs"
     return model_dir, blobs, {name: (put_blob(blobs, d, name), d) for name, d in made.items()}
 
@@ -40,7 +40,7 @@ def requests_of(zoo: Zoo) -> list[tuple[Request, Path | None]]:
     return found
 
 
-def test_every_family_in_one_batch_equals_peft(zoo: Zoo) -> None:
+def test_every_family_in_one_batch_equals_its_oracle(zoo: Zoo) -> None:
     model_dir, blobs, identified = zoo
     engine = new_engine(model_dir, blobs, max_num_batched_tokens=2048, **ROOM)
     recorder, driver = LogitsRecorder(engine), Driver(engine)
@@ -54,14 +54,17 @@ def test_every_family_in_one_batch_equals_peft(zoo: Zoo) -> None:
         seen = [*request.prompt_ids, *tokens[:-1]]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT's own, of CUDA extensions and sparse tensors
-            oracle = peft_oracle.logits(model_dir, adapter_dir, seen)
+            oracle = oracle_logits(request.id, model_dir, adapter_dir, seen)
         try:
             peft_oracle.assert_matches(recorder.of(request.id), oracle)
         except AssertionError as error:
             raise AssertionError(f"{request.id}: {error}") from error
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "oft", "road", "ln_tuning", "lora-head"])
+ALONE = ["lora", "dora", "ia3", "oft", "road", "ln_tuning", "lora-head", *ROUTED]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_a_row_alone_equals_the_row_in_the_batch(name: str, zoo: Zoo) -> None:
     model_dir, blobs, _ = zoo
     requests = [request for request, _ in requests_of(zoo)]

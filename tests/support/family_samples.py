@@ -1,17 +1,19 @@
-"""One checkpoint of every family, made by PEFT on a model: what a server is filled with.
+"""One checkpoint of every family, made for a model: what a server is filled with.
 
 Imports nothing of polyadapt.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
+from tests.oracle import peft_oracle, routed
 from transformers import AutoModelForCausalLM
 
 SOME = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -86,9 +88,33 @@ SAMPLES: Mapping[str, tuple[Callable[[], peft.PeftConfig], float]] = {
     ),
 }
 
+# name -> what writes the files of a family that PEFT does not save: (base, directory, seed=...)
+ROUTED: Mapping[str, Callable[..., Path]] = {
+    "smora": functools.partial(routed.write_smora, rank=9, kept=4, partition=3, bias=0.0),
+    "smora-odd": functools.partial(routed.write_smora, rank=7, kept=3),
+    "loramoe": routed.write_loramoe,
+    "mola": functools.partial(routed.write_mola, num_experts=[2, 5, 4]),
+    "arrow": functools.partial(routed.write_arrow, num_experts=5, top_k=3, temperature=0.7),
+    "arrow-general": functools.partial(routed.write_arrow, num_general=2),
+}
+
+NAMES = (*SAMPLES, *ROUTED)
+
+
+def oracle_logits(
+    name: str, model_dir: Path, directory: Path | None, ids: Sequence[int]
+) -> torch.Tensor:
+    """What the sample makes of the model, without polyadapt: logits [len(ids), vocabulary]."""
+    if name in ROUTED:
+        assert directory is not None
+        return routed.logits(model_dir, directory, ids)
+    return peft_oracle.logits(model_dir, directory, ids)
+
 
 def make_sample(name: str, model_dir: Path, directory: Path, seed: int = 1) -> Path:
-    """Have PEFT save the family's checkpoint for the model at `model_dir`."""
+    """Have PEFT save the family's checkpoint for the model at `model_dir`, or write it."""
+    if name in ROUTED:
+        return ROUTED[name](peft_oracle.load_base(model_dir), directory, seed=seed)
     make, std = SAMPLES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

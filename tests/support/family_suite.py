@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from polyadapt.adapters.packing import pack
 from polyadapt.adapters.registry import family_of, read_config
 from polyadapt.errors import AdapterRejected
 from polyadapt.ops import cells
+from polyadapt.ops.cells import Router
 from polyadapt_store.checkpoint import Checkpoint
 
 IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
@@ -86,6 +88,26 @@ def _check_declared(family: Any, plan: AdapterPlan, deltas: Mapping[int, Delta])
         return
     if family.scaling in ("yes", "no"):
         assert plan.traits.is_scalable == (family.scaling == "yes"), f"{family.name}.scaling"
+
+
+@torch.no_grad()
+def check_equals(
+    base: PreTrainedModel,
+    directory: Path,
+    oracle: nn.Module,
+    *,
+    ids: torch.Tensor = IDS,
+    tolerance: float = TOLERANCE,
+) -> AdapterPlan:
+    """Assert that the adapter makes of `base` what `oracle` is, and that it does something."""
+    plan, deltas = load(directory, base)
+    found = apply(base, deltas)(input_ids=ids).logits
+    expected, plain = oracle(input_ids=ids).logits, base(input_ids=ids).logits
+    largest = expected.abs().max()
+    assert (expected - plain).abs().max() > 1e-2 * largest, "the adapter changes nothing"
+    difference = float((found - expected).abs().max() / largest)
+    assert difference <= tolerance, f"differs by {difference:.1e} of the largest logit"
+    return plan
 
 
 @torch.no_grad()
@@ -233,10 +255,46 @@ class _Linear(nn.Module):
             y = (1 + delta.swap[0]) * y + delta.swap[1] * halves.flip(-2).reshape(y.shape)
         if delta.out_scale is not None:
             y = y + delta.out_scale * y
-        y = y + x @ delta.a.t() @ delta.b.t()
+        h = x @ delta.a.t()
+        if delta.routing is not None:
+            h = h * _shares(delta, x)
+        y = y + h @ delta.b.t()
         if delta.bias is not None:
             y = y + delta.bias
         return y if delta.dense is None else y + x @ delta.dense.t()
+
+
+def _shares(delta: Delta, x: torch.Tensor) -> torch.Tensor:
+    """What each row's components weigh [..., rank], row by row; see polyadapt.ops.cells: Router."""
+    routing, router, rank = delta.routing, delta.router, len(delta.a)
+    assert routing is not None
+    assert router is not None
+    size = rank // routing.num_scores
+    rows = []
+    for scores in (x.reshape(-1, x.shape[-1]) @ router.t()).tolist():
+        weights = [0.0] * rank
+        if routing.router is Router.SIGMOID:
+            bias = [0.0] * rank if delta.router_bias is None else delta.router_bias.tolist()
+            values = [1 / (1 + math.exp(-scores[i // size])) + bias[i] for i in range(rank)]
+            kept = _best(values, routing.top_k)
+            for i in kept:
+                weights[i] = values[i] / sum(values[j] for j in kept)
+        else:
+            is_arrow = routing.router is Router.MAGNITUDE
+            scores = [abs(score) / routing.value for score in scores] if is_arrow else scores
+            kept = _best(scores, routing.top_k)
+            among = kept if is_arrow or routing.renormalise else range(len(scores))
+            total = sum(math.exp(scores[e] - max(scores)) for e in among)
+            for e in kept:
+                share = math.exp(scores[e] - max(scores)) / total
+                weights[e * size : (e + 1) * size] = [share] * size
+        rows.append(weights)
+    return torch.tensor(rows).reshape(*x.shape[:-1], rank)
+
+
+def _best(values: list[float], top_k: int) -> list[int]:
+    order = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    return order[: top_k or len(values)]
 
 
 class _Embedding(nn.Module):

@@ -191,7 +191,7 @@ def keeps_keys_and_values(site_ids: Iterable[int], base: BaseSpec) -> bool:
     MLP, the final norm, the head. The base must be one stack of numbered layers, each run once and
     in order of its number, whose last one names its k and v; everything unknown is False.
     """
-    placed = [_layer_of(site.path) for site in base.sites]
+    placed = [layer_of(site.path) for site in base.sites]
     stacks = {layer[0] for layer in placed if layer is not None}
     if len(stacks) != 1:
         return False
@@ -216,7 +216,7 @@ def keeps_keys_and_values(site_ids: Iterable[int], base: BaseSpec) -> bool:
     return all(map(is_behind, site_ids))
 
 
-def _layer_of(path: str) -> tuple[str, int] | None:
+def layer_of(path: str) -> tuple[str, int] | None:
     """The path of the stack that holds a module, and the number of its layer there; or None."""
     parts = path.split(".")
     for at, (part, number) in enumerate(pairwise(parts)):

@@ -1004,16 +1004,15 @@ def _joined(delta: Delta | None, other: Delta) -> Delta:
     def total(one: torch.Tensor | None, two: torch.Tensor | None) -> torch.Tensor | None:
         return two if one is None else one if two is None else one + two
 
-    return Delta(
-        torch.cat([delta.a, other.a]).contiguous(),
-        torch.cat([delta.b, other.b], 1).contiguous(),
+    # A router weighs all components of a cell: families that have one refuse what would add others.
+    assert delta.routing is None or not len(other.a)
+    return replace(
+        delta,
+        a=torch.cat([delta.a, other.a]).contiguous(),
+        b=torch.cat([delta.b, other.b], 1).contiguous(),
         bias=total(delta.bias, other.bias),
-        out_scale=delta.out_scale,
-        transform=delta.transform,
-        swap=delta.swap,
         dense=total(delta.dense, other.dense),
         weight=other.weight if delta.weight is None else delta.weight,
-        group=delta.group,
     )
 
 

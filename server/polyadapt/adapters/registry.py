@@ -8,6 +8,7 @@ from typing import Any
 
 from polyadapt.adapters.adapter import Family
 from polyadapt.adapters.families.adalora import AdaLora
+from polyadapt.adapters.families.arrow import Arrow
 from polyadapt.adapters.families.beft import Beft
 from polyadapt.adapters.families.boft import Boft
 from polyadapt.adapters.families.c3a import C3a
@@ -23,12 +24,15 @@ from polyadapt.adapters.families.ln_tuning import LnTuning
 from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
+from polyadapt.adapters.families.loramoe import LoraMoe
 from polyadapt.adapters.families.miss import Miss
+from polyadapt.adapters.families.mola import Mola
 from polyadapt.adapters.families.oft import Oft
 from polyadapt.adapters.families.pvera import Pvera
 from polyadapt.adapters.families.randlora import Randlora
 from polyadapt.adapters.families.road import Road
 from polyadapt.adapters.families.shira import Shira
+from polyadapt.adapters.families.smora import Smora
 from polyadapt.adapters.families.sora import Sora
 from polyadapt.adapters.families.trainable_tokens import TrainableTokens
 from polyadapt.adapters.families.vblora import Vblora
@@ -41,6 +45,7 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
+    Arrow(),
     Beft(),
     Boft(),
     C3a(),
@@ -55,12 +60,15 @@ FAMILIES: tuple[Family, ...] = (
     LnTuning(),
     Loha(),
     Lokr(),
+    LoraMoe(),
     Miss(),
+    Mola(),
     Oft(),
     Pvera(),
     Randlora(),
     Road(),
     Shira(),
+    Smora(),
     Sora(),
     TrainableTokens(),
     Vblora(),

@@ -56,7 +56,7 @@ class _Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
+class LoraSettings:
     """What a config says about the numbers."""
 
     rank: int
@@ -87,7 +87,7 @@ class _Settings:
         return float(alpha / math.sqrt(rank) if self.is_rank_stabilised else alpha / rank)
 
 
-class Lora(PeftFamily[_Settings]):
+class Lora(PeftFamily[LoraSettings]):
     """The family `lora`."""
 
     name = "lora"
@@ -121,7 +121,8 @@ class Lora(PeftFamily[_Settings]):
     refused_keys: ClassVar = {
         "layer_replication": "it repeats layers, so it needs another base model",
         "use_qalora": "its A works on groups of inputs",
-        "arrow_config": "it routes tokens between several adapters",
+        "arrow_config": "it routes tokens between several adapters, which "
+        "`polyadapt convert --from arrow` puts together",
         "monteclora_config": "it stores a sampler beside A and B",
         "velora_config": "it stores projections beside A and B",
         "megatron_config": "it needs Megatron's parallel layers as the base",
@@ -136,7 +137,7 @@ class Lora(PeftFamily[_Settings]):
         """
         return super().claims(config) and not config.get("nested")
 
-    def settings(self, reader: ConfigReader, base: BaseSpec) -> _Settings:
+    def settings(self, reader: ConfigReader, base: BaseSpec) -> LoraSettings:
         """See PeftFamily.settings. PEFT's defaults stand for keys that are left out."""
         for key in ("fan_in_fan_out",):
             reader.flag(key)
@@ -164,7 +165,7 @@ class Lora(PeftFamily[_Settings]):
                 "kasa_config is not served together with DoRA, aLoRA, BD-LoRA, PiSSA, OLoRA or "
                 "target_parameters",
             )
-        return _Settings(
+        return LoraSettings(
             rank=reader.rank("r"),
             alpha=reader.number("lora_alpha", 8),
             is_rank_stabilised=reader.flag("use_rslora"),
@@ -183,7 +184,7 @@ class Lora(PeftFamily[_Settings]):
             is_truncating=is_truncating,
         )
 
-    def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
+    def shape(self, role: str, site: SiteSpec, settings: LoraSettings) -> tuple[int | str, ...]:
         """See PeftFamily.shape: of a block-diagonal factor only the blocks are stored."""
         if settings.blocks is not None and role in ("a", "b"):
             num_a, num_b = settings.blocks.of(site.path)
@@ -193,7 +194,7 @@ class Lora(PeftFamily[_Settings]):
                 return ("out", settings.site_rank(site) // num_b)
         return self.forms[role].shape
 
-    def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
+    def cell(self, module: Module, settings: LoraSettings) -> tuple[int, int]:
         """See PeftFamily.cell."""
         site, rank = module.site, module.sizes["rank"]
         parts = cells.BIAS if "b_bias" in module.keys else 0
@@ -221,7 +222,7 @@ class Lora(PeftFamily[_Settings]):
         module: Module,
         tensors: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
-        settings: _Settings,
+        settings: LoraSettings,
         base: SiteBase,
     ) -> Delta:
         """See PeftFamily.delta."""
@@ -246,36 +247,36 @@ class Lora(PeftFamily[_Settings]):
         return low_rank(a, b, bias=bias)
 
     def replaced_whole(
-        self, modules: Mapping[int, Module], settings: _Settings, base: BaseSpec
+        self, modules: Mapping[int, Module], settings: LoraSettings, base: BaseSpec
     ) -> tuple[str, ...]:
         """See PeftFamily.replaced_whole: PEFT saves a tied head with the embedding, unnamed."""
         paths = [module.site.path for module in modules.values() if "new_weight" in module.keys]
         is_saved = settings.is_head_tied and settings.is_embedding_saved
         return (base.head_path,) if is_saved and base.embedding_path in paths else ()
 
-    def targets(self, settings: _Settings, base: BaseSpec) -> set[int]:
+    def targets(self, settings: LoraSettings, base: BaseSpec) -> set[int]:
         """PEFT takes the head out of target_modules when it gives it the embedding's LoRA."""
         targeted = set(settings.parameters.values())
         if settings.is_head_tied:
             targeted |= {i for i, site in enumerate(base.sites) if site.path == base.head_path}
         return targeted
 
-    def places(self, settings: _Settings, base: BaseSpec) -> dict[str, int]:
+    def places(self, settings: LoraSettings, base: BaseSpec) -> dict[str, int]:
         """See PeftFamily.places."""
         return {**super().places(settings, base), **settings.parameters}
 
-    def multiplies(self, settings: _Settings) -> bool:
+    def multiplies(self, settings: LoraSettings) -> bool:
         """See PeftFamily.multiplies: KaSA takes components out of the base, and no other may."""
         return settings.is_truncating
 
-    def traits(self, settings: _Settings) -> dict[str, Any]:
+    def traits(self, settings: LoraSettings) -> dict[str, Any]:
         """See PeftFamily.traits."""
         return {"invocation": settings.invocation}
 
     def check(
         self,
         modules: Mapping[int, Module],
-        settings: _Settings,
+        settings: LoraSettings,
         base: BaseSpec,
         problems: list[Problem],
         notes: list[str],
@@ -491,7 +492,7 @@ def _beside_intact_base(
     a: torch.Tensor,
     b: torch.Tensor,
     bias: torch.Tensor | None,
-    settings: _Settings,
+    settings: LoraSettings,
     site: SiteSpec,
     base: SiteBase,
 ) -> Delta:

@@ -163,6 +163,28 @@ def test_converting_writes_a_directory_and_inspects_it(
     assert "unknown_config_key" in out
 
 
+def test_several_loras_become_one_that_routes_between_them(
+    tiny_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from tests.oracle import adapters
+
+    model_dir = tiny_model("llama")
+    one, two, three, general = (
+        str(adapters.make_lora(model_dir, tmp_path / name, 4, seed=seed))
+        for seed, name in enumerate(("one", "two", "three", "general"))
+    )
+    status, out, err = run(
+        "convert", one, str(tmp_path / "out"), "--from", "arrow", "--expert", two,
+        "--expert", three, "--general", general, "--top-k", "2", "--temperature", "0.5",
+        "--base", str(model_dir), home=tmp_path,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "the engine computes what was read" in " ".join(out.split())
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (len(config["experts"]), len(config["general"])) == (3, 1)
+    assert config["arrow_config"] == {"top_k": 2, "router_temperature": 0.5, "use_gks": True}
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -208,6 +208,14 @@ def convert(
     initial: Annotated[
         Path | None, typer.Option(help="The adapter's directory of before its training.")
     ] = None,
+    expert: Annotated[
+        list[Path] | None, typer.Option(help="Another LoRA to choose from; may be repeated.")
+    ] = None,
+    general: Annotated[
+        list[Path] | None, typer.Option(help="A LoRA whose mean is taken off; may be repeated.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Experts that a row takes.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the choice between experts.")] = 1.0,
     base: Annotated[
         str | None, typer.Option(help="The base, for what was trained, and for inspecting.")
     ] = None,
@@ -236,6 +244,10 @@ def convert(
             initial=None if initial is None else read_source(initial),
             base=None if base is None else load_base(_model_dir(base, home)),
             deltas_only=deltas_only,
+            experts=tuple(map(read_source, expert or ())),
+            general=tuple(map(read_source, general or ())),
+            top_k=top_k,
+            temperature=temperature,
         )
         notes = write_converted(kind, read_source(source), given, target, force=force)
         for note in notes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from tests.oracle.routed import routed, write_loramoe, write_mola
 from tests.support.family_suite import IDS, apply, load, make_checkpoint
 from tests.support.peft_adapters import reload, save, tiny_gpt2, tiny_llama
 from torch import nn
@@ -192,6 +194,76 @@ def test_what_a_loralib_file_does_not_say_is_asked_for(tmp_path: Path) -> None:
     torch.save(state | {"classifier.weight": torch.ones(2, 2)}, path)
     notes = converted("dylora", path, out, alpha=ALPHA, deltas_only=True)
     assert "left out unseen" in notes[0]
+
+
+# --------------------------------------------------------------------------- mixtures
+@pytest.mark.parametrize("write", [write_loramoe, write_mola])
+@torch.no_grad()
+def test_a_pickle_of_moe_peft_is_the_same_in_safetensors(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_llama()
+    oracle = routed(base, write(base, tmp_path / "in"))
+    converted("pickle", as_pickle(tmp_path / "in"), tmp_path / "out")
+    assert_same(apply(base, load(tmp_path / "out", base)[1]), oracle, base)
+
+
+def as_its_authors(directory: Path) -> Path:
+    """Rename MoE-PEFT's tensors of MoLA as the authors' own code calls them."""
+    renamed = {}
+    for key, tensor in load_file(directory / "adapter_model.safetensors").items():
+        name = key.replace("mola.layers.", "base_model.model.model.layers.")
+        name = re.sub(r"experts\.(\d+)\.(lora_.)", r"\2_\1", name)
+        renamed[name.replace("moe_gate", "router.router")] = tensor
+    (directory / "adapter_model.safetensors").unlink()
+    torch.save(renamed, directory / "adapter_model.bin")
+    config = json.loads((directory / "adapter_config.json").read_text())
+    kept = ("lora_alpha", "target_modules", "bias", "task_type")
+    config = {key: config[key] for key in kept} | {"r": [3, 3], "peft_type": "LORA"}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@torch.no_grad()
+def test_mola_of_its_authors_is_the_same_with_the_experts_of_each_layer(tmp_path: Path) -> None:
+    base = tiny_llama()
+    source = write_mola(base, tmp_path / "in", num_experts=[2, 5])
+    oracle = routed(base, source)
+    as_its_authors(source)
+    with pytest.raises(StartupError, match="give --top-k"):
+        converted("mola", source, tmp_path / "out")
+    converted("mola", source, tmp_path / "out", top_k=2)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["num_experts"], config["r"], config["top_k"]) == ([2, 5], [3, 3], 2)
+    assert_same(apply(base, load(tmp_path / "out", base)[1]), oracle, base)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight", "is none of <module>"),
+        ("base_model.model.lm_head.lora_A_0.weight", "is none of <module>"),
+        ("base_model.model.model.layers.3.self_attn.q_proj.lora_A_0.weight", "expected all of"),
+    ],
+)
+def test_other_tensors_are_not_mola(name: str, words: str, tmp_path: Path) -> None:
+    base = tiny_llama()
+    as_its_authors(write_mola(base, tmp_path))
+    tensors = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    torch.save(tensors | {name: torch.ones(3, 32)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(StartupError, match=words):
+        converted("mola", tmp_path, tmp_path / "out", top_k=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_says_nothing_of_the_number_of_experts_is_said(tmp_path: Path) -> None:
+    base, config = tiny_llama(), LoraConfig(r=4, target_modules=["q_proj"])
+    source, other = (make_checkpoint(base, config, tmp_path / name) for name in ("one", "two"))
+    (note,) = converted("arrow", source, tmp_path / "out", experts=(read_source(other),))
+    assert note == "a row takes 2 of 2 experts"
+    (other / "adapter_config.json").unlink()
+    with pytest.raises(StartupError, match=r"no adapter_config.json"):
+        converted("arrow", source, tmp_path / "other", experts=(read_source(other),))
 
 
 # --------------------------------------------------------------------------- SoRA

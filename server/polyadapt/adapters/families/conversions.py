@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from polyadapt.adapters.families.arrow import PEFT_TYPE as ARROW
 from polyadapt.adapters.families.dylora import SCALE
+from polyadapt.adapters.peft_modules import without_prefixes
 from polyadapt.errors import StartupError
 from polyadapt_store.strict_json import shown
 
@@ -40,6 +42,10 @@ class Given:
     initial: Stored | None = None
     base: Mapping[str, torch.Tensor] | None = None  # the base's own tensors by name
     deltas_only: bool = False
+    experts: tuple[Stored, ...] = ()  # beside the source
+    general: tuple[Stored, ...] = ()
+    top_k: int | None = None
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,13 +209,81 @@ def _from_changed_base(source: Stored, given: Given) -> Converted:
     return Converted(tensors, {**config, **changed})
 
 
+def _from_several(source: Stored, given: Given) -> Converted:
+    """Plain LoRAs of PEFT's as one adapter that routes between them, see families/arrow.py."""
+    experts = (source, *given.experts)
+    top_k = min(3, len(experts)) if given.top_k is None else given.top_k  # 3 is PEFT's default
+    tensors: dict[str, torch.Tensor] = {}
+    configs: dict[str, list[Mapping[str, Any]]] = {"experts": [], "general": []}
+    for group, members in (("experts", experts), ("general", given.general)):
+        for number, member in enumerate(members):
+            configs[group].append(_config_of(member))
+            for key, tensor in member.tensors.items():
+                tensors[f"{group}.{number}.{without_prefixes(key)}"] = tensor
+    config = {
+        "peft_type": ARROW,
+        "base_model_name_or_path": _config_of(source).get("base_model_name_or_path"),
+        "arrow_config": {
+            "top_k": top_k,
+            "router_temperature": given.temperature,
+            "use_gks": bool(given.general),
+        },
+        **configs,
+    }
+    notes = (f"a row takes {top_k} of {len(experts)} experts",)
+    return Converted(tensors, config, notes if given.top_k is None else ())
+
+
+def _from_layered(source: Stored, given: Given) -> Converted:
+    """MoLA as its authors save it: `<module>.lora_A_<expert>` and `<module>.router.router`, under a
+    config of PEFT's whose r is a list by layer. GCYZSL/MoLA:src/mola_{lora,peft_model}_hacked.py.
+    """
+    config = _config_of(source)
+    if given.top_k is None:
+        raise StartupError(
+            "the files do not hold top_k, the number of experts that a row takes; give --top-k"
+        )
+    tensors: dict[str, torch.Tensor] = {}
+    num_experts: dict[int, int] = {}  # by layer
+    for key, tensor in source.tensors.items():
+        path, _, ending = without_prefixes(key).partition(".layers.")[2].partition(".lora_")
+        factor, _, expert = ending.removesuffix(".weight").partition("_")
+        router = path.removesuffix(".router.router.weight")
+        layer = path.partition(".")[0]
+        if layer.isdecimal() and factor in ("A", "B") and expert.isdecimal():
+            name = f"mola.layers.{path}.experts.{int(expert)}.lora_{factor}.weight"
+            num_experts[int(layer)] = max(num_experts.get(int(layer), 0), int(expert) + 1)
+        elif layer.isdecimal() and router != path:
+            name = f"mola.layers.{router}.moe_gate.weight"
+        else:
+            raise StartupError(
+                f"{shown(key)} is none of <module>.lora_A_<expert>.weight, "
+                "<module>.lora_B_<expert>.weight and <module>.router.router.weight below a number "
+                "of a layer"
+            )
+        tensors[name] = tensor
+    if sorted(num_experts) != list(range(len(num_experts))):
+        raise StartupError(f"the layers {sorted(num_experts)} have experts, expected all of them")
+    kept = ("base_model_name_or_path", "bias", "lora_alpha", "r", "target_modules", "task_type")
+    changed = {
+        "peft_type": "MOLA",
+        "num_experts": [count for _, count in sorted(num_experts.items())],
+        "top_k": given.top_k,
+    }
+    return Converted(tensors, {key: config[key] for key in kept if key in config} | changed)
+
+
 CONVERSIONS: Mapping[str, Conversion] = {
     conversion.name: conversion
     for conversion in (
-        Conversion("pickle", "PEFT's adapter_model.bin with its config", _from_pickle),
+        Conversion(
+            "pickle", "adapter_model.bin of PEFT or MoE-PEFT, with its config", _from_pickle
+        ),
         Conversion("dylora", "a loralib state_dict, whose ranks are nested", _from_loralib),
         Conversion("sora", "a whole model of SoRA's trainer", _from_gated),
         Conversion("pissa", "PiSSA, OLoRA, CorDA, LoRA-GA with --initial", _from_changed_base),
+        Conversion("arrow", "a LoRA of PEFT's and others with --expert", _from_several),
+        Conversion("mola", "MoLA as its authors save it, with --top-k", _from_layered),
     )
 }
 

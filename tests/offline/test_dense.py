@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.oracle.routed import write_arrow, write_loramoe, write_mola, write_smora
 from tests.support.basespec import base_spec
-from tests.support.family_suite import IDS, apply
+from tests.support.family_suite import IDS, apply, load
 from tests.support.peft_adapters import tiny_gpt2, tiny_llama
 from transformers import PreTrainedModel
 
 from polyadapt.adapters.adapter import Delta
 from polyadapt.offline.dense import NotDenseError, write_into
+from polyadapt.ops.cells import Router, Routing
 
 LINEAR_PARTS: tuple[tuple[str, ...], ...] = (
     (),
@@ -77,6 +81,32 @@ def test_every_part_of_a_linear(
 ) -> None:
     base = new()
     check(base, dict([delta_of(base, path, parts)]))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_smora, functools.partial(write_smora, rank=9, kept=4, partition=3, bias=0.0),
+        write_loramoe, write_mola, functools.partial(write_arrow, temperature=0.5),
+    ],
+)  # fmt: skip
+def test_components_that_rows_weigh_lie_beside_the_weights(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = tiny_llama(has_biases=True)
+    deltas = load(write(base, tmp_path), base)[1]
+    check(
+        base,
+        {i: replace(d, bias=noise(len(d.b)), out_scale=noise(len(d.b))) for i, d in deltas.items()},
+    )
+
+
+def test_what_others_weigh_is_no_weight() -> None:
+    base = tiny_llama()
+    site_id, delta = delta_of(base, "lm_head", ())
+    routing = Routing(Router.TABLE, 3, has_router=False)
+    with pytest.raises(NotDenseError, match="is not its own input"):
+        write_into(copy.deepcopy(base), {site_id: replace(delta, routing=routing)}, base_spec(base))
 
 
 @pytest.mark.parametrize("parts", [(), ("dense",)], ids=str)

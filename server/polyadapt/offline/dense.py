@@ -1,11 +1,12 @@
-"""The base with one adapter written into its weights: plain transformers in float32, none of the
-engine's modules, ops or kernels. What a served answer is compared with.
+"""The base with one adapter written into its weights, or beside them where each row weighs its
+components: plain transformers in float32, none of the engine's modules, ops or kernels. What a
+served answer is compared with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.ops.cells import Router
 from polyadapt.types import BaseSpec, SiteSpec
 
 _WRITTEN = frozenset(
     {"a", "b", "bias", "out_scale", "transform", "swap", "dense", "weight", "group"}
 )
+_ROUTED = frozenset({"routing", "router", "router_bias"})
 
 
 class NotDenseError(Exception):
@@ -54,12 +57,17 @@ def write_into(model: nn.Module, deltas: Mapping[int, Delta], base: BaseSpec) ->
     """
     for site_id, delta in deltas.items():
         site = base.sites[site_id]
+        written = _WRITTEN | (_ROUTED if site.kind == "linear" else frozenset())
         for field in fields(delta):
             value = getattr(delta, field.name)
-            if field.name not in _WRITTEN and value is not None:
+            if field.name not in written and value is not None:
                 raise NotDenseError(f"it gives {site.path} a {field.name}, which is no weight")
         module = model.get_submodule(site.path)
-        if site.kind == "linear":
+        if delta.routing is not None:
+            _write_linear(module, replace(delta, a=delta.a[:0], b=delta.b[:, :0]))
+            parent, _, name = site.path.rpartition(".")
+            setattr(model.get_submodule(parent), name, _Routed(module, delta, site))
+        elif site.kind == "linear":
             _write_linear(module, delta)
         elif site.kind == "embedding":
             _write_embedding(module, delta, site)
@@ -97,6 +105,52 @@ def _write_linear(module: nn.Module, delta: Delta) -> None:
     module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
     if bias is not None or bool(constant.any()):
         module.bias = nn.Parameter(constant, requires_grad=False)
+
+
+class _Routed(nn.Module):
+    """A linear with components beside it that each row weighs; see ops/cells.py: Router."""
+
+    def __init__(self, base: nn.Module, delta: Delta, site: SiteSpec) -> None:
+        super().__init__()
+        assert delta.routing is not None
+        if delta.router is None or delta.routing.router not in (
+            Router.SOFTMAX, Router.SIGMOID, Router.MAGNITUDE,
+        ):  # fmt: skip
+            raise NotDenseError(f"what weighs the components of {site.path} is not its own input")
+        self.base, self.delta, self.routing = base, delta, delta.routing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self._weights(x) * (x @ self.delta.a.t())
+        y: torch.Tensor = self.base(x)
+        return y + h @ self.delta.b.t()
+
+    def _weights(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., rank]"""
+        delta, routing, rank = self.delta, self.routing, len(self.delta.a)
+        assert delta.router is not None
+        scores = x @ delta.router.t()
+        size = rank // routing.num_scores
+        if routing.router is Router.SIGMOID:
+            values = scores.sigmoid().repeat_interleave(size, -1)
+            values = values if delta.router_bias is None else values + delta.router_bias
+            values = values.where(_is_among_largest(values, routing.top_k), 0.0)
+            return values / values.sum(-1, keepdim=True)
+        if routing.router is Router.MAGNITUDE:
+            kept = _is_among_largest(scores.abs(), routing.top_k)
+            shares = scores.abs().where(kept, -torch.inf).div(routing.value).softmax(-1)
+        else:
+            shares = scores.softmax(-1)
+            shares = shares.where(_is_among_largest(shares, routing.top_k), 0.0)
+            if routing.renormalise:
+                shares = shares / shares.sum(-1, keepdim=True)
+        return shares.repeat_interleave(size, -1)
+
+
+def _is_among_largest(values: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Whether each is one of the top_k largest of its row, of equal ones the first; 0: all are."""
+    order = values.sort(stable=True, dim=-1, descending=True).indices
+    places: torch.Tensor = order.argsort(-1)
+    return places < (top_k or values.shape[-1])
 
 
 def _write_embedding(module: nn.Module, delta: Delta, site: SiteSpec) -> None:

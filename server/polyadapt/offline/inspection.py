@@ -319,7 +319,7 @@ def _cost(deltas: Mapping[int, Delta], base: BaseSpec, num_base_elements: int) -
         num_elements += cells.num_elements(
             site.in_features, site.out_features, rank, delta.parts, delta.code
         )
-        num_multiply_adds += _multiply_adds(site, rank, delta.parts)
+        num_multiply_adds += _multiply_adds(site, rank, delta.parts, delta.code)
         for bit, name in _OVERRIDES.items():
             if delta.parts & cells.OVERRIDES & bit:
                 slow[name] = slow.get(name, 0) + 1
@@ -333,10 +333,11 @@ def _cost(deltas: Mapping[int, Delta], base: BaseSpec, num_base_elements: int) -
     )
 
 
-def _multiply_adds(site: SiteSpec, rank: int, parts: int) -> int:
+def _multiply_adds(site: SiteSpec, rank: int, parts: int, routing: int) -> int:
     """Of one token; an embedding's rows are looked up and not multiplied."""
     is_table = site.kind == "embedding"
     total = rank * (site.out_features if is_table else site.in_features + site.out_features)
+    total += cells.num_router_rows(routing) * site.in_features
     if parts & cells.OUT_SCALE:
         total += site.out_features
     if parts & cells.TRANSFORM:

@@ -90,6 +90,9 @@ def serve(
     ] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Sequences of one step.")] = None,
     max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    max_heavy_adapters: Annotated[
+        int | None, typer.Option(help="Adapters of one step that hold dense matrices.")
+    ] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Queued sequences; more are 429.")] = None,
     memory_bytes: Annotated[
         str | None, typer.Option(help="Memory for KV pages and adapters together.")

@@ -84,6 +84,7 @@ class EngineConfig(_Section):
     max_model_len: int | None = Field(None, ge=2)  # None: the model's, capped by the KV memory
     max_num_seqs: int = Field(64, ge=1, le=4096)  # rows of one step
     max_num_batched_tokens: int = Field(512, ge=1, le=1 << 20)  # tokens of one step
+    max_heavy_adapters: int = Field(8, ge=1, le=4096)  # of one step, that hold dense matrices
     max_waiting: int = Field(1024, ge=1)  # queued requests; more are refused with 429
     memory_bytes: ByteSize | None = None  # KV pages and adapters together; None: each its own
     kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory

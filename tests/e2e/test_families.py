@@ -21,7 +21,7 @@ BODY = {"prompt": [5, 8, 17, 30, 41, 9, 77], "temperature": 0, "max_tokens": NUM
 def server(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """A server on a tiny model, with one adapter of every family uploaded over HTTP."""
     model_dir, root = tiny_model("llama"), tmp_path_factory.mktemp("http-families")
-    options = ("--max-num-seqs", "64", "--no-prefix-cache")
+    options = ("--max-num-seqs", "64", "--max-heavy-adapters", "64", "--no-prefix-cache")
     with running_server(root / "home", model_dir, *options) as running:
         for name in NAMES:
             upload(running, name, make_sample(name, model_dir, root / name))

@@ -13,7 +13,12 @@ from tests.support.family_samples import NAMES, ROUTED, make_sample, oracle_logi
 
 from polyadapt.types import AdapterId, Request
 
-ROOM = {"max_num_seqs": 48, "max_adapter_bytes": 48 << 20, "kv_cache_bytes": 16 << 20}
+ROOM = {
+    "max_heavy_adapters": 48,
+    "max_num_seqs": 48,
+    "max_adapter_bytes": 48 << 20,
+    "kv_cache_bytes": 16 << 20,
+}
 NUM_TOKENS = 4
 
 Zoo = tuple[Path, Path, dict[str, tuple[AdapterId, Path]]]

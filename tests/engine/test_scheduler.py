@@ -28,6 +28,7 @@ class FakeSlots:
         self.loading: set[str] = set()  # on their way, as against short of room
         self.neutral: set[str] = set()  # they leave keys and values as the base's
         self.special: dict[str, Traits] = {}
+        self.heavy: set[str] = set()
         self.asked: list[str] = []
 
     def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
@@ -49,6 +50,10 @@ class FakeSlots:
         if digest in self.neutral:
             return Traits(is_kv_neutral=True)
         return self.special.get(digest, Traits())
+
+    def is_heavy(self, slot: int) -> bool:
+        assert self.leases[slot], "only of a leased adapter"
+        return self.ready[slot] in self.heavy
 
     def release(self, slots: tuple[int, ...]) -> None:
         self.leases.subtract(slots)
@@ -183,6 +188,88 @@ def test_a_slow_load_and_many_sequences_of_one_request_hold_nobody_back():
     for name in "ab":
         crowded.add(new_group(name, 3))
         assert name in run_step(crowded), "an admission counts once for a request"
+
+
+# --------------------------------------------------------------------------- heavy adapters
+def heavy_scheduler(limit: int, **options: int) -> tuple[FakeSlots, Scheduler]:
+    slots = FakeSlots("h1", "h2", "h3", "light")
+    slots.heavy = {"h1", "h2", "h3"}
+    return slots, new_scheduler(slots, max_heavy_adapters=limit, **options)
+
+
+def test_a_heavy_adapter_beyond_the_limit_is_passed_over_until_another_one_ends():
+    slots, scheduler = heavy_scheduler(2)
+    groups = {name: new_group(name, 3, name) for name in ("h1", "h2", "h3", "light")}
+    for group in groups.values():
+        scheduler.add(group)
+    assert set(run_step(scheduler)) == {"h1", "h2", "light"}
+    assert set(run_step(scheduler)) == {"h1", "h2", "light"}
+    assert slots.leases[2] == 0, "the lease is given back"
+    assert scheduler.counters["heavy_waits"] == 1, "a request that waits counts once"
+    scheduler.finish(groups["h1"].sequences[0])
+    assert set(run_step(scheduler)) == {"h2", "h3", "light"}
+
+
+def test_more_sequences_of_a_running_heavy_adapter_cost_nothing_more():
+    _, scheduler = heavy_scheduler(1)
+    for number in range(3):
+        scheduler.add(new_group(str(number), 3, "h1", n=2))
+    assert len(scheduler.schedule()) == 6
+    for sequence in list(scheduler.running)[:5]:
+        scheduler.finish(sequence)
+    scheduler.add(new_group("other", 3, "h2"))
+    assert set(run_step(scheduler)) == {"2"}, "one sequence of it still runs"
+
+
+def test_a_request_that_waits_for_heavy_ones_to_end_is_overtaken_no_more_often_than_others():
+    _, scheduler = heavy_scheduler(1)
+    scheduler.add(new_group("first", 3, "h1"))
+    run_step(scheduler)
+    scheduler.add(new_group("waits", 3, "h2"))
+    for number in range(MAX_OVERTAKEN):
+        scheduler.add(new_group(f"h1-{number}", 3, "h1"))
+        assert f"h1-{number}" in run_step(scheduler)
+        scheduler.finish(scheduler.running[-2])
+    scheduler.add(new_group("late", 3, "h1"))
+    assert "late" not in run_step(scheduler)
+    scheduler.finish(scheduler.running[0])
+    assert set(run_step(scheduler)) == {"waits"}, "and h1 waits in its turn"
+
+
+def test_a_request_heavier_than_any_step_is_refused_and_one_of_the_limit_waits():
+    slots, scheduler = heavy_scheduler(2)
+    running = new_group("running", 3, "h3")
+    scheduler.add(running)
+    run_step(scheduler)
+    names = {"three": ("h1", "h2", "h3"), "two": ("h1", "h2", "light")}
+    groups = {}
+    for name, digests in names.items():
+        adapters = tuple(AppliedAdapter(AdapterId(d, 1, d)) for d in digests)
+        request = replace(new_group(name, 3).request, adapters=adapters)
+        groups[name] = RequestGroup.of(request, 0.0)
+        scheduler.add(groups[name])
+    assert set(run_step(scheduler)) == {"running"}
+    assert scheduler.refused == [groups["three"]]
+    error = groups["three"].refusal
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_request", "adapters")
+    assert "3 of the request's 3" in error.message
+    assert "--max-heavy-adapters is 2" in error.message
+    scheduler.finish(groups["three"].sequences[0])
+    scheduler.finish(running.sequences[0])
+    assert set(run_step(scheduler)) == {"two"}
+    assert slots.leases[2] == 0
+
+
+def test_a_preempted_heavy_sequence_makes_room_for_another():
+    _, scheduler = heavy_scheduler(1)
+    scheduler.add(new_group("h1", 3, "h1"))
+    run_step(scheduler)
+    scheduler.add(new_group("h2", 3, "h2", priority=-1))
+    assert set(run_step(scheduler)) == {"h1"}
+    scheduler._preempt(scheduler.running[0])
+    assert set(run_step(scheduler)) == {"h2"}, "its priority counts now"
+    scheduler.check_integrity()
 
 
 # --------------------------------------------------------------------------- priority
@@ -724,8 +811,8 @@ def test_every_request_ends_whatever_the_budgets(lengths, num_pages, budget, max
 class DeviceSlots:
     """A device with room for `num_slots` adapters; a load takes `load_steps` steps."""
 
-    def __init__(self, num_slots: int, load_steps: int) -> None:
-        self.num_slots, self.load_steps = num_slots, load_steps
+    def __init__(self, num_slots: int, load_steps: int, heavy: frozenset[str]) -> None:
+        self.num_slots, self.load_steps, self.heavy = num_slots, load_steps, heavy
         self.loaded_at: dict[str, int] = {}  # on the device or on their way
         self.leases: Counter[str] = Counter()
         self.short: set[str] = set()
@@ -761,6 +848,9 @@ class DeviceSlots:
     def traits(self, slot: str) -> Traits:
         return Traits()
 
+    def is_heavy(self, slot: str) -> bool:
+        return slot in self.heavy
+
 
 @pytest.mark.parametrize("seed", range(16))
 def test_nobody_waits_longer_than_a_bound(seed, monkeypatch):
@@ -773,7 +863,10 @@ def test_nobody_waits_longer_than_a_bound(seed, monkeypatch):
     num_clients = rng.randint(6, 12)
     max_num_seqs = rng.randint(1, 4)
     scheduler = new_scheduler(
-        DeviceSlots(rng.randint(1, 3), load_steps),
+        DeviceSlots(
+            rng.randint(1, 3), load_steps, frozenset(rng.sample("abcd", rng.randint(0, 4)))
+        ),
+        max_heavy_adapters=rng.randint(1, 2),
         num_pages=rng.randint(8, 20),  # of 4 tokens: one request needs up to 8
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=rng.randint(max_num_seqs, 12),

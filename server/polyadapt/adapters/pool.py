@@ -67,6 +67,7 @@ class AdapterPool:
         if has_overrides is None:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
         self.has_overrides = has_overrides
+        self._is_heavy = np.zeros(cells.shape[0], np.bool_)
         self.weights = arena  # [num_elements], on the device
         self.cells = cells  # int64 [num_slots, num_sites, 4], on the host
         self.counters = counters
@@ -172,6 +173,12 @@ class AdapterPool:
     def digests(self) -> dict[int, str]:
         """The adapters on the device by their slots."""
         return {slot: entry.digest for slot, entry in self._by_slot.items()}
+
+    def is_heavy(self, slot: int) -> bool:
+        """Whether the resident adapter holds a dense matrix at some site: then every step that it
+        takes part in has products of its own.
+        """
+        return bool(self._is_heavy[slot])
 
     def are_on_device(self, adapters: Iterable[AppliedAdapter]) -> bool:
         """Whether a lease of all of them would be given now; changes nothing."""
@@ -297,6 +304,7 @@ class AdapterPool:
         free = self.cells[self._free_slots, :, 0]
         assert bool((free == -1).all()), "a free slot still has cells"
         assert not self.has_overrides[self._free_slots].any(), "a free slot still has overrides"
+        assert not self._is_heavy[self._free_slots].any(), "a free slot is still heavy"
 
     # ------------------------------------------------------------------ inside
     def _want(self, digest: str) -> Entry | None:
@@ -556,6 +564,7 @@ class AdapterPool:
         self.cells[entry.slot] = cells
         parts = cells[cells[:, layout.OFFSET] >= 0, layout.PARTS]
         self.has_overrides[entry.slot] = bool((parts & layout.OVERRIDES).any())
+        self._is_heavy[entry.slot] = bool((parts & layout.DENSE).any())
         self._on_bind(entry.slot)
 
     def _evict(self, entry: Entry) -> None:
@@ -581,7 +590,7 @@ class AdapterPool:
             return
         assert entry.extent is not None
         self.cells[entry.slot, :, 0] = -1
-        self.has_overrides[entry.slot] = False
+        self.has_overrides[entry.slot] = self._is_heavy[entry.slot] = False
         self._compaction.forget(entry.extent)
         self._arena.release(entry.extent)
         self._free_slots.append(entry.slot)

@@ -114,6 +114,7 @@ def build_engine(
         page_keys=page_keys if config.prefix_cache else None,
         speculative_tokens=config.speculative_tokens,
         max_model_len=base.spec.max_model_len,
+        max_heavy_adapters=config.max_heavy_adapters,
     )
     info = EngineInfo(
         base=base.spec,

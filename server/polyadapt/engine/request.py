@@ -90,6 +90,7 @@ class RequestGroup:
     key_turns: dict[int, bytes] = field(default_factory=dict)  # see PageKeys.turns
     order: int = 0  # of arrival; given by the scheduler
     num_overtaken: int = 0  # admissions before it, or at its cost, of requests that came later
+    was_too_heavy: bool = False  # it waited for others' heavy adapters to end
     prompt_ngrams: NgramIndex | None = None  # of the prompt, shared by its sequences
 
     @property

@@ -1,7 +1,8 @@
 """Which sequences run in the next step, under row, token, page and adapter budgets. Torch-free.
 
 Running decode rows come first, then running prompts, then the waiting queue by rank: priority, then
-arrival. Requests whose adapters are not on the device yet are passed over. When pages run out the
+arrival. Requests whose adapters are not on the device yet are passed over, and so are those whose
+heavy adapters would be too many beside the running ones'. When pages run out the
 running sequence of the last rank is preempted: it waits again and its tokens are computed again,
 except those whose full pages are still in the prefix cache: a sequence takes over the pages that
 continue what it has computed, and its own full pages are published there once they are written.
@@ -41,6 +42,8 @@ MAX_OVERTAKEN = 64
 # Decode rows and drafts of a step together: beyond a few rows each one costs time of its own, and
 # a large batch has no idle time that a guess could use.
 MAX_SPECULATIVE_ROWS = 32
+# Adapters of the running sequences that cost a step a product of their own, if nobody says other.
+MAX_HEAVY_ADAPTERS = 8
 # Read for every row of a step: looking a member up in its Enum takes several times as long.
 _RUNNING = SequenceState.RUNNING
 
@@ -59,6 +62,9 @@ class AdapterSlots(Protocol):
 
     def traits(self, slot: int) -> Traits:
         """What has to be known of the adapter in a leased slot."""
+
+    def is_heavy(self, slot: int) -> bool:
+        """Whether the adapter in a leased slot costs every step of its products of its own."""
 
 
 # Not frozen, which would treble the time to make one: every row of every step is one.
@@ -93,10 +99,11 @@ class Scheduler:
         page_keys: PageKeys | None = None,  # None: no prefix cache
         speculative_tokens: int = 0,
         max_model_len: int | None = None,
+        max_heavy_adapters: int = MAX_HEAVY_ADAPTERS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`speculative_tokens` counts for requests that say nothing; no draft lies at position
-        `max_model_len` or behind it.
+        `max_model_len` or behind it. `max_heavy_adapters`: distinct ones of the running sequences.
         """
         self.pages = pages
         self.page_keys = page_keys
@@ -106,13 +113,15 @@ class Scheduler:
         self.counters = counters
         self.speculative_tokens = speculative_tokens
         self.max_model_len = max_model_len
+        self.max_heavy_adapters = max_heavy_adapters
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # oldest admission first
         self.refused: list[RequestGroup] = []  # whose `refusal` nobody has told yet
         self.left_cold: list[AppliedAdapter] = []  # by those who turned to others; see Engine
         self._clock = clock
         self._num_arrived = 0
-        for name in ("prefix_query_tokens", "prefix_hit_tokens"):
+        self._heavy: Counter[int] = Counter()  # slot -> running sequences that it is heavy for
+        for name in ("prefix_query_tokens", "prefix_hit_tokens", "heavy_waits"):
             self.counters[name] += 0  # listed from the start
 
     @property
@@ -205,6 +214,9 @@ class Scheduler:
         assert all(s.state is SequenceState.WAITING and not s.pages for s in self.waiting)
         assert all(s.state is SequenceState.RUNNING for s in self.running)
         self.pages.check_integrity([sequence.pages for sequence in self.running])
+        slots = [slot for sequence in self.running for slot in sequence.slots]
+        assert self._heavy == Counter(slot for slot in slots if self.adapters.is_heavy(slot))
+        assert len(self._heavy) <= self.max_heavy_adapters
         for sequence in self.running:
             num_full = sequence.num_computed // self.pages.page_size
             assert sequence.num_shareable <= num_full, "a page is shared before it is written"
@@ -246,6 +258,13 @@ class Scheduler:
             if slots is None:
                 if not self.adapters.is_short_of_room(group.adapters):
                     loading.add(group.order)
+                if is_overdue(group):
+                    break
+                continue
+            if self._is_too_heavy(group, slots):
+                self.adapters.release(slots)
+                if undecided is not None:
+                    group.reopen(*undecided)
                 if is_overdue(group):
                     break
                 continue
@@ -393,6 +412,7 @@ class Scheduler:
         """
         traits = [self.adapters.traits(slot) for slot in slots]
         try:
+            self._check_heavy(slots)
             lanes = arrange(group.adapters, traits, group.request.prompt_ids)
         except InvalidRequest as error:
             self.adapters.release(slots)
@@ -402,8 +422,34 @@ class Scheduler:
         group.settle(lanes)
         return tuple(slots[lane.place] for lane in lanes)
 
+    def _is_too_heavy(self, group: RequestGroup, slots: tuple[int, ...]) -> bool:
+        """Whether running sequences leave no room for the heavy ones among the slots: then those
+        have to end first. Requests that name too many by themselves do not wait.
+        """
+        heavy = {slot for slot in slots if self.adapters.is_heavy(slot)}
+        num_together = len(heavy | self._heavy.keys())
+        if num_together <= self.max_heavy_adapters or heavy <= self._heavy.keys():
+            return False
+        if len(heavy) > self.max_heavy_adapters:
+            return False
+        self.counters["heavy_waits"] += not group.was_too_heavy
+        group.was_too_heavy = True
+        return True
+
+    def _check_heavy(self, slots: tuple[int, ...]) -> None:
+        """Raise InvalidRequest if one request's adapters are heavier than any step may be."""
+        num_heavy = sum(self.adapters.is_heavy(slot) for slot in slots)
+        if num_heavy > self.max_heavy_adapters:
+            raise InvalidRequest(
+                f"{num_heavy} of the request's {len(slots)} adapters hold dense matrices, each a "
+                f"product of its own in every step; --max-heavy-adapters is "
+                f"{self.max_heavy_adapters}: name fewer or raise it",
+                param="adapters",
+            )
+
     def _enter(self, sequence: Sequence, slots: tuple[int, ...]) -> None:
         self.waiting.remove(sequence)
+        self._heavy.update(slot for slot in slots if self.adapters.is_heavy(slot))
         sequence.slots = slots
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)
@@ -480,6 +526,10 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         self._publish(sequence)
         self.running.remove(sequence)
+        for slot in self._heavy.keys() & set(sequence.slots):
+            self._heavy[slot] -= 1
+            if not self._heavy[slot]:
+                del self._heavy[slot]
         self.adapters.release(sequence.slots)
         sequence.slots = ()
         self._give_back(sequence)

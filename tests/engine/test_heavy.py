@@ -1,0 +1,52 @@
+"""Adapters that hold dense matrices are limited in a step; the others go on beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
+from tests.support.family_samples import make_sample
+
+from polyadapt.types import AdapterId
+
+HEAVY = ("c3a", "fourierft", "shira")
+LIGHT = ("lora", "ia3", "oft", "lora-norms")
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_model: Callable[[str], Path]) -> Path:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def stored(model_dir, tmp_path_factory) -> tuple[Path, dict[str, AdapterId]]:
+    root = tmp_path_factory.mktemp("heavy")
+    return root / "blobs", {
+        name: put_blob(root / "blobs", make_sample(name, model_dir, root / name), name)
+        for name in (*HEAVY, *LIGHT)
+    }
+
+
+@pytest.mark.parametrize(("limit", "num_together"), [(1, 5), (2, 6), (3, 7)])
+def test_so_many_heavy_adapters_share_a_step_and_all_are_answered(
+    model_dir, stored, limit, num_together
+):
+    blobs, made = stored
+    requests = [
+        greedy_request(name, [5, 8, 17, 30], identity, 4) for name, identity in made.items()
+    ]
+    engine = new_engine(model_dir, blobs, max_heavy_adapters=limit)
+    recorder, driver = LogitsRecorder(engine), Driver(engine)
+    driver.load(*made.values())
+    tokens = {name: t.tokens for name, t in driver.run(*requests).items()}
+    assert max(recorder.adapters_per_step) == num_together
+    assert engine.counters["heavy_waits"] == len(HEAVY) - limit
+    assert engine.stats().counters["heavy_waits"] == len(HEAVY) - limit
+    engine.pool.close()
+
+    alone = new_engine(model_dir, blobs)
+    driver = Driver(alone)
+    assert tokens == {r.id: driver.run(r)[r.id].tokens for r in requests}
+    alone.pool.close()

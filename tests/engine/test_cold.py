@@ -13,13 +13,15 @@ import pytest
 from tests.oracle import adapters, tiny
 from tests.support.engines import Driver, greedy_request, new_engine, put_blob
 
+from polyadapt.adapters.pool import _HOPELESS_AFTER
 from polyadapt.engine.output import Call
-from polyadapt.errors import AdapterUnavailable, InvalidRequest
+from polyadapt.errors import AdapterRejected, AdapterUnavailable, InvalidRequest, Problem
 from polyadapt.types import AdapterId, AppliedAdapter, Failed, Finished, Request, Started, WhenCold
 
 PAGE = 16
 BASE = WhenCold(0, instead=())
 FAIL = WhenCold(0)
+UNAVAILABLE = "adapter_unavailable"
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +398,78 @@ def test_what_cannot_be_read_now_turns_and_what_cannot_be_served_fails(hold, ide
     held.driver.submit(both)
     assert held.end("both").code == "invalid_request"
     held.settle()
+
+
+@pytest.mark.parametrize("when_cold", [BASE, WhenCold(20, instead=())])
+def test_an_adapter_larger_than_the_device_is_an_error_once_that_is_known(
+    hold, identities, when_cold
+):
+    held = hold(max_adapter_bytes=16 << 10)
+    held.gate.set()
+    held.driver.submit(ask("first", identities[0], when_cold))
+    held.end("first")  # by the base, unless it was read before
+    held.settle()
+    for name in ("second", "third"):
+        held.driver.submit(ask(name, identities[0], when_cold))
+        last = held.end(name)
+        assert last.code == "invalid_request"
+        assert f"--max-adapter-bytes is {16 << 10}" in last.message
+        assert held.served(name) is None
+        held.settle()
+    assert not held.driver.engine._left_cold
+
+
+def test_an_adapter_that_cannot_be_served_is_no_reason_to_answer_by_others(hold, identities):
+    held = hold()
+    held.gate.set()
+    held.resident(identities[1])
+    held.broken[identities[0].digest] = AdapterRejected([Problem("non_finite", "it holds NaN")])
+    held.broken[identities[2].digest] = ZeroDivisionError()
+    for identity, code in ((identities[0], "adapter_rejected"), (identities[2], UNAVAILABLE)):
+        held.driver.run(ask(f"first {identity.name}", identity, BASE))
+        for name, when_cold in (("base", BASE), ("fallback", fallback(identities[1]))):
+            held.driver.submit(ask(f"{name} {identity.name}", identity, when_cold))
+            assert held.end(f"{name} {identity.name}").code == code
+            held.settle()
+
+
+def test_what_fails_time_and_again_is_told_and_serves_once_it_can_be_read(hold, identities):
+    held = hold()
+    held.broken[identities[0].digest] = AdapterUnavailable("the disk is away")
+    ends = []
+    for number in range(_HOPELESS_AFTER + 2):
+        held.driver.submit(ask(str(number), identities[0], BASE))
+        last = held.end(str(number))
+        ends.append(last.code if isinstance(last, Failed) else "base")
+        held.settle()
+    num_turned = ends.count("base")
+    assert num_turned > 2
+    assert ends == ["base"] * num_turned + [UNAVAILABLE] * (len(ends) - num_turned)
+    assert ends[-2:] == [UNAVAILABLE] * 2
+    del held.broken[identities[0].digest]
+    held.driver.run(ask("well", identities[0], BASE))
+    assert held.served("well") == ["a0"]
+    held.driver.call(Call(1, "unload", identities[0].digest))
+    held.driver.run(ask("cold", identities[0], BASE))
+    assert held.served("cold") == [], "nothing is held against it"
+
+
+def test_adapters_that_never_fit_together_are_an_error_whatever_is_asked_for_instead(
+    hold, identities
+):
+    held = hold()
+    held.resident(identities[0])
+    num_bytes = held.driver.engine.pool.nbytes_used
+    held = hold(max_adapter_bytes=num_bytes * 3 // 2)
+    held.gate.set()
+    pair = tuple(AppliedAdapter(identity) for identity in identities[:2])
+    codes = []
+    for number in range(3):
+        held.driver.submit(replace(ask(str(number), identities[0], BASE), adapters=pair))
+        last = held.end(str(number))
+        codes.append(last.code if isinstance(last, Failed) else "base")
+        held.settle()
+    assert codes[-1] == "invalid_request", codes
 
 
 def test_a_load_that_fails_in_the_background_ends(hold, identities):

@@ -40,6 +40,9 @@ class FakeSlots:
         self.leases.update(slots)
         return slots
 
+    def is_hopeless(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        return False
+
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         digests = {applied.adapter.digest for applied in adapters}
         return bool(digests - set(self.ready) - self.loading)
@@ -841,6 +844,9 @@ class DeviceSlots:
 
     def release(self, slots: tuple[str, ...]) -> None:
         self.leases.subtract(slots)
+
+    def is_hopeless(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        return False
 
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         return any(applied.adapter.digest in self.short for applied in adapters)

@@ -29,7 +29,7 @@ from polyadapt.adapters.host_copies import HostCopies
 from polyadapt.adapters.load_estimate import LoadEstimate
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
-from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
+from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError, Unavailable
 from polyadapt.ops import cells as layout
 from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter
 
@@ -37,6 +37,11 @@ logger = logging.getLogger(__name__)
 
 # Rounds without a lease or a job after which the queue's first may take others' idle adapters.
 _RESTS_TO_YIELD = 3
+
+# So many loads of an adapter have to fail one after the other for it to be given up, if each may
+# have been for want of something that comes back.
+_HOPELESS_AFTER = 10
+_MAX_REMEMBERED = 4096  # adapters whose sizes and failures are known when they are nowhere
 
 # Bytes that are moved together; so many in every round, however short it has to be, or gaps would
 # never become one.
@@ -89,6 +94,8 @@ class AdapterPool:
         self._changed: dict[str, None] = {}  # digests whose residency is to be told
         self._failures: dict[str, PolyadaptError] = {}
         self._refusals: dict[frozenset[str], PolyadaptError] = {}  # of adapters for one request
+        self._num_failures: dict[str, int] = {}  # of an adapter's loads, one after the other
+        self._known_nbytes: dict[str, int] = {}  # of adapters that were read, wherever they are
         self._unloading: dict[str, list[Callable[[], None]]] = {}
         self._copies: dict[Future[None], Entry] = {}  # under way
         self._device_order = EvictionOrder()
@@ -165,6 +172,19 @@ class AdapterPool:
         taken |= self._refusals
         self._failures, self._refusals = {}, {}
         return taken
+
+    def is_hopeless(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        """Whether they will not be on the device together, as far as can be told: one cannot be
+        served or failed to load time and again, or all are too large. Asking for them tries it
+        again; take_failures then says why not.
+        """
+        digests = {applied.adapter.digest for applied in adapters}
+        if any(self._num_failures.get(digest, 0) >= _HOPELESS_AFTER for digest in digests):
+            return True
+        return any(
+            asked <= digests and not isinstance(error, Unavailable)
+            for asked, error in self._refusals.items()
+        )
 
     def traits(self, slot: int) -> Traits:
         """What the engine has to know of the resident adapter."""
@@ -364,6 +384,7 @@ class AdapterPool:
             self._fail(entry, outcome)
             return
         entry.nbytes, entry.traits = outcome.nbytes, outcome.traits
+        _remember(self._known_nbytes, entry.digest, entry.nbytes)
         if outcome.weights.numel() > self._arena.size:
             self._fail(entry, _too_large(entry, self._arena.size, self.weights.element_size()))
             return
@@ -394,10 +415,12 @@ class AdapterPool:
         self._device_order.use(entry.on_device_standing)
         self.counters["adapter_loads"] += 1
         self._commanded.pop(entry.digest, None)
+        self._num_failures.pop(entry.digest, None)
         self._changed[entry.digest] = None
         self._tell(entry.on_device, entry.residency())
 
     def _fail(self, entry: Entry, error: BaseException) -> None:
+        self._count_failure(entry.digest, is_lasting=not isinstance(error, Unavailable))
         if not isinstance(error, PolyadaptError):
             logger.error("loading adapter %s failed", entry.digest, exc_info=error)
             error = AdapterUnavailable(
@@ -409,6 +432,10 @@ class AdapterPool:
             self._failures[entry.digest] = error
         self._tell(entry.on_host, error)
         self._tell(entry.on_device, error)
+
+    def _count_failure(self, digest: str, *, is_lasting: bool) -> None:
+        count = _HOPELESS_AFTER if is_lasting else self._num_failures.get(digest, 0) + 1
+        _remember(self._num_failures, digest, count)
 
     def _place(self, entry: Entry) -> None:
         """Give the host copy a slot and an extent, evicting idle adapters, and start the copy."""
@@ -512,8 +539,7 @@ class AdapterPool:
         """Whether one request's adapters can never be on the device at once, beside the pins of
         others; take_failures says so then. Whoever was not read yet counts as nothing.
         """
-        known = [self._entries[digest] for digest in digests if digest in self._entries]
-        nbytes = sum(entry.nbytes for entry in known)
+        nbytes = sum(self._known_nbytes.get(digest, 0) for digest in digests)
         pins = [e for e in self._by_slot.values() if e.is_pinned and e.digest not in digests]
         total = self._arena.size * self.weights.element_size()
         if nbytes > total:
@@ -616,6 +642,13 @@ class AdapterPool:
         told, waiters[:] = list(waiters), []
         for done in told:
             done(outcome)
+
+
+def _remember(table: dict[str, int], digest: str, value: int) -> None:
+    table.pop(digest, None)
+    table[digest] = value
+    if len(table) > _MAX_REMEMBERED:
+        del table[next(iter(table))]
 
 
 def _copy_beside(target: torch.Tensor, source: torch.Tensor) -> None:

@@ -428,7 +428,13 @@ class Engine:
         for group in list(self.scheduler.waiting_groups()):
             error = _error_for(group.adapters, errors)
             instead = group.request.when_cold.instead
-            if isinstance(error, Unavailable) and instead is not None and _is_open(group):
+            may_turn = instead is not None and _is_open(group)
+            if (
+                may_turn
+                and isinstance(error, Unavailable)
+                and not self.pool.is_hopeless(group.adapters)
+            ):
+                assert instead is not None
                 group.turn()
                 error = _error_for(instead, errors)
             elif error is None and instead and group.has_waited_enough(now):

@@ -57,6 +57,9 @@ class AdapterSlots(Protocol):
     def release(self, slots: tuple[int, ...]) -> None:
         """Give one lease of each slot back."""
 
+    def is_hopeless(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
+        """Whether they will never be on the device, so that nobody may turn from them unheard."""
+
     def is_short_of_room(self, adapters: tuple[AppliedAdapter, ...]) -> bool:
         """Whether they wait for room, and not for a read or a copy under way."""
 
@@ -401,6 +404,8 @@ class Scheduler:
         instead = group.request.when_cold.instead
         if slots is not None or instead is None or not group.has_waited_enough(self._clock()):
             return slots
+        if self.adapters.is_hopeless(group.adapters):  # it is told why, and not answered by others
+            return None
         slots = self.adapters.acquire(instead)
         if slots is not None:
             group.turn()

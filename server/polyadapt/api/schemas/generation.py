@@ -50,9 +50,9 @@ def _option(value: Any) -> OptionValue | None:
         return value
     if isinstance(value, str) and len(value) <= MAX_OPTION_CHARS:
         return value
-    if isinstance(value, list) and len(value) <= MAX_OPTION_WORDS:
-        if all(isinstance(word, str) and len(word) <= MAX_OPTION_CHARS for word in value):
-            return tuple(value)
+    is_list = isinstance(value, list) and len(value) <= MAX_OPTION_WORDS
+    if is_list and all(isinstance(w, str) and len(w) <= MAX_OPTION_CHARS for w in value):
+        return tuple(value)
     raise ValueError(
         f"expected a word of at most {MAX_OPTION_CHARS} characters, a number, true or false, or a "
         f"list of at most {MAX_OPTION_WORDS} words"

@@ -248,3 +248,11 @@ def test_many_words_are_not_all_listed():
     error = refused([choose(mode="x" * 300)], [many])
     assert "and 24 more" in error.message
     assert len(error.message) < 500
+
+
+# --------------------------------------------------------------------------- squared scales
+@pytest.mark.parametrize(("given", "acting"), [(1.0, 1.0), (0.5, 0.25), (-2.0, 4.0), (0.0, 0.0)])
+def test_a_scale_that_multiplies_both_matrices_acts_squared(given, acting):
+    squared = gate(Traits(is_scale_squared=True), use("a", given))
+    assert squared.applied == use("a", acting)
+    assert gate(Traits(), use("a", given)).applied == use("a", given)

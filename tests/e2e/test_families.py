@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import save_file
 from tests.support.family_samples import NAMES, make_sample
 from tests.support.servers import RunningServer, running_server
+from transformers import AutoConfig
 
 NUM_TOKENS = 24
 BODY = {"prompt": [5, 8, 17, 30, 41, 9, 77], "temperature": 0, "max_tokens": NUM_TOKENS,
@@ -89,3 +93,40 @@ def test_every_family_and_composition_in_one_step_equals_itself_alone(server) ->
 def steps_of_at_most(server: RunningServer, count: int) -> float:
     name = f'polyadapt_step_distinct_adapters_bucket{{le="{float(count)}"}}'
     return server.metric(name)
+
+
+def test_a_request_chooses_what_an_adapter_lets_it_choose(
+    server, tiny_model, tmp_path: Path
+) -> None:
+    """Two forgetting tasks: both, one, none, and what the adapter does not have."""
+    (base,) = [m["id"] for m in server.get("/v1/models").json()["data"] if not m.get("parent")]
+    tensors, path = {}, "base_model.model.model.layers.0.mlp.up_proj"
+    torch.manual_seed(3)
+    config = AutoConfig.from_pretrained(tiny_model("llama"))
+    for task in range(2):
+        tensors[f"{path}.tasks.{task}.lora_A"] = torch.randn(4, config.hidden_size)
+        tensors[f"{path}.tasks.{task}.lora_B"] = torch.randn(config.intermediate_size, 4) * 2
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    tasks = [{"name": name, "r": 4} for name in ("one", "two")]
+    text = json.dumps({"peft_type": "GS_LORA", "tasks": tasks, "target_modules": ["up_proj"]})
+    (tmp_path / "adapter_config.json").write_text(text)
+    upload(server, "forgetting", tmp_path)
+
+    def ask(**options: Any) -> httpx.Response:
+        use = {"name": "forgetting", "options": options}
+        return server.post("/v1/completions", json={**BODY, "model": base, "adapters": [use]})
+
+    plain = outcome(server.post("/v1/completions", json={**BODY, "model": base}))
+    all_of_it = outcome(server.post("/v1/completions", json={**BODY, "model": "forgetting"}))
+    assert outcome(ask(tasks=[])) == plain
+    assert outcome(ask(tasks=["two", "one"])) == outcome(ask()) == all_of_it
+    one, two = outcome(ask(tasks=["one"])), outcome(ask(tasks=["two"]))
+    answers = {tuple(tokens) for tokens, _ in (plain, all_of_it, one, two)}
+    assert len(answers) == 4
+    for options, code, field in [
+        ({"tasks": ["three"]}, "invalid_request", "tasks"),
+        ({"tempo": 3}, "unsupported_field", "tempo"),
+    ]:
+        error = ask(**options).json()["error"]
+        assert (error["code"], error["param"]) == (code, f"adapters[0].options.{field}")
+        assert "tasks" in error["message"]

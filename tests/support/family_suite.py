@@ -34,7 +34,7 @@ from polyadapt_store.checkpoint import Checkpoint
 IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
 TOLERANCE = 2e-5  # of the largest logit, in float32
 # These drop components that turn out to be zero, which only the numbers tell and no header does.
-PRUNING = frozenset({"sora"})
+PRUNING = frozenset({"sora", "gs_lora"})
 
 
 def make_checkpoint(

@@ -87,6 +87,8 @@ class Traits:
     nested_rank: int = 0
     min_nested_rank: int = 1
     options: tuple[Option, ...] = ()  # what else a request may choose, each by a name of its own
+    # A request's scale multiplies A and B alike, so that its square is what acts.
+    is_scale_squared: bool = False
 
 
 ORDINARY = Traits()

@@ -6,7 +6,7 @@ Knows adapters by their traits and a prompt by its ids; no family, no slot and n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
 from operator import itemgetter
 
@@ -22,14 +22,14 @@ _MAX_SHOWN = 200  # characters of a value in a message
 class GatedAdapter:
     """One adapter as one request uses it."""
 
-    applied: AppliedAdapter
+    applied: AppliedAdapter  # its scale is the one that acts
     place: int  # in the caller's list
     first: int = 0  # the position of the first token that it acts on; NEVER: the base answers
     # Of its first components; empty, and of those behind: one.
     weights: tuple[float, ...] = ()
-    # What the request chose, in one form for one meaning: sorted by name, numbers as floats, words in
-    # the adapter's order, and nothing that is as the adapter does by itself. Choices of components
-    # are in `weights` as well.
+    # What the request chose, in one form for one meaning: sorted by name, numbers as floats, words
+    # in the adapter's order, and nothing that is as the adapter does by itself. Choices of
+    # components are in `weights` as well.
     options: Options = ()
     # Whether it acts from an invocation on, so that its tokens alone do not tell a page's content.
     is_invoked: bool = False
@@ -81,8 +81,9 @@ def _gate(
             param=f"adapters[{place}].scale",
         )
     options = _options(place, applied, traits)
+    acting = applied.scale**2 if traits.is_scale_squared else applied.scale
     return GatedAdapter(
-        applied,
+        replace(applied, scale=acting),
         place,
         first=_first(traits.invocation, prompt_ids),
         weights=_product(_of_rank(place, applied, traits), _of_words(traits, options)),

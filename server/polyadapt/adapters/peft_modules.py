@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import re2
@@ -247,6 +248,11 @@ def endings(path: str) -> Iterable[str]:
     while (dot := path.find(".")) >= 0:
         path = path[dot + 1 :]
         yield path
+
+
+def beginnings(path: str) -> Iterable[str]:
+    """The path and those of the modules that it lies in."""
+    return accumulate(path.split("."), lambda before, part: f"{before}.{part}")
 
 
 def _are_names(targets: Any, config: Mapping[str, Any]) -> bool:

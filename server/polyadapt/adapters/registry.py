@@ -9,14 +9,18 @@ from typing import Any
 from polyadapt.adapters.adapter import Family
 from polyadapt.adapters.families.adalora import AdaLora
 from polyadapt.adapters.families.arrow import Arrow
+from polyadapt.adapters.families.b_lora import BLora
 from polyadapt.adapters.families.beft import Beft
+from polyadapt.adapters.families.block_lora import BlockLora
 from polyadapt.adapters.families.boft import Boft
 from polyadapt.adapters.families.c3a import C3a
 from polyadapt.adapters.families.deft import Deft
 from polyadapt.adapters.families.delora import Delora
+from polyadapt.adapters.families.dv_lora import DvLora
 from polyadapt.adapters.families.dylora import DyLora
 from polyadapt.adapters.families.fourierft import FourierFt
 from polyadapt.adapters.families.gralora import Gralora
+from polyadapt.adapters.families.gs_lora import GsLora
 from polyadapt.adapters.families.hira import Hira
 from polyadapt.adapters.families.hra import Hra
 from polyadapt.adapters.families.ia3 import Ia3
@@ -46,14 +50,18 @@ FAMILIES: tuple[Family, ...] = (
     Lora(),
     AdaLora(),
     Arrow(),
+    BLora(),
     Beft(),
+    BlockLora(),
     Boft(),
     C3a(),
     Deft(),
     Delora(),
+    DvLora(),
     DyLora(),
     FourierFt(),
     Gralora(),
+    GsLora(),
     Hira(),
     Hra(),
     Ia3(),

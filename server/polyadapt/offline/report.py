@@ -93,7 +93,9 @@ def to_table(found: Inspection) -> Table:
 def _traits(found: Inspection) -> list[tuple[str, str]]:
     traits = found.traits
     assert traits is not None
-    rows = [("scalable", "by any number" if traits.is_scalable else "0 and 1 only")]
+    is_squared = traits.is_scale_squared
+    how = "by any number, which acts squared" if is_squared else "by any number"
+    rows = [("scalable", how if traits.is_scalable else "0 and 1 only")]
     if traits.is_kv_neutral:
         rows.append(("prefix cache", "shared with the base: it keeps every key and value"))
     if traits.replaced:

@@ -185,6 +185,39 @@ def test_several_loras_become_one_that_routes_between_them(
     assert config["arrow_config"] == {"top_k": 2, "router_temperature": 0.5, "use_gks": True}
 
 
+def test_converting_is_told_what_the_files_do_not_say(tmp_path: Path) -> None:
+    import torch
+
+    factors = {"layers.0.mlp.lora_A": torch.ones(2, 4), "layers.0.mlp.lora_B": torch.ones(3, 2)}
+    task = tmp_path / "Backbone_task_1.pth"
+    torch.save(factors, task)
+    out = tmp_path / "out"
+    for flag in ("--merged", "--unmerged"):
+        status, _, err = run(
+            "convert", str(task), str(out), "--from", "gs_lora", flag, home=tmp_path
+        )
+        assert status == 1
+        assert "give --base" in err
+    status, _, err = run("convert", str(task), str(out), "--from", "gs_lora", home=tmp_path)
+    assert status == 0, err
+    assert json.loads((out / "adapter_config.json").read_text())["tasks"][0]["name"] == "task_1"
+
+    halves = {
+        f"layers.{i}.q.lora.{name}.weight": torch.ones(shape)
+        for i in range(2)
+        for name, shape in (("down", (2, 4)), ("up", (3, 2)))
+    }
+    torch.save(halves, tmp_path / "halves.bin")
+    arguments = ["convert", str(tmp_path / "halves.bin"), str(out), "--from", "b_lora", "--force"]
+    status, _, err = run(*arguments, "--half", "style=layers.1", home=tmp_path)
+    assert status == 0, err
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["halves"] == {"style": ["layers.1"]}
+    status, _, err = run(*arguments, "--half", "form", home=tmp_path)
+    assert status == 1
+    assert "content or style" in err
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -225,6 +225,18 @@ def convert(
     deltas_only: Annotated[
         bool, typer.Option("--deltas-only", help="Leave out what may be trained base weights.")
     ] = False,
+    merged: Annotated[
+        bool | None,
+        typer.Option(
+            "--merged/--unmerged", help="Whether weights hold the update that lies beside them."
+        ),
+    ] = None,
+    half: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=PATH]", help="Only this half: content or style, and its block."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a directory in use.")] = False,
     home: Home = None,
 ) -> None:
@@ -234,7 +246,7 @@ def convert(
     written, or what was written would be refused.
     """
     with _one_clear_line():
-        from polyadapt.adapters.families.conversions import Given
+        from polyadapt.adapters.families.conversion import Given
         from polyadapt.offline.convert import convert as write_converted
         from polyadapt.offline.convert import read_source
         from polyadapt.offline.pickled import load_base
@@ -251,8 +263,11 @@ def convert(
             general=tuple(map(read_source, general or ())),
             top_k=top_k,
             temperature=temperature,
+            is_merged=merged,
+            halves={name: path or None for name, _, path in (h.partition("=") for h in half or ())},
         )
-        notes = write_converted(kind, read_source(source), given, target, force=force)
+        stored = read_source(source, kind)
+        notes = write_converted(kind, stored, given, target, force=force)
         for note in notes:
             err.print(f"polyadapt: {note}", markup=False, highlight=False, soft_wrap=True)
         found = _inspect(target, base, home)

@@ -20,7 +20,7 @@ from tests.support.peft_adapters import reload, save, tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import PreTrainedModel
 
-from polyadapt.adapters.families.conversions import Given
+from polyadapt.adapters.families.conversion import Given
 from polyadapt.errors import StartupError
 from polyadapt.offline.convert import convert, read_source
 from polyadapt.offline.pickled import load_base, load_tensors
@@ -29,7 +29,7 @@ RANK, ALPHA = 4, 6
 
 
 def converted(kind: str, source: Path, out: Path, **given: Any) -> tuple[str, ...]:
-    return convert(kind, read_source(source), Given(**given), out, force=False)
+    return convert(kind, read_source(source, kind), Given(**given), out, force=False)
 
 
 def as_pickle(directory: Path, suffix: str = ".bin") -> Path:

@@ -4,7 +4,7 @@ torch's own reader of bare tensors, and no part of a server.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -17,9 +17,9 @@ PICKLES = (".bin", ".pt", ".pth")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
-def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+def load_tensors(path: Path, ignored: Collection[str] = ()) -> dict[str, torch.Tensor]:
     """Return every tensor of the file by name; raises StartupError, also for a pickle that holds
-    anything but tensors and plain data.
+    anything but tensors. Plain values under a name of `ignored` are left out.
     """
     if path.suffix == ".safetensors":
         return dict(_of_safetensors(path))
@@ -39,6 +39,11 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         loaded = next(iter(loaded.values()))
     if not isinstance(loaded, Mapping) or not loaded:
         raise StartupError(f"{path} holds a {type(loaded).__name__}, expected tensors by name")
+    loaded = {
+        name: value
+        for name, value in loaded.items()
+        if isinstance(value, torch.Tensor) or name not in ignored
+    }
     for name, value in loaded.items():
         if not isinstance(value, torch.Tensor):
             raise StartupError(

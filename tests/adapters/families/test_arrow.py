@@ -29,7 +29,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from polyadapt.adapters.families import arrow
-from polyadapt.adapters.families.conversions import Given
+from polyadapt.adapters.families.conversion import Given
 from polyadapt.offline.convert import convert, read_source
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"

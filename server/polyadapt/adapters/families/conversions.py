@@ -6,12 +6,26 @@ Each conversion is tensors and a config in, tensors and a config out. Knows no f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from polyadapt.adapters.families.arrow import PEFT_TYPE as ARROW
+from polyadapt.adapters.families.b_lora import HALVES, SQUARED
+from polyadapt.adapters.families.conversion import (
+    PEFT_PREFIX,
+    Conversion,
+    Converted,
+    Given,
+    Stored,
+    config_of,
+    leave_out,
+    modules_of,
+    plain,
+    some,
+)
 from polyadapt.adapters.families.dylora import SCALE
+from polyadapt.adapters.families.extraction import from_merged
+from polyadapt.adapters.families.forgetting import from_tasks
 from polyadapt.adapters.peft_modules import without_prefixes
 from polyadapt.errors import StartupError
 from polyadapt_store.strict_json import shown
@@ -19,56 +33,16 @@ from polyadapt_store.strict_json import shown
 if TYPE_CHECKING:
     import torch
 
-_PEFT_PREFIX = "base_model.model."
-_LISTED = 5  # names in a message
 _FACTORS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # -> rank's dim
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An adapter as somebody wrote it: its tensors by name, and its config if there is one."""
-
-    tensors: Mapping[str, torch.Tensor]
-    config: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What the command was told beside the source. None: nothing."""
-
-    rank: int | None = None
-    min_rank: int = 1
-    alpha: float | None = None
-    initial: Stored | None = None
-    base: Mapping[str, torch.Tensor] | None = None  # the base's own tensors by name
-    deltas_only: bool = False
-    experts: tuple[Stored, ...] = ()  # beside the source
-    general: tuple[Stored, ...] = ()
-    top_k: int | None = None
-    temperature: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Converted:
-    """The new directory's content, and what people should know of it."""
-
-    tensors: Mapping[str, torch.Tensor]
-    config: Mapping[str, Any]
-    notes: tuple[str, ...] = field(default=())
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """One way in: its word for --from, what it reads, and the function."""
-
-    name: str
-    summary: str
-    convert: Callable[[Stored, Given], Converted]  # raises StartupError
+_BLOCKS = {
+    "content": "up_blocks.0.attentions.0",
+    "style": "up_blocks.0.attentions.1",
+}
 
 
 def _from_pickle(source: Stored, given: Given) -> Converted:
     """PEFT's own names and config: only the file's form changes."""
-    return Converted(source.tensors, _config_of(source))
+    return Converted(source.tensors, config_of(source))
 
 
 def _from_loralib(source: Stored, given: Given) -> Converted:
@@ -76,7 +50,7 @@ def _from_loralib(source: Stored, given: Given) -> Converted:
 
     huawei-noah/Efficient-NLP:DyLoRA/loralib/layers.py. The rank is in the file, alpha is not.
     """
-    modules = _modules_of(source, ("lora_A", "lora_B"))
+    modules = modules_of(source, ("lora_A", "lora_B"))
     if given.alpha is None:
         raise StartupError("the file does not hold alpha, on which the scale depends; give --alpha")
     ranks = {path: len(tensors["lora_A"]) for path, tensors in modules.items()}
@@ -94,11 +68,11 @@ def _from_loralib(source: Stored, given: Given) -> Converted:
             f"{odd[0]} has rank {ranks[odd[0]]}, expected {rank} everywhere"
             f"{'' if given.rank is None else ' by --rank'}"
         )
-    notes = _leave_out(source, modules, ("lora_A", "lora_B"), given, may_replace_norms=False)[1]
+    notes = leave_out(source, modules, ("lora_A", "lora_B"), given, may_replace_norms=False)[1]
     config = {
         "peft_type": "LORA",
         "r": rank,
-        "lora_alpha": _plain(given.alpha),
+        "lora_alpha": plain(given.alpha),
         "target_modules": sorted(modules),
         "nested": True,
         "rank_min": given.min_rank,
@@ -106,7 +80,7 @@ def _from_loralib(source: Stored, given: Given) -> Converted:
         "scale": SCALE,
     }
     tensors = {
-        f"{_PEFT_PREFIX}{path}.{name}.weight": tensor
+        f"{PEFT_PREFIX}{path}.{name}.weight": tensor
         for path, factors in modules.items()
         for name, tensor in factors.items()
     }
@@ -119,7 +93,7 @@ def _from_gated(source: Stored, given: Given) -> Converted:
     TsinghuaC3I/SoRA:src/lora.py. Whether a norm was trained shows beside the base only.
     """
     names = ("lora.lora_A", "lora.lora_B", "lora.gate")
-    modules = _modules_of(source, names)
+    modules = modules_of(source, names)
     if given.alpha is None:
         raise StartupError("the file does not hold alpha, on which the scale depends; give --alpha")
     ranks = {len(tensors["lora.lora_A"]) for tensors in modules.values()}
@@ -129,11 +103,11 @@ def _from_gated(source: Stored, given: Given) -> Converted:
             f"the file holds ranks {sorted(ranks)}, expected {rank} everywhere: the rank that "
             "training began with"
         )
-    norms, notes = _leave_out(source, modules, names, given, may_replace_norms=True)
+    norms, notes = leave_out(source, modules, names, given, may_replace_norms=True)
     config = {
         "peft_type": "SORA",
         "r": rank,
-        "lora_alpha": _plain(given.alpha),
+        "lora_alpha": plain(given.alpha),
         "target_modules": sorted(modules),
     }
     tensors = {
@@ -153,7 +127,7 @@ def _from_changed_base(source: Stored, given: Given) -> Converted:
     """
     import torch
 
-    config = _config_of(source)
+    config = config_of(source)
     init = config.get("init_lora_weights", True)
     if not isinstance(init, str) or init.lower() in ("gaussian", "orthogonal", "eva", "mica"):
         raise StartupError(
@@ -171,7 +145,7 @@ def _from_changed_base(source: Stored, given: Given) -> Converted:
             f"init_lora_weights is {shown(init)}: give --initial the directory that "
             "save_pretrained wrote before training began"
         )
-    began = _config_of(given.initial)
+    began = config_of(given.initial)
     for key in ("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern"):
         if (config.get(key) or None) != (began.get(key) or None):
             raise StartupError(
@@ -200,9 +174,9 @@ def _from_changed_base(source: Stored, given: Given) -> Converted:
     ranks: Mapping[str, int] = config.get("rank_pattern") or {}
     changed = {
         "r": 2 * config.get("r", 8),
-        "lora_alpha": _plain(factor * config.get("lora_alpha", 8)),
+        "lora_alpha": plain(factor * config.get("lora_alpha", 8)),
         "rank_pattern": {name: 2 * rank for name, rank in ranks.items()},
-        "alpha_pattern": {name: _plain(factor * alpha) for name, alpha in alphas.items()},
+        "alpha_pattern": {name: plain(factor * alpha) for name, alpha in alphas.items()},
         "init_lora_weights": True,
         **{f"{name}_config": None for name in ("eva", "corda", "lora_ga", "loftq")},
     }
@@ -217,12 +191,12 @@ def _from_several(source: Stored, given: Given) -> Converted:
     configs: dict[str, list[Mapping[str, Any]]] = {"experts": [], "general": []}
     for group, members in (("experts", experts), ("general", given.general)):
         for number, member in enumerate(members):
-            configs[group].append(_config_of(member))
+            configs[group].append(config_of(member))
             for key, tensor in member.tensors.items():
                 tensors[f"{group}.{number}.{without_prefixes(key)}"] = tensor
     config = {
         "peft_type": ARROW,
-        "base_model_name_or_path": _config_of(source).get("base_model_name_or_path"),
+        "base_model_name_or_path": config_of(source).get("base_model_name_or_path"),
         "arrow_config": {
             "top_k": top_k,
             "router_temperature": given.temperature,
@@ -238,7 +212,7 @@ def _from_layered(source: Stored, given: Given) -> Converted:
     """MoLA as its authors save it: `<module>.lora_A_<expert>` and `<module>.router.router`, under a
     config of PEFT's whose r is a list by layer. GCYZSL/MoLA:src/mola_{lora,peft_model}_hacked.py.
     """
-    config = _config_of(source)
+    config = config_of(source)
     if given.top_k is None:
         raise StartupError(
             "the files do not hold top_k, the number of experts that a row takes; give --top-k"
@@ -273,6 +247,89 @@ def _from_layered(source: Stored, given: Given) -> Converted:
     return Converted(tensors, {key: config[key] for key in kept if key in config} | changed)
 
 
+def _from_vectors(source: Stored, given: Given) -> Converted:
+    """A model with DV-LoRA: `<module>.lora_A`, `lora_B`, `lora_U` and `lora_V`.
+
+    BeileiCui/EndoDAC:models/backbones/mylora/layers.py. Weights are never merged there, and alpha
+    is set to the rank. The convolutions and depth heads beside it have no place in an adapter.
+    """
+    names = ("lora_A", "lora_B", "lora_U", "lora_V")
+    modules = modules_of(source, names)
+    ranks = {len(tensors["lora_A"]) for tensors in modules.values()}
+    rank = given.rank or max(ranks)
+    if ranks != {rank}:
+        raise StartupError(f"the file holds ranks {sorted(ranks)}, expected {rank} everywhere")
+    notes = leave_out(source, modules, names, given, may_replace_norms=False)[1]
+    if given.alpha is None:
+        notes += (f"alpha is taken to be the rank, {rank}, as EndoDAC sets it; --alpha says it",)
+    config = {
+        "peft_type": "DV_LORA",
+        "r": rank,
+        "lora_alpha": plain(rank if given.alpha is None else given.alpha),
+        "target_modules": sorted(modules),
+    }
+    tensors = {
+        f"{path}.{name}": tensor
+        for path, parts in modules.items()
+        for name, tensor in parts.items()
+    }
+    return Converted(tensors, config, notes)
+
+
+def _from_halves(source: Stored, given: Given) -> Converted:
+    """A file of B-LoRA, which holds a content half and a style half, or the halves that are asked
+    for.
+
+    yardenfren1996/B-LoRA:blora_utils.py (BLOCKS): the two attentions of the first upward block of
+    SDXL's network. Its command line scales both matrices, hence `blora_squared`.
+    """
+    names = ("lora.down.weight", "lora.up.weight")
+    found = modules_of(source, names)
+    rest = {k: t for k, t in source.tensors.items() if not k.endswith(names)}
+    if rest and not given.deltas_only:
+        raise StartupError(
+            f"the source holds {len(rest)} tensors of other kinds ({some(rest)}); give "
+            "--deltas-only to leave them out"
+        )
+    modules = {path.removeprefix("unet."): tensors for path, tensors in found.items()}
+    asked = given.halves or dict.fromkeys(HALVES)
+    unknown = sorted(asked.keys() - set(HALVES))
+    if unknown:
+        raise StartupError(f"--half is {unknown[0]!r}, expected {' or '.join(HALVES)}")
+    blocks = {half: path or _BLOCKS[half] for half, path in asked.items()}
+    kept = {
+        path: tensors
+        for path, tensors in modules.items()
+        if any(path.startswith(f"{block}.") for block in blocks.values())
+    }
+    for half, block in blocks.items():
+        if not any(path.startswith(f"{block}.") for path in kept):
+            raise StartupError(
+                f"no module of the source lies in {block}, the {half} block; give --half "
+                f"{half}=PATH if this model's is another"
+            )
+    left = sorted(modules.keys() - kept.keys())
+    if left and not given.halves:
+        raise StartupError(
+            f"{len(left)} modules lie in neither half ({some(left)}); name the halves that are "
+            "meant, --half content --half style, to leave them out"
+        )
+    notes = [f"{len(left)} modules outside of the half were left out"] if left else []
+    notes.append(
+        f"scale_mode is {SQUARED}: a request's scale acts squared, as the original's alphas do"
+    )
+    config = {
+        "peft_type": "B_LORA",
+        "halves": {half: [block] for half, block in blocks.items()},
+        "scale_mode": SQUARED,
+        "target_modules": sorted(kept),
+    }
+    tensors = {
+        f"{path}.{name}": tensor for path, parts in kept.items() for name, tensor in parts.items()
+    }
+    return Converted(tensors, config, tuple(notes))
+
+
 CONVERSIONS: Mapping[str, Conversion] = {
     conversion.name: conversion
     for conversion in (
@@ -284,98 +341,16 @@ CONVERSIONS: Mapping[str, Conversion] = {
         Conversion("pissa", "PiSSA, OLoRA, CorDA, LoRA-GA with --initial", _from_changed_base),
         Conversion("arrow", "a LoRA of PEFT's and others with --expert", _from_several),
         Conversion("mola", "MoLA as its authors save it, with --top-k", _from_layered),
+        Conversion(
+            "gs_lora", "the models of GS-LoRA's trainer, one per task", from_tasks, is_series=True
+        ),
+        Conversion(
+            "dv_lora",
+            "EndoDAC's depth model",
+            _from_vectors,
+            ignored=frozenset({"height", "width", "use_stereo"}),
+        ),
+        Conversion("b_lora", "a file of B-LoRA, or one half of it", _from_halves),
+        Conversion("explora", "a whole model that LoRA was merged into", from_merged),
     )
 }
-
-
-# --------------------------------------------------------------------------- what they share
-def _config_of(source: Stored) -> Mapping[str, Any]:
-    if source.config is None:
-        raise StartupError(
-            "there is no adapter_config.json beside the weights, which says what they are"
-        )
-    return source.config
-
-
-def _modules_of(source: Stored, names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """Module path -> name -> tensor, all of `names` for each."""
-    modules: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in source.tensors.items():
-        for name in names:
-            if key.endswith(f".{name}"):
-                modules.setdefault(key.removesuffix(f".{name}"), {})[name] = tensor
-    if not modules:
-        raise StartupError(
-            f"the source holds no tensors named {' and '.join(f'<module>.{n}' for n in names)}"
-        )
-    for path, tensors in sorted(modules.items()):
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise StartupError(f"{path} has no {' and no '.join(missing)}")
-    return modules
-
-
-def _leave_out(
-    source: Stored,
-    modules: Mapping[str, Any],
-    names: tuple[str, ...],
-    given: Given,
-    *,
-    may_replace_norms: bool,
-) -> tuple[dict[str, torch.Tensor], tuple[str, ...]]:
-    """Judge every other tensor: equal to the base's it is left out, a trained norm is kept if that
-    is allowed, and anything else that was trained is an error. Returns the norms and the notes.
-    """
-    own = {f"{path}.{name}" for path in modules for name in names}
-    others = {key: tensor for key, tensor in source.tensors.items() if key not in own}
-    if not others:
-        return {}, ()
-    if given.deltas_only:
-        return {}, (f"{len(others)} other tensors were left out unseen, trained or not",)
-    if given.base is None:
-        raise StartupError(
-            f"the source holds {len(others)} tensors beside the adapter's ({_some(others)}); give "
-            "--base to tell those that were trained from the base's own, or --deltas-only to leave "
-            "all of them out"
-        )
-    trained = {key for key, tensor in others.items() if not _is_in_base(key, tensor, given.base)}
-    norms = {
-        path
-        for path, _, name in (key.rpartition(".") for key in trained)
-        if may_replace_norms and name in ("weight", "bias") and _is_norm(path, others)
-    }
-    rest = sorted(key for key in trained if key.rpartition(".")[0] not in norms)
-    if rest:
-        raise StartupError(
-            f"{len(rest)} tensors differ from the base's and have no place in the adapter: "
-            f"{_some(rest)}; it was trained on another base, or trains more than is served"
-        )
-    kept = {key: tensor for key, tensor in others.items() if key.rpartition(".")[0] in norms}
-    left = len(others) - len(kept)
-    return kept, (f"{left} tensors are the base's own and were left out",) if left else ()
-
-
-def _is_norm(path: str, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """A module with one vector of weights, and maybe one of biases."""
-    weight = tensors.get(f"{path}.weight")
-    return weight is not None and weight.dim() == 1
-
-
-def _is_in_base(key: str, tensor: torch.Tensor, base: Mapping[str, torch.Tensor]) -> bool:
-    """Whether it is the base's own; one that shares another's weight may be stored under both."""
-    import torch
-
-    candidates = [base[key]] if key in base else [b for b in base.values() if b.dim() == 2]
-    return any(
-        tensor.shape == own.shape and torch.equal(tensor.float(), own.float()) for own in candidates
-    )
-
-
-def _some(names: Mapping[str, Any] | list[str]) -> str:
-    first = sorted(names)
-    more = f" and {len(first) - _LISTED} more" if len(first) > _LISTED else ""
-    return ", ".join(shown(name) for name in first[:_LISTED]) + more
-
-
-def _plain(number: float) -> int | float:
-    return int(number) if float(number).is_integer() else float(number)

@@ -53,6 +53,20 @@ tags = sa.Table(
     sa.Column("tag", sa.Text, primary_key=True),
 )
 
+# Named ways of answering with several generations; rows of deleted ones stay for their versions.
+workflows = sa.Table(
+    "workflows",
+    metadata,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("id", sa.Text, nullable=False, unique=True),
+    sa.Column("version", sa.Integer, nullable=False),
+    sa.Column("created", sa.Integer, nullable=False),
+    sa.Column("updated", sa.Integer, nullable=False),
+    sa.Column("description", sa.Text, nullable=False),
+    sa.Column("definition", sa.Text),  # JSON of its kind; null: deleted
+)
+
 api_keys = sa.Table(
     "api_keys",
     metadata,

@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 import sqlalchemy as sa
 
-from polyadapt.errors import Forbidden, InvalidRequest, ModelNotFound
+from polyadapt.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound
 from polyadapt_store.blobs import Failpoint, no_failpoint
 from polyadapt_store.database import Database, adapters, tags, versions
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord
+from polyadapt_store.workflows import is_workflow
 
 SHARED_TENANT = "shared"
 MAX_PAGE = 1000
@@ -60,9 +61,11 @@ class Registry:
         new.
 
         Bytes that are a live version of this name already, checked against the same base, are that
-        version: nothing changes. Else the next number that was never used is taken.
+        version: nothing changes. Else the next number that was never used is taken. Raises Conflict
+        when the name is a workflow's.
         """
         with self._database.write() as connection:
+            _check_free(connection, tenant, name)
             mine = sa.and_(versions.c.tenant == tenant, versions.c.name == name)
             existing = self._records(
                 connection,
@@ -113,6 +116,11 @@ class Registry:
         self._failpoint("registry.after_commit")
         return record, True
 
+    def check_free(self, tenant: str, name: str) -> None:
+        """Raise Conflict when the name is a workflow's, as `publish` would."""
+        with self._database.read() as connection:
+            _check_free(connection, tenant, name)
+
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
         """Return the live version `version` of the name, or its current one; raises
         ModelNotFound.
@@ -124,6 +132,11 @@ class Registry:
                 found = self._records(connection, _live(owner, name).where(wanted))
                 if found:
                     return found[0]
+            elif is_workflow(connection, [tenant, SHARED_TENANT], name):
+                raise ModelNotFound(
+                    f"{name!r} is a workflow and no adapter; only `model` of a chat or completion "
+                    "may name it, without a version"
+                )
         raise _not_found(name, version)
 
     def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
@@ -298,6 +311,14 @@ def _is_current() -> sa.ColumnElement[bool]:
         adapters.c.name == versions.c.name,
         adapters.c.current_version == versions.c.version,
     )
+
+
+def _check_free(connection: sa.Connection, tenant: str, name: str) -> None:
+    if is_workflow(connection, [tenant], name):
+        raise Conflict(
+            f"{name!r} is the name of a workflow; choose another, or delete that first",
+            param="name",
+        )
 
 
 def _not_found(name: str, version: int | None) -> ModelNotFound:

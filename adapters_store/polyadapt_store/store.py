@@ -27,6 +27,7 @@ from polyadapt_store.manifest import AdapterManifest, AdapterRecord, ValidationR
 from polyadapt_store.registry import Page, Registry
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
+from polyadapt_store.workflows import WorkflowShelf
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,7 @@ class AdapterStore:
         self._blobs = BlobStore(root, failpoint)
         self._registry = Registry(self._database, failpoint=failpoint)
         self.keys = KeyRing(self._database)
+        self.workflows = WorkflowShelf(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()
@@ -135,10 +137,12 @@ class AdapterStore:
         raises ends the upload, which then leaves no trace.
 
         Returns the record, and False instead of True if these bytes were a version of this name
-        before. Raises InvalidRequest (name, description, tags) and AdapterRejected with every
-        problem of the files. Nothing is visible to anybody before it returns.
+        before. Raises InvalidRequest (name, description, tags), Conflict for a workflow's name, and
+        AdapterRejected with every problem of the files. Nothing is visible to anybody before it
+        returns.
         """
         check_name(name)
+        self._registry.check_free(tenant, name)
         _check_metadata(description, tags)
         report = self._judge(staged)
         self._failpoint("publish.validated")

@@ -262,6 +262,14 @@ def by_code(code: str, message: str, param: str | None = None) -> PolyadaptError
     return error
 
 
+def located(error: PolyadaptError, where: str) -> PolyadaptError:
+    """Return the same error with `where` before its message; the one given may be shared."""
+    found = by_code(error.code, f"{where}: {error.message}", error.param)
+    if isinstance(error, QueueFull | Unavailable) and isinstance(found, QueueFull | Unavailable):
+        found.retry_after_s = error.retry_after_s
+    return found
+
+
 def _leaves(root: type[PolyadaptError]) -> list[type[PolyadaptError]]:
     found = [root]
     for child in root.__subclasses__():

@@ -11,6 +11,7 @@ import pytest
 from tests.support.fake_engine import BASE_DIGEST, FakeEngine
 
 from polyadapt.errors import (
+    AdapterDeleted,
     AdapterRejected,
     AdapterUnavailable,
     EngineUnavailable,
@@ -395,3 +396,73 @@ async def _until_gone(directory: AdapterDirectory, name: str) -> None:
         except ModelNotFound:
             return
         await asyncio.sleep(0.001)
+
+
+# ----------------------------------------------------------------------------- held again
+async def until_gone(directory: AdapterDirectory, name: str) -> None:
+    """Return when the name stands for nothing, though its deletion may wait."""
+    while True:
+        try:
+            directory.find(TENANT, name)
+        except ModelNotFound:
+            return
+        await asyncio.sleep(0.001)
+
+
+async def test_a_lease_is_held_again_whatever_its_name_stands_for_by_now(
+    directory: AdapterDirectory,
+) -> None:
+    first = await upload(directory, "poet", "one")
+    held = directory.acquire(TENANT, "poet")
+    await upload(directory, "poet", "two")
+    deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "drain"))
+    await until_gone(directory, "poet")
+    again = directory.again(held)
+    assert again.applied == held.applied == (AppliedAdapter(first),)
+    assert directory.num_uses(first) == 2
+    held.release()
+    assert not deletion.done()
+    again.release()
+    await deletion
+    assert directory.num_uses(first) == 0
+
+
+async def test_a_lease_of_what_was_deleted_with_now_is_not_held_again(
+    directory: AdapterDirectory, engine: FakeEngine
+) -> None:
+    poet = await upload(directory, "poet", "one")
+    held = directory.acquire(TENANT, "poet")
+    deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "now"))
+    while not engine.deleted:
+        await asyncio.sleep(0.001)
+    with pytest.raises(AdapterDeleted, match="'poet'"):
+        directory.again(held)
+    assert directory.num_uses(poet) == 1
+    held.release()
+    await deletion
+    again = directory.acquire(TENANT, (await upload(directory, "poet", "one")).name)
+    directory.again(again).release()
+    again.release()
+
+
+async def test_bytes_that_another_name_has_are_held_again_after_a_deletion_with_now(
+    directory: AdapterDirectory,
+) -> None:
+    await upload(directory, "poet", "same")
+    await upload(directory, "twin", "same")
+    held = directory.acquire(TENANT, "poet")
+    deletion = asyncio.create_task(directory.delete(TENANT, "poet", None, "now"))
+    await until_gone(directory, "poet")
+    await asyncio.sleep(0.05)  # time to do what it should not
+    directory.again(held).release()
+    held.release()
+    await deletion
+
+
+async def test_who_owns_a_name(directory: AdapterDirectory) -> None:
+    await upload(directory, "poet")
+    await directory.upload("shared", "everybody", files("everybody"))
+    assert directory.owns(TENANT, "poet")
+    assert not directory.owns(TENANT, "everybody")
+    assert not directory.owns(TENANT, "nobody")
+    assert not directory.owns("other", "poet")

@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 from polyadapt.engine.client import EngineClient
-from polyadapt.errors import AdapterUnavailable, EngineUnavailable, InvalidRequest, ModelNotFound
+from polyadapt.errors import (
+    AdapterDeleted,
+    AdapterUnavailable,
+    EngineUnavailable,
+    InvalidRequest,
+    ModelNotFound,
+)
 from polyadapt.tasks.model_name import NamedAdapter, parse_adapter, split_base
 from polyadapt.types import AdapterId, AppliedAdapter, Options, Residency, WhenCold
 from polyadapt_store.manifest import AdapterRecord
@@ -157,6 +163,7 @@ class AdapterDirectory:
         self._unused: dict[AdapterId, asyncio.Event] = {}
         self._live: dict[str, set[AdapterId]] = {}  # digest -> the versions that have it
         self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
+        self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
 
     async def read_names(self, tenant: str) -> int:
@@ -205,6 +212,27 @@ class AdapterDirectory:
         for adapter in lease.ids:
             self._uses[adapter] += 1
         return lease
+
+    def again(self, held: Lease) -> Lease:
+        """Count the use of what a lease holds once more, whatever its names stand for by now.
+
+        Raises AdapterDeleted when any of it was deleted with mode=now since.
+        """
+        for adapter in held.ids:
+            assert self._uses[adapter] > 0, "only a lease that is held can be held again"
+            if adapter in self._ending:
+                raise AdapterDeleted(f"the adapter {adapter.name!r} was deleted while it was used")
+        lease = Lease(held.applied, self._release, held.when_cold)
+        for adapter in lease.ids:
+            self._uses[adapter] += 1
+        return lease
+
+    def owns(self, tenant: str, name: str) -> bool:
+        """Whether the tenant has an adapter of this name of its own, not a shared one."""
+        try:
+            return self._store.resolve(tenant, name).tenant == tenant
+        except ModelNotFound:
+            return False
 
     def find(self, tenant: str, model: str) -> AdapterRecord | None:
         """Return the adapter that `model` names, None for the base; raises ModelNotFound."""
@@ -448,8 +476,11 @@ class AdapterDirectory:
         for record in records:
             is_shared = await asyncio.to_thread(self._store.is_live, record.digest)
             if mode == "now" and not is_shared:
+                # Before the engine is asked: a request of several generations may have none there.
+                self._ending.add(record.adapter_id)
                 await self._ask_engine(self._engine.cancel_adapter, record.digest)
             await self._wait_unused(record.adapter_id)
+            self._ending.discard(record.adapter_id)
             if self._is_closing:
                 return
             if await asyncio.to_thread(self._store.is_live, record.digest):

@@ -184,16 +184,24 @@ class TextService:
         self._tokenise_slots = asyncio.Semaphore(2)
         self.tokenizer = tokenizer
 
-    async def generate(self, request: TextRequest) -> AsyncGenerator[TextEvent, None]:
+    async def generate(
+        self, request: TextRequest, held: Lease | None = None
+    ) -> AsyncGenerator[TextEvent, None]:
         """Yield Accepted, then Queued, PromptScores and TextDelta as they come, then Completed.
 
-        The index of a sequence is prompt index * n + its number. Raises a PolyadaptError: before
-        Accepted when the request is wrong, later when the engine refuses or fails it. Closing the
-        generator cancels what still runs. The lease is released exactly once, however it ends.
+        The index of a sequence is prompt index * n + its number. `held` is a lease of the caller's
+        whose adapters serve the request in place of those that it names. Raises a PolyadaptError:
+        before Accepted when the request is wrong, later when the engine refuses or fails it.
+        Closing the generator cancels what still runs. The lease of this request is released exactly
+        once, however it ends.
         """
         info = self.info()
-        lease = self._directory.acquire(
-            request.tenant, request.model, request.adapters, request.on_cold
+        lease = (
+            self._directory.acquire(
+                request.tenant, request.model, request.adapters, request.on_cold
+            )
+            if held is None
+            else self._directory.again(held)
         )
         try:
             prepared = await self._prepare(request, info)

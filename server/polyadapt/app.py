@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 import polyadapt
-from polyadapt.api import adapters, capabilities, keys, openai, ops
+from polyadapt.api import adapters, capabilities, keys, openai, ops, workflows
 from polyadapt.api.access import Authenticator, KeylessGuard
 from polyadapt.api.document import install_document
 from polyadapt.api.errors import install_handlers
@@ -28,6 +28,8 @@ from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
+from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
+from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.keys import KeyRing
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,12 @@ _FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
 
 
 class StoreWithKeys(Store, Protocol):
-    """An adapter store that also holds the API keys."""
+    """An adapter store that also holds the API keys and the workflows."""
 
     keys: KeyRing
+
+    @property
+    def workflows(self) -> Shelf: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +76,17 @@ def build_app(
         return lifecycle.is_open and engine.is_ready
 
     metrics = Metrics(engine, directory, is_ready=is_ready)
+    text = TextService(engine, directory, tokenizer, config.limits)
+    library = WorkflowLibrary(store.workflows, directory)
     services = Services(
         config=config,
         engine=engine,
         store=store,
         keys=store.keys,
         directory=directory,
-        text=TextService(engine, directory, tokenizer, config.limits),
+        text=text,
+        workflows=library,
+        workflow_runner=WorkflowRunner(text, library),
         authenticator=authenticator,
         metrics=metrics,
         lifecycle=lifecycle,
@@ -108,7 +117,7 @@ def build_app(
     app.state.services = services
     install_handlers(app)
     install_document(app)
-    for module in (openai, adapters, capabilities, keys, ops):
+    for module in (openai, adapters, workflows, capabilities, keys, ops):
         module.add_routes(app.router)
     return app
 
@@ -121,6 +130,7 @@ async def running(
     began = time.monotonic()
     try:
         info = await services.engine.start()
+        await services.workflows.read()
         known = await services.directory.read_names(DEFAULT_TENANT)
         for adapter in startup_adapters:
             known += await _register(services.directory, adapter)
@@ -137,6 +147,7 @@ async def running(
         yield
     finally:
         services.lifecycle.is_draining = True
+        await services.workflows.close()
         await services.directory.close()
         await stop_engine(services)
 

@@ -79,7 +79,7 @@ def add_routes(router: APIRouter) -> None:
     read: RequiredScope = "adapters:read"
     add_route(
         router, "POST", "/v1/adapters", upload_adapter, needs=write, reply=AdapterObject,
-        status=201, also=200, errors=(400, 413, 415, 422), request_body=_UPLOAD_BODY,
+        status=201, also=200, errors=(400, 409, 413, 415, 422), request_body=_UPLOAD_BODY,
     )  # fmt: skip
     add_route(
         router, "GET", "/v1/adapters", list_adapters, needs=read, reply=AdapterList, errors=(400,)
@@ -106,7 +106,7 @@ def add_routes(router: APIRouter) -> None:
     )  # fmt: skip
     add_route(
         router, "POST", "/v1/load_lora_adapter", load_lora_adapter,
-        needs=write, reply=None, errors=(404, 422), has_body=True, content=_TEXT,
+        needs=write, reply=None, errors=(404, 409, 422), has_body=True, content=_TEXT,
     )  # fmt: skip
     add_route(
         router, "POST", "/v1/unload_lora_adapter", unload_lora_adapter,

@@ -16,6 +16,7 @@ from polyadapt.api.schemas.capabilities import (
     LimitsObject,
 )
 from polyadapt.api.services import Services, services_of
+from polyadapt.tasks.workflows.kinds import KINDS
 from polyadapt.types import MAX_ADAPTERS, EngineInfo
 
 Has = Annotated[Services, Depends(services_of)]
@@ -59,6 +60,7 @@ async def capabilities(services: Has) -> Response:
                 prefix_cache=config.engine.prefix_cache,
                 speculative_tokens=config.engine.speculative_tokens,
                 exact=config.engine.exact,
+                workflows=list(KINDS),
             ),
         )
     )

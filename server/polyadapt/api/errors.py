@@ -52,7 +52,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return error_response(_from_validation(request, error.errors()))
+        return error_response(_from_validation(request, error.errors(), error.body))
 
     async def framework(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -83,10 +83,10 @@ def _from_http(request: Request, error: HTTPException) -> PolyadaptError:
     return InternalError("an internal error ended this request")
 
 
-def _from_validation(request: Request, problems: Sequence[Any]) -> PolyadaptError:
+def _from_validation(request: Request, problems: Sequence[Any], body: Any) -> PolyadaptError:
     """Return one error for the first problem; `param` names the field."""
     first = problems[0]
-    kind, location = first["type"], tuple(first["loc"])
+    kind, location = first["type"], _in_body(tuple(first["loc"]), body)
     content_type = request.headers.get("content-type", "")
     if location == ("body",) and kind != "json_invalid" and not _is_json(content_type):
         if kind == "missing":
@@ -97,6 +97,8 @@ def _from_validation(request: Request, problems: Sequence[Any]) -> PolyadaptErro
     if kind == "json_invalid":
         detail = first.get("ctx", {}).get("error", "")
         return InvalidRequest(f"the body is no valid JSON: {detail}")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        location += (str(first["ctx"]["discriminator"]).strip("'"),)
     context = first.get("ctx", {})
     param = context.get("param") or _param(location)
     where = f"{param}: " if param else ""
@@ -110,6 +112,24 @@ def _from_validation(request: Request, problems: Sequence[Any]) -> PolyadaptErro
         return InvalidRequest(f"{where}this field is required", param=param)
     message = str(first["msg"]).removeprefix("Value error, ")
     return InvalidRequest(f"{where}{message}{_given(first)}", param=param)
+
+
+def _in_body(location: tuple[Any, ...], body: Any) -> tuple[Any, ...]:
+    """Return a location without the tags that pydantic puts where a `kind` chooses the schema."""
+    if location[:1] != ("body",):
+        return location
+    kept, value = location[:1], body
+    for part in location[1:]:
+        if isinstance(value, dict):
+            if part not in value and part == value.get("kind"):
+                continue
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            value = None
+        kept += (part,)
+    return kept
 
 
 def _param(location: Sequence[Any]) -> str | None:

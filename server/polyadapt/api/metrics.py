@@ -70,6 +70,19 @@ class Metrics:
             ["code"],
             registry=self.registry,
         )
+        self.workflow_runs = Counter(
+            "polyadapt_workflow_runs",
+            "Runs of workflows by kind and how they ended: agreement, majority (declared, without "
+            "agreement), none (no answer), failed, cancelled",
+            ["kind", "outcome"],
+            registry=self.registry,
+        )
+        self.workflow_rounds = Counter(
+            "polyadapt_workflow_rounds",
+            "Rounds of the runs that ended with an outcome, by kind",
+            ["kind"],
+            registry=self.registry,
+        )
         self.registry.register(_EngineCollector(engine, directory, is_ready, clock))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from polyadapt.api import chat, completions
+from polyadapt.api import chat, completions, workflow_answer
 from polyadapt.api.chat import ChatFormat, Head
 from polyadapt.api.collect import Generation, collect
 from polyadapt.api.completions import CompletionFormat
@@ -39,7 +39,7 @@ from polyadapt.api.stream import (
     until_disconnect,
 )
 from polyadapt.api.token_text import token_string
-from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError
+from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError, UnsupportedField
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import (
     Accepted,
@@ -52,6 +52,7 @@ from polyadapt.tasks.text import (
     TextRequest,
     TokenPrompt,
 )
+from polyadapt.tasks.workflows.library import Workflow
 from polyadapt.types import AdapterId, EngineInfo, ServedAdapter
 from polyadapt_store.manifest import AdapterRecord
 
@@ -132,6 +133,10 @@ async def create_chat_completion(
             param="messages",
         )
     head = _head("chatcmpl", body.model, services)
+    workflow = services.workflows.find(principal_of(request).tenant, body.model)
+    if workflow is not None:
+        _check_priority(body.priority or 0, services)
+        return await workflow_answer.answer(request, services, body, workflow, head)
     task = chat.text_request(body, head.id, principal_of(request).tenant)
     form = ChatFormat(body, head, services.text.tokenizer)
     options = body.stream_options
@@ -158,6 +163,10 @@ async def create_completion(
             param="n",
         )
     head = _head("cmpl", body.model, services)
+    workflow = services.workflows.find(principal_of(request).tenant, body.model)
+    if workflow is not None:
+        _check_priority(body.priority or 0, services)
+        return await workflow_answer.answer(request, services, body, workflow, head)
     task = completions.text_request(body, head.id, principal_of(request).tenant)
     form = CompletionFormat(body, head, services.text.tokenizer)
     options = body.stream_options
@@ -182,12 +191,7 @@ async def _answer(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
     began = time.perf_counter()
-    if task.priority < services.config.limits.min_priority:
-        raise InvalidRequest(
-            f"priority is {task.priority}, expected at least "
-            f"{services.config.limits.min_priority} on this server",
-            param="priority",
-        )
+    _check_priority(task.priority, services)
     logger.info("request %s is %s", task.id, request.state.request_id)
     events = _measured(services, task, began)
     try:
@@ -204,6 +208,14 @@ async def _answer(
         raise
     frames = _frames(task, form, accepted, events, first, has_usage=has_usage)
     return EventStream(frames, heartbeat_s=services.config.server.heartbeat_s, headers=headers)
+
+
+def _check_priority(priority: int, services: Services) -> None:
+    least = services.config.limits.min_priority
+    if priority < least:
+        raise InvalidRequest(
+            f"priority is {priority}, expected at least {least} on this server", param="priority"
+        )
 
 
 async def _first_event(
@@ -317,7 +329,7 @@ async def list_models(
     limit: Annotated[int | None, Query(ge=1, le=10_000)] = None,
     after: Annotated[str | None, Query(max_length=400)] = None,
 ) -> Response:
-    """List the base model and every adapter of it; without `limit` all of them."""
+    """List the base model, its adapters and the workflows; without `limit` all of them."""
     info = services.text.info()
     tenant = principal_of(request).tenant
 
@@ -333,6 +345,7 @@ async def list_models(
 
     models = [_base_object(services, info)]
     models += [_adapter_object(record, info) for record in await asyncio.to_thread(read)]
+    models += [_workflow_object(workflow, info) for workflow in services.workflows.list(tenant)]
     data, has_more = page_of(models, lambda model: model.id, limit=limit, after=after)
     return json_reply(
         ModelList(
@@ -349,7 +362,10 @@ async def get_model(
 ) -> Response:
     """Return one model by any name that `model` accepts."""
     info = services.text.info()
-    record = services.directory.find(principal_of(request).tenant, model)
+    tenant = principal_of(request).tenant
+    if (workflow := services.workflows.find(tenant, model)) is not None:
+        return json_reply(_workflow_object(workflow, info).model_copy(update={"id": model}))
+    record = services.directory.find(tenant, model)
     if record is None:
         return json_reply(_base_object(services, info))
     found = _adapter_object(record, info)
@@ -362,7 +378,7 @@ async def tokenize(
     """Return the ids of a text or of a rendered conversation."""
     info = services.text.info()
     if body.model is not None:
-        services.directory.find(principal_of(request).tenant, body.model)
+        _check_tokens_of(services, principal_of(request).tenant, body.model)
     if body.messages is not None:
         turns = tuple(message.for_template() for message in body.messages)
         ids = await services.text.encode(
@@ -391,13 +407,24 @@ async def detokenize(
 ) -> Response:
     """Return the text of ids, with special tokens shown."""
     if body.model is not None:
-        services.directory.find(principal_of(request).tenant, body.model)
+        _check_tokens_of(services, principal_of(request).tenant, body.model)
     try:
         ids = await services.text.encode(TokenPrompt(tuple(body.tokens)))
     except InvalidRequest as error:
         raise InvalidRequest(error.message, param="tokens") from None
     text = await asyncio.to_thread(services.text.tokenizer.decode, ids, skip_special=False)
     return json_reply(DetokenizeReply(prompt=text))
+
+
+def _check_tokens_of(services: Services, tenant: str, model: str) -> None:
+    """Raise ModelNotFound for what there is not, UnsupportedField for what reads no tokens."""
+    if services.workflows.find(tenant, model) is not None:
+        raise UnsupportedField(
+            f"{model[:200]!r} is a workflow, which writes its own prompts; name the base or an "
+            "adapter",
+            param="model",
+        )
+    services.directory.find(tenant, model)
 
 
 def _head(prefix: str, model: str, services: Services) -> Head:
@@ -440,6 +467,17 @@ def _adapter_object(record: AdapterRecord, info: EngineInfo) -> ModelObject:
         root=info.base.name,
         parent=info.base.name,
         max_model_len=info.base.max_model_len,
+    )
+
+
+def _workflow_object(workflow: Workflow, info: EngineInfo) -> ModelObject:
+    return ModelObject(
+        id=workflow.name,
+        created=workflow.record.created,
+        root=info.base.name,
+        parent=info.base.name,
+        max_model_len=info.base.max_model_len,
+        workflow=workflow.definition.kind,
     )
 
 

@@ -16,6 +16,8 @@ from polyadapt.engine.client import EngineClient
 from polyadapt.errors import Unavailable
 from polyadapt.tasks.directory import AdapterDirectory, Store
 from polyadapt.tasks.text import TextService
+from polyadapt.tasks.workflows.library import WorkflowLibrary
+from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.keys import KeyRing
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class Services:
     keys: KeyRing
     directory: AdapterDirectory
     text: TextService
+    workflows: WorkflowLibrary
+    workflow_runner: WorkflowRunner
     authenticator: Authenticator
     metrics: Metrics
     lifecycle: Lifecycle

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from polyadapt.api.schemas.base import MAX_NAME, Body, Reply
+from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
 from polyadapt.types import Residency
 from polyadapt_store.manifest import AdapterRecord
 
@@ -137,7 +137,7 @@ class UnloadLoraRequest(Body):
 
 
 class ModelObject(Reply):
-    """The base model, or an adapter; `root` and `parent` of an adapter name the base."""
+    """The base model, an adapter or a workflow; `root` and `parent` of the others name the base."""
 
     id: str
     object: Literal["model"] = "model"
@@ -146,10 +146,11 @@ class ModelObject(Reply):
     root: str
     parent: str | None
     max_model_len: int
+    workflow: str | None = Field(None, exclude_if=is_none, description="the kind, of a workflow")
 
 
 class ModelList(Reply):
-    """The base model first, then the adapters by name."""
+    """The base model first, then the adapters by name, then the workflows by name."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]

@@ -41,6 +41,7 @@ class FeaturesObject(Reply):
     prefix_cache: bool
     speculative_tokens: int = Field(description="the server's default; a request may choose")
     exact: bool = Field(description="answers bit-identical whatever else is in the batch")
+    workflows: list[str] = Field(description="the kinds of /v1/workflows")
 
 
 class CapabilitiesReply(Reply):

@@ -17,6 +17,7 @@ from polyadapt.api.schemas.base import (
     wrong,
 )
 from polyadapt.api.schemas.generation import MAX_LOGPROBS, MAX_TOKENS, GenerationRequest
+from polyadapt.api.schemas.workflows import WorkflowRun
 
 MAX_PARTS = 64
 _NO_TOOLS = "tools are not served; leave `{}` out"
@@ -220,6 +221,11 @@ class ChatReply(Reply):
     adapters: list[ServedObject]
     prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none)
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(None, exclude_if=is_none)
+    workflow: WorkflowRun | None = Field(
+        None,
+        exclude_if=is_none,
+        description="when `model` is a workflow: how it came to its answer",
+    )
 
 
 class Delta(Reply):

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 from polyadapt.api.schemas.base import Reply, ServedObject, Usage, is_none, only, wrong
 from polyadapt.api.schemas.chat import PromptLogprob
 from polyadapt.api.schemas.generation import MAX_LOGPROBS, GenerationRequest
+from polyadapt.api.schemas.workflows import WorkflowRun
 from polyadapt.tasks.text import Prompt, TextPrompt, TokenPrompt
 
 MAX_PROMPTS = 128
@@ -128,3 +129,8 @@ class CompletionReply(Reply):
     choices: list[CompletionChoice]
     usage: Usage | None = Field(None, exclude_if=is_none)
     adapters: list[ServedObject] | None = Field(None, exclude_if=is_none)
+    workflow: WorkflowRun | None = Field(
+        None,
+        exclude_if=is_none,
+        description="when `model` is a workflow: how it came to its answer",
+    )

@@ -26,6 +26,7 @@ from polyadapt_client import (  # noqa: E402
     Polyadapt,
     Unavailable,
     Use,
+    WorkflowRun,
     generation_fields,
 )
 
@@ -170,6 +171,43 @@ def test_a_cold_adapter_is_what_the_caller_said(client: Polyadapt, running: Runn
         assert (caught.value.code, caught.value.retry_after_s) == ("adapter_cold", 1)
     finally:
         running.server.engine.cold = set()
+
+
+def test_a_workflow_lives_and_answers(client: Polyadapt) -> None:
+    reasoner = {"adapter": None, "instruction": "", "template": "{question} 7"}
+    definition = {"kind": "self_consistency", "reasoner": reasoner, "num_samples": 2}
+    made = client.create_workflow("vote", definition, description="counts")
+    assert (made.name, made.kind, made.version) == ("vote", "self_consistency", 1)
+    assert made.definition["threshold"] == 0.5
+    assert client.workflow("vote") == made
+    assert client.put_workflow("vote", {**made.definition, "num_samples": 3}).version == 2
+    client.put_workflow("other", definition)
+    assert [workflow.name for workflow in client.workflows()] == ["other", "vote"]
+    reply = client.complete("hi", model="vote", seed=3)
+    run = reply.workflow
+    assert run is not None
+    assert (reply.text, run.answer, run.agreed, run.rule) == ("0", "0", True, "agreement")
+    assert (run.name, run.version, run.rounds, run.candidates) == ("vote", 2, 1, ("0",))
+    assert [entry.text for entry in run.trace] == ["I am base 0."] * 3
+    assert run.total_tokens == sum(entry.tokens + entry.prompt_tokens for entry in run.trace)
+    with pytest.raises(ApiError) as caught:
+        client.create_workflow("vote", definition)
+    assert (caught.value.status, caught.value.code) == (409, "conflict")
+    for name in ("vote", "other"):
+        client.delete_workflow(name)
+    with pytest.raises(NotFound):
+        client.workflow("vote")
+    assert client.complete("hi", model="fake-base").workflow is None
+
+
+def test_a_run_is_read_from_openais_client_too() -> None:
+    entry = {"round": 1, "role": "ir", "adapter": "a@1", "text": "7", "answer": "7", "tokens": 2,
+             "prompt_tokens": 3, "finish_reason": "stop", "seed": 5, "new": True}  # fmt: skip
+    body = {"name": "w", "kind": "lorid", "version": 1, "answer": "7", "agreed": True,
+            "rule": "agreement", "candidates": ["7"], "rounds": 1, "trace": [entry],
+            "usage": {"total_tokens": 5}, "new": True}  # fmt: skip
+    run = WorkflowRun.of(body)
+    assert (run.trace[0].role, run.trace[0].seed, run.total_tokens) == ("ir", 5, 5)
 
 
 def test_the_fields_for_openais_client_hold_what_was_given() -> None:

@@ -10,8 +10,11 @@ from polyadapt_client.types import (
     Residency,
     Served,
     Tokenized,
+    TraceEntry,
     Use,
     Version,
+    Workflow,
+    WorkflowRun,
 )
 
 __version__ = "0.1.0"
@@ -29,8 +32,11 @@ __all__ = [
     "Residency",
     "Served",
     "Tokenized",
+    "TraceEntry",
     "Unavailable",
     "Use",
     "Version",
+    "Workflow",
+    "WorkflowRun",
     "generation_fields",
 ]

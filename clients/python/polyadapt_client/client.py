@@ -21,6 +21,8 @@ from polyadapt_client.types import (
     Tokenized,
     Use,
     Version,
+    Workflow,
+    WorkflowRun,
 )
 
 _PAGE = 100
@@ -89,16 +91,7 @@ class Polyadapt:
 
     def adapters(self, *, tag: str | None = None) -> Iterator[Adapter]:
         """Yield the newest version of every name, by name."""
-        after: str | None = None
-        while True:
-            wanted = {"limit": _PAGE, "after": after, "tag": tag}
-            page = self._get(
-                "/v1/adapters", {key: value for key, value in wanted.items() if value is not None}
-            )
-            yield from map(Adapter.of, page["data"])
-            if not page["has_more"]:
-                return
-            after = page["last_id"]
+        yield from map(Adapter.of, self._pages("/v1/adapters", {"tag": tag}))
 
     def adapter(self, name: str) -> Adapter:
         """Return an adapter by `name` or `name@version`; raises NotFound."""
@@ -124,6 +117,33 @@ class Polyadapt:
         """Release an adapter's memory once its running requests have ended; the name stays."""
         return Adapter.of(_body(self._http.post(f"{_path(name)}/unload", timeout=None)))
 
+    # ------------------------------------------------------------------ workflows
+    def create_workflow(
+        self, name: str, definition: Mapping[str, Any], *, description: str = ""
+    ) -> Workflow:
+        """Make a workflow under a name that no adapter, workflow or base has."""
+        body = {"name": name, "definition": definition, "description": description}
+        return Workflow.of(_body(self._http.post("/v1/workflows", json=body)))
+
+    def put_workflow(
+        self, name: str, definition: Mapping[str, Any], *, description: str = ""
+    ) -> Workflow:
+        """Make a workflow, or replace the one of this name; runs under way do not change."""
+        body = {"definition": definition, "description": description}
+        return Workflow.of(_body(self._http.put(_workflow_path(name), json=body)))
+
+    def workflows(self) -> Iterator[Workflow]:
+        """Yield every workflow, by name."""
+        yield from map(Workflow.of, self._pages("/v1/workflows", {}))
+
+    def workflow(self, name: str) -> Workflow:
+        """Return a workflow; raises NotFound."""
+        return Workflow.of(self._get(_workflow_path(name)))
+
+    def delete_workflow(self, name: str) -> None:
+        """Delete a workflow; runs under way end as they began. Raises NotFound."""
+        _body(self._http.delete(_workflow_path(name)))
+
     # ------------------------------------------------------------------ text
     def complete(
         self,
@@ -139,7 +159,8 @@ class Polyadapt:
 
         `fields` are the call's others, such as max_tokens and temperature. Chats, streams and
         several choices (`n`, `best_of`) are for OpenAI's client: ValueError. Raises Unavailable
-        with on_cold "fail" and a cold adapter.
+        with on_cold "fail" and a cold adapter. A `model` that is a workflow answers the prompt as
+        a question, and `workflow` says how.
         """
         if unfit := sorted({"stream", "n", "best_of"} & fields.keys()):
             raise ValueError(f"complete() returns one text; {unfit[0]} is for OpenAI's client")
@@ -151,7 +172,13 @@ class Polyadapt:
             Served(s["name"], s["version"], s["digest"], s["tier"], s["load_ms"])
             for s in reply["adapters"]
         )
-        return Completion(choice["text"], choice["finish_reason"], served)
+        run = reply.get("workflow")
+        return Completion(
+            choice["text"],
+            choice["finish_reason"],
+            served,
+            None if run is None else WorkflowRun.of(run),
+        )
 
     # ------------------------------------------------------------------ tokens
     def tokenize(self, prompt: str, *, model: str | None = None) -> Tokenized:
@@ -195,6 +222,17 @@ class Polyadapt:
             features=dict(body["features"]),
         )
 
+    def _pages(self, path: str, params: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield the items of a list, page by page; parameters that are None are not sent."""
+        after: str | None = None
+        while True:
+            wanted = {**params, "limit": _PAGE, "after": after}
+            page = self._get(path, {key: v for key, v in wanted.items() if v is not None})
+            yield from page["data"]
+            if not page["has_more"]:
+                return
+            after = page["last_id"]
+
     def _get(self, path: str, params: Mapping[str, Any] | None = None) -> dict[str, Any]:
         return _body(self._http.get(path, params=params))
 
@@ -219,6 +257,10 @@ def generation_fields(
     if cold_timeout_ms is not None:
         body["cold_timeout_ms"] = cold_timeout_ms
     return body
+
+
+def _workflow_path(name: str) -> str:
+    return f"/v1/workflows/{quote(name, safe='')}"
 
 
 def _path(name: str) -> str:

@@ -120,12 +120,88 @@ class Served:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceEntry:
+    """One sample of a workflow's run; `adapter` is name@version, None the base."""
+
+    round: int
+    role: str
+    adapter: str | None
+    text: str
+    answer: str | None
+    tokens: int
+    prompt_tokens: int
+    finish_reason: Literal["stop", "length"]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkflowRun:
+    """How a workflow came to its answer, which is None when no member gave one.
+
+    `rule` is "agreement", "majority" (without agreement) or "none"; more than one of `candidates`
+    is a tie, of which the first was taken. `total_tokens` counts all samples.
+    """
+
+    name: str
+    kind: str
+    version: int
+    answer: str | None
+    agreed: bool
+    rule: str
+    candidates: tuple[str, ...]
+    rounds: int
+    trace: tuple[TraceEntry, ...]
+    total_tokens: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> WorkflowRun:
+        """Read a reply's `workflow`, also of OpenAI's client; raises KeyError."""
+        entries = (
+            TraceEntry(**{name: entry[name] for name in TraceEntry.__dataclass_fields__})
+            for entry in body["trace"]
+        )
+        return cls(
+            name=body["name"],
+            kind=body["kind"],
+            version=body["version"],
+            answer=body["answer"],
+            agreed=body["agreed"],
+            rule=body["rule"],
+            candidates=tuple(body["candidates"]),
+            rounds=body["rounds"],
+            trace=tuple(entries),
+            total_tokens=body["usage"]["total_tokens"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Workflow:
+    """A named way of answering with several generations; `definition` as the API has it."""
+
+    id: str
+    name: str
+    kind: str
+    version: int
+    definition: Mapping[str, Any]
+    description: str
+    tenant: str
+    created: int
+    updated: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Workflow:
+        """Read the API's workflow object; raises KeyError if a field is missing."""
+        return cls(**{name: body[name] for name in cls.__dataclass_fields__})
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """A text that was continued, and what served it: no adapter means the base."""
 
     text: str
     finish_reason: Literal["stop", "length"]
     adapters: tuple[Served, ...]
+    workflow: WorkflowRun | None = None  # when `model` was a workflow
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from polyadapt.adapters import pool as pool_module
 from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.arena import Arena
+from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
@@ -163,7 +164,7 @@ def rig(request: pytest.FixtureRequest):
     made: list[Rig] = []
 
     def make(**kwargs) -> Rig:
-        names = ("size", "slots", "host", "keeps_host_copies", "clock", "has_overrides")
+        names = ("size", "slots", "host", "keeps_host_copies", "clock", "has_overrides", "pace")
         options = {key: kwargs.pop(key) for key in names if key in kwargs}
         made.append(Rig(Store(**kwargs), **options))
         return made[-1]
@@ -807,6 +808,36 @@ def test_a_host_copy_is_placed_while_a_read_is_held_up(rig):
         it.woken.clear()
         it.pool.poll()
     assert it.tier("b") == "store"
+
+
+def test_a_read_that_takes_long_holds_no_short_one_up(rig):
+    own = threading.local()
+    pace = Pace(lambda: getattr(own, "worked", 0.0), lambda _: None)
+    it = rig(long=10, short=10, pace=pace)
+    begun, parts = threading.Event(), []
+
+    def read(digest: str) -> PackedAdapter:
+        own.worked = 0.0
+        for number in range(20 if digest == "long" else 2):
+            own.worked += 0.1
+            parts.append(digest)
+            if number == 10:
+                begun.set()
+                assert it.store.gate.wait(10)
+            pace.breathe()
+        return it.store(digest)
+
+    it.pool._read = read
+    it.store.gate.clear()
+    it.acquire("long")
+    assert begun.wait(10)
+    it.acquire("short")
+    it.store.gate.set()
+    it.queue = ("long", "short")
+    it.settle()
+    assert parts == ["long"] * 11 + ["short"] * 2 + ["long"] * 9
+    it.take("short")
+    it.take("long")
 
 
 def test_nothing_is_told_of_adapters_that_nothing_happened_to(rig):

@@ -2,7 +2,7 @@
 
 A file holds what a family made of a blob: ranks and biases of the sites, then the weights in the
 arena's layout. It may be removed at any time and is made again. Knows no family and no device. Only
-the reading thread of one engine writes here; files are as private as the blobs.
+the reading threads of one engine write here, in turns; files are as private as the blobs.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -260,49 +260,34 @@ class PeftFamily(Generic[SettingsT]):
         dropped.
         """
         draft = self._draft(config, checkpoint.header, base)
-        problems: list[Problem] = []
-        shared: dict[str, torch.Tensor] = {}
-        found: dict[int, dict[str, torch.Tensor]] = {}
+        broken: list[Problem] = []  # tensors; no Delta is made once there are any
+        misfits: list[Problem] = []
+        reads: dict[int, list[TensorRead]] = {}
         for read in draft.plan.reads:
-            raw = checkpoint.take(read.key)
-            tensor = to_int64(raw) if raw.dtype in INTEGER_SIZES else to_float32(raw)
-            if not is_finite(tensor):
-                problems.append(_non_finite(shown(read.key)))
-                continue
-            if self._is_index(read.role):
-                if (tensor != tensor.trunc()).any():
-                    problems.append(_not_whole(shown(read.key)))
-                    continue
-                tensor = tensor.long()
-            if read.site_id < 0:
-                shared[read.role] = tensor
-            else:
-                found.setdefault(read.site_id, {})[read.role] = tensor
-        for key in checkpoint.drained():
-            problems.append(Problem("unread_tensor", f"nothing reads tensor {shown(key)}", key))
+            reads.setdefault(read.site_id, []).append(read)
+        shared = self._tensors(reads.pop(-1, []), checkpoint, broken)
+        complete = shared if broken else self.complete(shared, draft.settings)
+        token_rows: dict[int, torch.Tensor] = {}
         deltas: dict[int, Delta] = {}
-        complete = self.complete(shared, draft.settings) if not problems else shared
-        for site_id, tensors in found.items() if not problems else ():
-            module, site_base = draft.modules[site_id], SiteBase(site_id, weights)
-            try:
-                delta = self._with_base_parts(module, tensors, complete, draft, site_base, problems)
-            except MisfitError as error:
-                problems.append(Problem("shape_mismatch", str(error), module.site.path))
-                continue
-            if delta is None or not (delta.a.shape[0] or delta.tails):
-                continue
-            blocks = [delta.b, *(tensor for _, tensor in delta.tails)]
-            if all(delta.a is not tensor for tensor in tensors.values()):
-                blocks.append(delta.a)
-            if not all(map(is_finite, blocks)):
-                problems.append(_non_finite(f"{module.site.path}: B times the scale"))
-            deltas[site_id] = delta
+        # Module by module: a read that takes long gives way whenever it takes a tensor.
+        for site_id, own in reads.items():
+            tensors = self._tensors(own, checkpoint, broken)
+            if "token_rows" in tensors:
+                token_rows[site_id] = tensors["token_rows"]
+            if not broken:
+                module, site_base = draft.modules[site_id], SiteBase(site_id, weights)
+                delta = self._checked_delta(module, tensors, complete, draft, site_base, misfits)
+                if delta is not None:
+                    deltas[site_id] = delta
+        for key in checkpoint.drained():
+            broken.append(Problem("unread_tensor", f"nothing reads tensor {shown(key)}", key))
+        problems = broken + misfits
         if not problems:
             for site_id, rows in draft.tied_rows.items():
                 deltas[site_id] = _joined(
                     deltas.get(site_id),
                     _token_rows(
-                        base.sites[site_id], rows.token_ids, found[rows.site_id]["token_rows"],
+                        base.sites[site_id], rows.token_ids, token_rows[rows.site_id],
                         SiteBase(site_id, weights),
                     ),
                 )  # fmt: skip
@@ -767,6 +752,48 @@ class PeftFamily(Generic[SettingsT]):
                 )
 
     # ------------------------------------------------------------------ the numbers
+    def _tensors(
+        self, reads: Sequence[TensorRead], checkpoint: Checkpoint, problems: list[Problem]
+    ) -> dict[str, torch.Tensor]:
+        """Take tensors by role, without those that no product may meet."""
+        found: dict[str, torch.Tensor] = {}
+        for read in reads:
+            raw = checkpoint.take(read.key)
+            tensor = to_int64(raw) if raw.dtype in INTEGER_SIZES else to_float32(raw)
+            if not is_finite(tensor):
+                problems.append(_non_finite(shown(read.key)))
+            elif not self._is_index(read.role):
+                found[read.role] = tensor
+            elif (tensor != tensor.trunc()).any():
+                problems.append(_not_whole(shown(read.key)))
+            else:
+                found[read.role] = tensor.long()
+        return found
+
+    def _checked_delta(
+        self,
+        module: Module,
+        tensors: Mapping[str, torch.Tensor],
+        shared: Mapping[str, torch.Tensor],
+        draft: _Draft[SettingsT],
+        base: SiteBase,
+        problems: list[Problem],
+    ) -> Delta | None:
+        """The module's Delta; None where it changes nothing, or has a problem."""
+        try:
+            delta = self._with_base_parts(module, tensors, shared, draft, base, problems)
+        except MisfitError as error:
+            problems.append(Problem("shape_mismatch", str(error), module.site.path))
+            return None
+        if delta is None or not (delta.a.shape[0] or delta.tails):
+            return None
+        blocks = [delta.b, *(tensor for _, tensor in delta.tails)]
+        if all(delta.a is not tensor for tensor in tensors.values()):
+            blocks.append(delta.a)
+        if not all(map(is_finite, blocks)):
+            problems.append(_non_finite(f"{module.site.path}: B times the scale"))
+        return delta
+
     def _with_base_parts(
         self,
         module: Module,

@@ -1,10 +1,10 @@
 """Owns all device memory of adapters: the arena, the slots and their leases.
 
     store (files) --read--> host copy --place--> device slot
-Reading happens in one thread (read_ahead.py) and copying in another, so that a host copy never
-waits behind a read; a short copy is made at once. Slots, extents and the cell table change only
-here, on the thread that steps the engine, between steps. An adapter that is leased or pinned is
-never evicted, but it may be moved (compaction.py), a bounded part between two steps. Where the
+Reading happens in threads of its own (read_ahead.py) and copying in another, so that a host copy
+never waits behind a read; a short copy is made at once. Slots, extents and the cell table change
+only here, on the thread that steps the engine, between steps. An adapter that is leased or pinned
+is never evicted, but it may be moved (compaction.py), a bounded part between two steps. Where the
 device's memory is the host's, a host copy is dropped once it is placed. Everything is keyed by
 digest; no step looks at an adapter that nothing happens to.
 """
@@ -27,6 +27,7 @@ from polyadapt.adapters.entry import Done, Entry, State
 from polyadapt.adapters.eviction import EvictionOrder, Standing
 from polyadapt.adapters.host_copies import HostCopies
 from polyadapt.adapters.load_estimate import LoadEstimate
+from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError, Unavailable
@@ -64,10 +65,12 @@ class AdapterPool:
         clock: Callable[[], float] = time.monotonic,
         has_overrides: np.ndarray | None = None,
         on_bind: Callable[[int], None] = lambda slot: None,
+        pace: Pace | None = None,
     ) -> None:
         """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
         need not be read again after an eviction. has_overrides: bool [num_slots], written here,
-        read by the plans' buffers. on_bind is told of every slot that is given to an adapter.
+        read by the plans' buffers. on_bind is told of every slot that is given to an adapter. pace:
+        what `read` breathes by.
         """
         if has_overrides is None:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
@@ -84,7 +87,7 @@ class AdapterPool:
         self._arena = Arena(arena.numel())
         self._compaction = Compaction(self._arena, self.weights, self.cells)
         self._read_ahead = ReadAhead(
-            lambda digest: self._read(digest), host_bytes, counters, wake, clock
+            lambda digest: self._read(digest), host_bytes, counters, wake, clock, pace or Pace()
         )
         self._host = HostCopies(host_bytes, self._read_ahead.seconds, counters)
         self._free_slots = list(range(cells.shape[0] - 1, -1, -1))

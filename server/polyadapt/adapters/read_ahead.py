@@ -1,4 +1,4 @@
-"""Reads adapters on a thread of its own: what is commanded at once, what the queue will need in the
+"""Reads adapters on threads of its own: what is commanded at once, what the queue will need in the
 queue's order and not further ahead than there will be room.
 
 Knows no slots and no extents: the pool says what room there is. Called on the engine's thread.
@@ -13,11 +13,15 @@ from dataclasses import dataclass
 
 from polyadapt.adapters.entry import Entry, State
 from polyadapt.adapters.load_estimate import LoadEstimate
+from polyadapt.adapters.pace import Pace, Turn
 from polyadapt.adapters.packing import PackedAdapter
 
 Read = Callable[[str], PackedAdapter]  # digest -> weights; raises PolyadaptError
 
 _NUM_AHEAD = 2  # adapters read for the queue beyond what the device has room for now
+# One of them works at a time: reading is Python for the most part, and two would share one
+# interpreter. The others wait for their turn, so many long reads for shorter ones to go first.
+_NUM_THREADS = 8
 # Rounds: a full batch asks for nobody in the queue for a while, and asks again.
 _ABANDONED_AFTER = 100
 
@@ -31,9 +35,7 @@ class Room:
 
 
 class ReadAhead:
-    """See the module. One reader: reading is Python for the most part, and two would share one
-    interpreter.
-    """
+    """See the module."""
 
     def __init__(
         self,
@@ -42,15 +44,20 @@ class ReadAhead:
         counters: Counter[str],
         wake: Callable[[], None],
         clock: Callable[[], float],
+        pace: Pace,
     ) -> None:
-        """wake is called, on the reading thread, whenever a read has ended."""
+        """wake is called, on the reading thread, whenever a read has ended; `read` breathes by the
+        pace.
+        """
         self.jobs: dict[Future[PackedAdapter], Entry] = {}
+        self._turns: dict[Future[PackedAdapter], Turn] = {}  # of the same jobs
+        self._pace = pace
         self._read = read
         self._host_bytes = host_bytes
         self._counters = counters
         self._wake = wake
         self._clock = clock
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self._readers = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="adapter-reader")
         self._estimate = LoadEstimate(5e-3, 1e-8)  # a guess, until something was read
         self._mean_nbytes = 0.0  # of the adapters that were read lately
         self._num_cold = self._cold_nbytes = 0  # wanted in this round and not on the device
@@ -79,14 +86,17 @@ class ReadAhead:
     def start(self, entry: Entry) -> None:
         """Read the entry's adapter; see take_done."""
 
-        def read() -> PackedAdapter:
-            started = self._clock()
-            packed = self._read(entry.digest)
-            entry.read_s = self._clock() - started
-            return packed
+        turn = self._pace.queue()
 
-        future = self._reader.submit(read)
-        self.jobs[future] = entry
+        def read() -> PackedAdapter:
+            with self._pace.reading(turn):
+                started = self._clock()
+                packed = self._read(entry.digest)
+                entry.read_s = self._clock() - started
+                return packed
+
+        future = self._readers.submit(read)
+        self.jobs[future], self._turns[future] = entry, turn
         future.add_done_callback(lambda _: self._wake())
         self._counters["adapter_reads"] += 1
 
@@ -95,6 +105,7 @@ class ReadAhead:
         taken: list[tuple[Entry, PackedAdapter | BaseException]] = []
         for future in [job for job in self.jobs if job.done()]:
             entry, error = self.jobs.pop(future), future.exception()
+            del self._turns[future]
             taken.append((entry, future.result() if error is None else error))
         return taken
 
@@ -113,19 +124,23 @@ class ReadAhead:
         left = []
         for future, entry in list(self.jobs.items()):
             is_recent = entry.wanted_round >= round_number - _ABANDONED_AFTER
-            if not is_recent and not is_awaited(entry) and future.cancel():
-                del self.jobs[future]
-                left.append(entry)
+            if is_recent or is_awaited(entry) or not self._pace.call_off(self._turns[future]):
+                continue
+            del self.jobs[future], self._turns[future]
+            left.append(entry)
         return left
 
     def close(self) -> None:
-        """Stop the thread; nothing is usable afterwards."""
-        self._reader.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads; nothing is usable afterwards."""
+        for turn in self._turns.values():
+            self._pace.call_off(turn)
+        self._readers.shutdown(wait=True, cancel_futures=True)
 
     def check_integrity(self, entries: list[Entry]) -> None:
         """Assert that exactly the entries that are being read have a job."""
         reading = {id(entry) for entry in entries if entry.state is State.READING}
         assert reading == {id(entry) for entry in self.jobs.values()}, "a read without its entry"
+        assert self.jobs.keys() == self._turns.keys()
 
     def _has_room(self, room: Callable[[], Room]) -> bool:
         if self._num_cold == 0:

@@ -1,5 +1,5 @@
 """Bring one stored adapter to its packed host form: from the cache of such forms, else by its
-family. Runs in the pool's loader thread.
+family. Runs in the pool's reading threads, in turns.
 """
 
 from __future__ import annotations
@@ -52,7 +52,6 @@ class AdapterReader:
         """Verify nothing twice: uploads were validated, the family checks what only weights can
         tell, and a packed form is what the family once accepted.
         """
-        self._pace.begin()
         directory = self._blobs.path(digest)
         if self._cache is None or not directory.is_dir():
             return self._read(digest, directory)

@@ -94,6 +94,7 @@ def build_engine(
         host_bytes=int(config.host_adapter_bytes),
         counters=counters,
         wake=wake,
+        pace=pace,
         # On the CPU a copy would be the same bytes in the same memory: the blob's file in the
         # page cache takes the place of the host tier.
         keeps_host_copies=device.type != "cpu",

@@ -108,4 +108,4 @@ def test_other_wavelets_are_refused_by_name(tmp_path: Path) -> None:
 def test_more_coefficients_than_elements_are_refused(tmp_path: Path) -> None:
     base, directory = made("counts in proportion", tmp_path)
     change(directory, **{f"{Q0}.waveft_spectrum": torch.ones(2000)})
-    check_refused(base, directory, "shape_mismatch", "more than the 1024 of W")
+    check_refused(base, directory, "shape_mismatch", "more than the 1024 elements")

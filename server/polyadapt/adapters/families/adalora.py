@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import Module, PeftFamily, SiteBase, TensorForm, low_rank
+from polyadapt.adapters.peft_family import Module, PeftFamily, TensorForm
 from polyadapt.errors import Problem
 from polyadapt.types import BaseSpec
 from polyadapt_store.strict_json import shown

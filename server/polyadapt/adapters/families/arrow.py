@@ -28,9 +28,10 @@ from polyadapt.adapters.adapter import (
     Traits,
     keeps_keys_and_values,
 )
+from polyadapt.adapters.deltas import is_finite, low_rank, to_float32
 from polyadapt.adapters.families.lora import Lora, LoraSettings
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import TensorForm, is_finite, low_rank, to_float32
+from polyadapt.adapters.peft_family import TensorForm
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.ops import cells
 from polyadapt.ops.cells import Router, Routing

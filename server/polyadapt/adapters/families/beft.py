@@ -10,14 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, without_low_rank
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import (
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    without_low_rank,
-)
+from polyadapt.adapters.peft_family import Module, PeftFamily, TensorForm
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec
 

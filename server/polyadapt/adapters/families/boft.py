@@ -12,15 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, without_low_rank
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    without_low_rank,
-)
+from polyadapt.adapters.peft_family import MisfitError, Module, PeftFamily, TensorForm
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec
 

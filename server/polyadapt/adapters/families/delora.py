@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.peft_config import ConfigReader, is_rank
-from polyadapt.adapters.peft_family import Module, PeftFamily, SiteBase, TensorForm, low_rank
+from polyadapt.adapters.peft_family import Module, PeftFamily, TensorForm
 from polyadapt.adapters.peft_modules import PatternTable
 from polyadapt.types import BaseSpec, SiteSpec
 

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.peft_config import ConfigReader, is_number, is_rank
-from polyadapt.adapters.peft_family import Module, PeftFamily, SiteBase, low_rank
+from polyadapt.adapters.peft_family import Module, PeftFamily
 from polyadapt.adapters.peft_modules import PatternTable
 from polyadapt.errors import Problem
 from polyadapt.types import BaseSpec, SiteSpec

@@ -17,8 +17,9 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polyadapt.adapters.adapter import Delta, Option
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.peft_config import ConfigReader, is_number, is_rank
-from polyadapt.adapters.peft_family import Module, PeftFamily, SiteBase, TensorForm, low_rank
+from polyadapt.adapters.peft_family import Module, PeftFamily, TensorForm
 from polyadapt.adapters.peft_modules import beginnings
 from polyadapt.errors import Problem
 from polyadapt.types import BaseSpec, SiteSpec

@@ -8,49 +8,19 @@ Paper: arXiv 2108.06098.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
-from polyadapt.adapters.peft_config import ConfigReader, is_number, is_rank
-from polyadapt.adapters.peft_family import (
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    is_dense_smaller,
-    low_rank,
-    without_low_rank,
-)
-from polyadapt.adapters.peft_modules import PatternTable
+from polyadapt.adapters.deltas import SiteBase, is_dense_smaller, low_rank, without_low_rank
+from polyadapt.adapters.families.lycoris import Lycoris, LycorisSettings
+from polyadapt.adapters.peft_family import Module, TensorForm
 from polyadapt.ops import cells
-from polyadapt.types import BaseSpec, SiteSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a config says about the numbers."""
-
-    rank: int
-    alpha: float
-    ranks: PatternTable
-    alphas: PatternTable
-
-    def site_rank(self, site: SiteSpec) -> int:
-        """The rank that PEFT gives this module."""
-        found = self.ranks.find(site.path)
-        return self.rank if found is None else found
-
-    def scale(self, site: SiteSpec) -> float:
-        """alpha / r with the module's own alpha and r."""
-        found = self.alphas.find(site.path)
-        return float(self.alpha if found is None else found) / self.site_rank(site)
-
-
-class Loha(PeftFamily[_Settings]):
+class Loha(Lycoris):
     """The family `loha`."""
 
     name = "loha"
@@ -63,28 +33,13 @@ class Loha(PeftFamily[_Settings]):
         "a2": TensorForm("hada_w2_a", ("out", "rank")),
         "b2": TensorForm("hada_w2_b", ("rank", "in")),
     }
-    read_keys = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
     # use_effective_conv2d is about convolutions.
     training_keys = frozenset(
         {"rank_dropout", "module_dropout", "init_weights", "use_effective_conv2d"}
     )
     foreign: ClassVar = {"hada_t1": "it belongs to a convolution"}
 
-    def settings(self, reader: ConfigReader, base: BaseSpec) -> _Settings:
-        """See PeftFamily.settings. PEFT's defaults stand for keys that are left out."""
-        return _Settings(
-            rank=reader.rank("r"),
-            alpha=reader.number("alpha", 8),
-            ranks=reader.table("rank_pattern", is_rank, "ranks"),
-            alphas=reader.table("alpha_pattern", is_number, "finite numbers"),
-        )
-
-    def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
-        """See PeftFamily.shape."""
-        rank = settings.site_rank(site)
-        return tuple(rank if word == "rank" else word for word in self.forms[role].shape)
-
-    def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
+    def cell(self, module: Module, settings: LycorisSettings) -> tuple[int, int]:
         """See PeftFamily.cell."""
         rank = settings.site_rank(module.site) ** 2
         return (0, cells.DENSE) if is_dense_smaller(module.site, rank) else (rank, 0)
@@ -94,7 +49,7 @@ class Loha(PeftFamily[_Settings]):
         module: Module,
         tensors: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
-        settings: _Settings,
+        settings: LycorisSettings,
         base: SiteBase,
     ) -> Delta:
         """See PeftFamily.delta.

@@ -7,49 +7,19 @@ LyCORIS: arXiv 2309.14859.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
-from polyadapt.adapters.peft_config import ConfigReader, is_number, is_rank
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    low_rank,
-    without_low_rank,
-)
-from polyadapt.adapters.peft_modules import PatternTable
+from polyadapt.adapters.deltas import SiteBase, low_rank, without_low_rank
+from polyadapt.adapters.families.lycoris import Lycoris, LycorisSettings
+from polyadapt.adapters.peft_family import MisfitError, Module, TensorForm
 from polyadapt.ops import cells
-from polyadapt.types import BaseSpec, SiteSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a config says about the numbers."""
-
-    rank: int
-    alpha: float
-    ranks: PatternTable
-    alphas: PatternTable
-
-    def site_rank(self, site: SiteSpec) -> int:
-        """The rank that PEFT gives this module's factored matrices."""
-        found = self.ranks.find(site.path)
-        return self.rank if found is None else found
-
-    def scale(self, site: SiteSpec) -> float:
-        """alpha / r with the module's own alpha and r, even where nothing is factored."""
-        found = self.alphas.find(site.path)
-        return (self.alpha if found is None else found) / self.site_rank(site)
-
-
-class Lokr(PeftFamily[_Settings]):
+class Lokr(Lycoris):
     """The family `lokr`."""
 
     name = "lokr"
@@ -64,7 +34,6 @@ class Lokr(PeftFamily[_Settings]):
         "w2_a": TensorForm("lokr_w2_a", ("out2", "rank"), is_optional=True),
         "w2_b": TensorForm("lokr_w2_b", ("rank", "in2"), is_optional=True),
     }
-    read_keys = frozenset({"r", "alpha", "rank_pattern", "alpha_pattern"})
     # What decides how W is split; the tensors' shapes tell the result.
     training_keys = frozenset(
         {
@@ -74,21 +43,7 @@ class Lokr(PeftFamily[_Settings]):
     )
     foreign: ClassVar = {"lokr_t2": "it belongs to a convolution"}
 
-    def settings(self, reader: ConfigReader, base: BaseSpec) -> _Settings:
-        """See PeftFamily.settings."""
-        return _Settings(
-            rank=reader.rank("r"),
-            alpha=reader.number("alpha", 8),
-            ranks=reader.table("rank_pattern", is_rank, "ranks"),
-            alphas=reader.table("alpha_pattern", is_number, "finite numbers"),
-        )
-
-    def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
-        """See PeftFamily.shape."""
-        rank = settings.site_rank(site)
-        return tuple(rank if word == "rank" else word for word in self.forms[role].shape)
-
-    def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
+    def cell(self, module: Module, settings: LycorisSettings) -> tuple[int, int]:
         """See PeftFamily.cell."""
         rank = _rank(module, settings.site_rank(module.site))
         return (0, cells.DENSE) if rank is None else (rank, 0)
@@ -98,7 +53,7 @@ class Lokr(PeftFamily[_Settings]):
         module: Module,
         tensors: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
-        settings: _Settings,
+        settings: LycorisSettings,
         base: SiteBase,
     ) -> Delta:
         """See PeftFamily.delta."""

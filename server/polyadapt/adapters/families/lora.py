@@ -14,15 +14,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.peft_config import ConfigReader, is_number, is_rank
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    low_rank,
-)
+from polyadapt.adapters.peft_family import MisfitError, Module, PeftFamily, TensorForm
 from polyadapt.adapters.peft_modules import PatternTable, endings
 from polyadapt.errors import Problem
 from polyadapt.ops import cells

@@ -16,15 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from polyadapt.adapters.adapter import AdapterPlan, BaseWeights, Delta, layer_of
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.peft_config import ConfigReader, is_rank
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    low_rank,
-)
+from polyadapt.adapters.peft_family import MisfitError, Module, PeftFamily, TensorForm
 from polyadapt.errors import Problem
 from polyadapt.ops import cells
 from polyadapt.ops.cells import Router, Routing

@@ -17,16 +17,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, low_rank
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    low_rank,
-)
+from polyadapt.adapters.peft_family import MisfitError, Module, PeftFamily, TensorForm
 from polyadapt.errors import Problem
 from polyadapt.ops import cells
 from polyadapt.ops.cells import Router, Routing

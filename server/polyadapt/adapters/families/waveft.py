@@ -8,49 +8,27 @@ version 0.21.2. arXiv 2505.12532. Of the wavelets only Haar's, PEFT's default, i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.adapters.deltas import SiteBase, without_low_rank
+from polyadapt.adapters.families.spectral import Spectral, SpectralSettings
 from polyadapt.adapters.peft_config import ConfigReader
-from polyadapt.adapters.peft_family import (
-    MisfitError,
-    Module,
-    PeftFamily,
-    SiteBase,
-    TensorForm,
-    random_positions,
-    without_low_rank,
-)
-from polyadapt.adapters.peft_modules import PatternTable
-from polyadapt.ops import cells
-from polyadapt.types import BaseSpec, SiteSpec
+from polyadapt.adapters.peft_family import Module, TensorForm
+from polyadapt.types import BaseSpec
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a config says about the numbers."""
-
-    count: int | None  # of coefficients; None: the tensors tell
-    counts: PatternTable
-    scaling: float
-    seed: int
-    is_transformed: bool
-    # Modules of one size have their coefficients at the same places: (elements, count) -> places.
-    places: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-
-
-class WaveFt(PeftFamily[_Settings]):
+class WaveFt(Spectral):
     """The family `waveft`."""
 
     name = "waveft"
     peft_types = frozenset({"WAVEFT"})
     summary = "its coefficients, through Haar's wavelets or not: holds a dense matrix per module"
-    overrides = cells.DENSE
     forms: ClassVar = {"spectrum": TensorForm("waveft_spectrum", ("count",))}
     read_keys = frozenset(
         {
@@ -58,11 +36,9 @@ class WaveFt(PeftFamily[_Settings]):
             *("random_loc_seed", "use_idwt", "wavelet_family", "fan_in_fan_out"),
         }
     )
-    training_keys = frozenset({"init_weights"})
 
-    def settings(self, reader: ConfigReader, base: BaseSpec) -> _Settings:
+    def settings(self, reader: ConfigReader, base: BaseSpec) -> SpectralSettings:
         """See PeftFamily.settings."""
-        reader.flag("fan_in_fan_out")
         is_transformed = reader.flag("use_idwt", True)
         wavelet = reader.config.get("wavelet_family", "db1")
         if is_transformed and wavelet != "db1":
@@ -70,56 +46,25 @@ class WaveFt(PeftFamily[_Settings]):
                 "wavelet_family",
                 f"wavelet_family {shown(wavelet)} is not served: of the wavelets only 'db1' is",
             )
-        counts = reader.table(
-            "n_frequency_pattern", lambda v: type(v) is int and v > 0, "whole numbers from 1"
-        )
+        settings = self.read_spectral(reader, count=2592, scaling=25.0)
         # Proportional parameters share n_frequency out by the sizes of all that was selected.
         is_shared_out = reader.flag("proportional_parameters")
-        count = reader.whole("n_frequency", 2592, least=1)
-        return _Settings(
-            count=None if is_shared_out else count,
-            counts=counts,
-            scaling=reader.number("scaling", 25.0),
-            seed=reader.whole("random_loc_seed", 777),
-            is_transformed=is_transformed,
-        )
-
-    def shape(self, role: str, site: SiteSpec, settings: _Settings) -> tuple[int | str, ...]:
-        """See PeftFamily.shape."""
-        if settings.count is None:
-            return ("count",)
-        found = settings.counts.find(site.path)
-        return (settings.count if found is None else found,)
-
-    def cell(self, module: Module, settings: _Settings) -> tuple[int, int]:
-        """See PeftFamily.cell."""
-        (count,) = self.shape("spectrum", module.site, settings)
-        count = module.sizes["count"] if isinstance(count, str) else count
-        num_elements = module.site.in_features * module.site.out_features
-        if count > num_elements:
-            raise MisfitError(f"{count} coefficients are more than the {num_elements} of W")
-        return 0, cells.DENSE
+        count = None if is_shared_out else settings.count
+        return replace(settings, count=count, is_transformed=is_transformed)
 
     def delta(
         self,
         module: Module,
         tensors: Mapping[str, torch.Tensor],
         shared: Mapping[str, torch.Tensor],
-        settings: _Settings,
+        settings: SpectralSettings,
         base: SiteBase,
     ) -> Delta:
         """See PeftFamily.delta."""
-        import torch
-
-        site, values = module.site, tensors["spectrum"]
-        spectrum = torch.zeros(site.out_features * site.in_features)
-        key = spectrum.numel(), values.numel()
-        if key not in settings.places:
-            settings.places[key] = random_positions(*key, settings.seed)
-        spectrum[settings.places[key]] = values * settings.scaling
-        spectrum = spectrum.view(site.out_features, site.in_features)
+        values = tensors["spectrum"] * settings.scaling
+        spectrum = settings.spectrum(module.site, values)
         dense = _from_haar(spectrum) if settings.is_transformed else spectrum
-        return without_low_rank(site, dense=dense.contiguous())
+        return without_low_rank(module.site, dense=dense.contiguous())
 
 
 def _from_haar(spectrum: torch.Tensor) -> torch.Tensor:

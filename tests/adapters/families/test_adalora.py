@@ -15,10 +15,9 @@ from tests.support.family_suite import (
     load,
     make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
+from tests.support.peft_variants import BASES
 from transformers import PreTrainedModel
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 LAYER = "model.layers.{}.self_attn.{}_proj.lora_E"
 KEPT = {
     LAYER.format(0, "q"): [True, False, True, True, False],

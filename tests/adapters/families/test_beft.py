@@ -6,25 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import BeftConfig
-from tests.support.family_suite import check_equals_peft, check_refusals, load, make_checkpoint
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from torch import nn
-from transformers import PreTrainedModel
+from tests.support.family_suite import check_equals_peft, check_refusals, load
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
-
-
-def biased_llama() -> PreTrainedModel:
-    """PEFT's BEFT takes no Conv1D, so that a Llama has to have the biases."""
-    model = tiny_llama()
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.bias = nn.Parameter(torch.linspace(-1, 1, 16))
-    return model
-
-
-BASES = {"llama": tiny_llama, "biased": biased_llama, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "beside a bias": ("biased", {"target_modules": ["v_proj"]}),
@@ -40,10 +26,7 @@ def test_variants_equal_peft(seed: int, name: str, tmp_path: Path) -> None:
     check_equals_peft(*made(name, tmp_path, seed))
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, BeftConfig(**options), tmp_path, seed=seed, std=0.5)
+made = Maker(BeftConfig, VARIANTS, std=0.5)
 
 
 def test_whatever_is_wrong_is_refused(tmp_path: Path) -> None:

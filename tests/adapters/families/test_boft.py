@@ -16,26 +16,13 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from torch import nn
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
-
-def biased_llama() -> PreTrainedModel:
-    """PEFT's BOFT takes no Conv1D, so that a Llama has to have the biases."""
-    model = tiny_llama()
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.bias = nn.Parameter(torch.linspace(-1, 1, 16))
-    return model
-
-
-BASES = {"llama": tiny_llama, "biased": biased_llama, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "defaults": ("llama", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
@@ -74,12 +61,8 @@ FACTORS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(
-    name: str, tmp_path: Path, seed: int = 1, variants: dict[str, Any] = VARIANTS
-) -> tuple[PreTrainedModel, Path]:
-    base_name, options = variants[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, BOFTConfig(**options), tmp_path / name, seed=seed)
+made = Maker(BOFTConfig, VARIANTS)
+made_of_factors = Maker(BOFTConfig, FACTORS)
 
 
 class _Blocks:
@@ -107,7 +90,7 @@ def test_variants_equal_peft(seed: int, name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(FACTORS)))
 def test_several_factors_equal_peft(seed: int, name: str, tmp_path: Path) -> None:
-    base, directory = made(name, tmp_path, seed, FACTORS)
+    base, directory = made_of_factors(name, tmp_path, seed)
     plan = check_equals_peft(base, directory)
     assert not plan.traits.is_scalable
     assert {delta.parts for delta in load(directory, base)[1].values()} == {cells.DENSE}
@@ -116,7 +99,7 @@ def test_several_factors_equal_peft(seed: int, name: str, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("extension")
 @pytest.mark.parametrize("name", ["two", "biases stay"])
 def test_whatever_is_wrong_with_factors_is_refused(name: str, tmp_path: Path) -> None:
-    check_refusals(*made(name, tmp_path, 1, FACTORS))
+    check_refusals(*made_of_factors(name, tmp_path, 1))
 
 
 def test_whatever_is_wrong_is_refused(tmp_path: Path) -> None:

@@ -12,12 +12,9 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     edit,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "all linears, scaled": ("llama", {"alpha": 3, "target_modules": "all-linear"}),
@@ -39,11 +36,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 RANKS = {"more rank than outputs": 16}
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = DeftConfig(**{"r": 5} | options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed)
+made = Maker(DeftConfig, VARIANTS, r=5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -13,16 +13,9 @@ from tests.support.family_suite import (
     change,
     check_equals_peft,
     check_refusals,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {
-    "llama": tiny_llama,
-    "biased": lambda: tiny_llama(has_biases=True),
-    "phi3": tiny_phi3,
-}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": "all-linear"}),
     "ranks and bounds by pattern": (
@@ -39,11 +32,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = DeloraConfig(r=5, **options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed)
+made = Maker(DeloraConfig, VARIANTS, r=5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -15,14 +15,11 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -48,10 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, FourierFTConfig(**options), tmp_path / name, seed=seed)
+made = Maker(FourierFTConfig, VARIANTS)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

@@ -14,12 +14,9 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     edit,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "two blocks": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "four blocks": ("llama", {"r": 8, "gralora_k": 4, "target_modules": "all-linear"}),
@@ -32,11 +29,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 RANKS = {"four blocks": 32, "one block": 5, "with a general part": 15, "transposed base": 13}
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = GraloraConfig(**{"r": 6, "alpha": 5, "gralora_k": 2} | options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed, std=0.3)
+made = Maker(GraloraConfig, VARIANTS, r=6, alpha=5, gralora_k=2, std=0.3)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

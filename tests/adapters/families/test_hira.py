@@ -13,14 +13,10 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
-
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all linear": ("llama", {"r": 3, "target_modules": "all-linear"}),
@@ -35,11 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    directory = tmp_path / name
-    return base, make_checkpoint(base, HiraConfig(**options), directory, seed=seed, std=0.7)
+made = Maker(HiraConfig, VARIANTS, std=0.7)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

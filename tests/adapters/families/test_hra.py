@@ -14,18 +14,11 @@ from tests.support.family_suite import (
     check_equals_peft,
     check_refusals,
     check_refused,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 pytestmark = pytest.mark.filterwarnings("ignore:The symmetric initialization:UserWarning")
 
-BASES = {
-    "llama": tiny_llama,
-    "biased": lambda: tiny_llama(has_biases=True),
-    "phi3": tiny_phi3,
-}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "reflections": ("llama", {"r": 6, "target_modules": "all-linear"}),
     "an odd number of reflections": ("llama", {"r": 5, "target_modules": ["q_proj", "down_proj"]}),
@@ -43,12 +36,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    # So much that pairs of columns that PEFT starts as equal are not cut off to their rounding.
-    config = HRAConfig(**options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed, std=0.5)
+# So much that pairs of columns that PEFT starts as equal are not cut off to their rounding.
+made = Maker(HRAConfig, VARIANTS, std=0.5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -11,12 +11,9 @@ from tests.support.family_suite import (
     check_equals_peft,
     check_refusals,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {"llama": tiny_llama, "biased": lambda: tiny_llama(has_biases=True), "phi3": tiny_phi3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one target": ("llama", {"target_modules": ["v_proj"]}),
     "all linears": ("llama", {"r": 4, "target_modules": "all-linear"}),
@@ -38,11 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 RANKS = {"all linears": 16}
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = LoHaConfig(**{"r": 3, "alpha": 5} | options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed, std=0.5)
+made = Maker(LoHaConfig, VARIANTS, r=3, alpha=5, std=0.5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

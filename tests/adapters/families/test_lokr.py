@@ -15,14 +15,11 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
 
-BASES = {"llama": tiny_llama, "phi3": tiny_phi3}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 # name -> base, options, the largest rank; 0 where a dense matrix is smaller than A and B
@@ -66,11 +63,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options, _ = VARIANTS[name]
-    base = BASES[base_name]()
-    directory = tmp_path / name
-    return base, make_checkpoint(base, LoKrConfig(**options), directory, seed=seed, std=0.4)
+made = Maker(LoKrConfig, {name: variant[:2] for name, variant in VARIANTS.items()}, std=0.4)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

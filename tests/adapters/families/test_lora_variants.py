@@ -21,16 +21,9 @@ from tests.support.family_suite import (
     make_checkpoint,
     problems_of,
 )
-from tests.support.peft_adapters import reload, tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_adapters import reload, tiny_llama
+from tests.support.peft_variants import Maker
 
-BASES = {
-    "llama": tiny_llama,
-    "tied": lambda: tiny_llama(tied=True),
-    "biased": lambda: tiny_llama(has_biases=True),
-    "gpt2": tiny_gpt2,
-    "phi3": tiny_phi3,
-}
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -100,10 +93,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, LoraConfig(r=4, **options), tmp_path / name, seed=seed)
+made = Maker(LoraConfig, VARIANTS, r=4)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -14,16 +14,10 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     edit,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import reload, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_adapters import reload
+from tests.support.peft_variants import Maker
 
-BASES = {
-    "llama": tiny_llama,
-    "biased": lambda: tiny_llama(has_biases=True),
-    "phi3": tiny_phi3,
-}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"r": 8, "target_modules": "all-linear"}),
     "rank that does not divide": ("llama", {"r": 7, "target_modules": ["q_proj", "down_proj"]}),
@@ -46,10 +40,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, MissConfig(**options), tmp_path / name, seed=seed)
+made = Maker(MissConfig, VARIANTS)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -14,14 +14,10 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
-
-BASES = {"llama": tiny_llama, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "blocks of eight": ("llama", {"oft_block_size": 8, "target_modules": "all-linear"}),
@@ -76,10 +72,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, OFTConfig(**options), tmp_path / name, seed=seed)
+made = Maker(OFTConfig, VARIANTS)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

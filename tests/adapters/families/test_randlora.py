@@ -14,14 +14,11 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     edit,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "stored": ("llama", {"target_modules": ["v_proj"]}),
     "modules of several sizes": ("llama", {"r": 8, "target_modules": "all-linear"}),
@@ -55,11 +52,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = RandLoraConfig(**{"r": 5, "randlora_alpha": 7} | options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed, std=0.05)
+made = Maker(RandLoraConfig, VARIANTS, r=5, randlora_alpha=7, std=0.05)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from peft import RoadConfig
 from tests.support.family_suite import (
     check_equals_peft,
@@ -14,24 +13,10 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from torch import nn
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
-
-
-def biased_llama() -> PreTrainedModel:
-    """PEFT's RoAd takes no Conv1D, so that a Llama has to have the biases."""
-    model = tiny_llama()
-    for layer in model.model.layers:
-        layer.self_attn.v_proj.bias = nn.Parameter(torch.linspace(-1, 1, 16))
-    return model
-
-
-BASES = {"llama": tiny_llama, "biased": biased_llama, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{
@@ -50,11 +35,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    directory = tmp_path / name
-    return base, make_checkpoint(base, RoadConfig(**options), directory, seed=seed, std=0.4)
+made = Maker(RoadConfig, VARIANTS, std=0.4)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

@@ -15,14 +15,11 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
 from polyadapt.ops import cells
 
-BASES = {"llama": tiny_llama, "phi3": tiny_phi3}
 V0 = "base_model.model.model.layers.0.self_attn.v_proj"
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,11 +33,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    directory = tmp_path / name
-    return base, make_checkpoint(base, ShiraConfig(**options), directory, seed=seed, std=0.5)
+made = Maker(ShiraConfig, VARIANTS, std=0.5)
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")

@@ -15,12 +15,9 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {"llama": tiny_llama, "tied": lambda: tiny_llama(tied=True), "gpt2": tiny_gpt2}
 EMBEDDING = "base_model.model.model.embed_tokens.trainable_tokens_delta"
 HEAD = "base_model.model.lm_head.trainable_tokens_delta"
 
@@ -34,10 +31,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, TrainableTokensConfig(**options), tmp_path, seed=seed)
+made = Maker(TrainableTokensConfig, VARIANTS)
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

@@ -12,12 +12,9 @@ from tests.support.family_suite import (
     check_refusals,
     check_refused,
     edit,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
-from transformers import PreTrainedModel
+from tests.support.peft_variants import Maker
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {"target_modules": ["q_proj", "v_proj"]}),
     "one vector in a mixture": ("llama", {"topk": 1, "target_modules": ["v_proj"]}),
@@ -48,11 +45,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    config = VBLoRAConfig(**{"r": 3, "num_vectors": 11, "vector_length": 8} | options)
-    return base, make_checkpoint(base, config, tmp_path / name, seed=seed, std=0.5)
+made = Maker(VBLoRAConfig, VARIANTS, r=3, num_vectors=11, vector_length=8, std=0.5)
 
 
 @pytest.mark.parametrize("seed", [1, 2])

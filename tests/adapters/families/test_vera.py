@@ -17,12 +17,11 @@ from tests.support.family_suite import (
     load,
     make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
+from tests.support.peft_variants import BASES
 from transformers import PreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not save:UserWarning")
 
-BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 CONFIGS: dict[str, type[PeftConfig]] = {"vera": VeraConfig, "pvera": PveraConfig}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "modules of several sizes": ("llama", {"target_modules": "all-linear"}),

@@ -15,9 +15,8 @@ from tests.support.family_suite import (
     check_refused,
     edit,
     load,
-    make_checkpoint,
 )
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
+from tests.support.peft_variants import BASES, Maker
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from polyadapt.ops import cells
@@ -39,8 +38,6 @@ def odd_llama() -> PreTrainedModel:
     )
     return LlamaForCausalLM(config).eval()
 
-
-BASES = {"llama": tiny_llama, "odd": odd_llama, "gpt2": tiny_gpt2, "phi3": tiny_phi3}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "haar": ("llama", {"n_frequency": 60, "target_modules": "all-linear"}),
@@ -77,10 +74,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def made(name: str, tmp_path: Path, seed: int = 1) -> tuple[PreTrainedModel, Path]:
-    base_name, options = VARIANTS[name]
-    base = BASES[base_name]()
-    return base, make_checkpoint(base, WaveFTConfig(**options), tmp_path / name, seed=seed)
+made = Maker(WaveFTConfig, VARIANTS, bases=BASES | {"odd": odd_llama})
 
 
 @pytest.mark.parametrize(("seed", "name"), list(enumerate(VARIANTS)))

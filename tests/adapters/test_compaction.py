@@ -229,3 +229,23 @@ def _windows(arena: Arena) -> list[tuple[int, int]]:
             total = sum(b - a for a, b in gaps[first : last + 2])
             found.append((sum(e.size for e in run), total))
     return found
+
+
+def test_an_extent_of_nothing_is_not_moved_for_ever():
+    arena = Arena(30)
+    nothing = arena.allocate(0)
+    below, kept = arena.allocate(10), arena.allocate(10)
+    assert nothing is not None
+    assert below is not None
+    assert kept is not None
+    nothing.slot, kept.slot = 0, 1
+    arena.release(below)
+    cells = torch.full((2, 1, layout.COLUMNS), -1)
+    cells[1, 0] = torch.tensor([kept.start, 1, 0, 0])
+    compaction = Compaction(arena, torch.arange(30.0), cells)
+    moved = 0
+    while arena.allocate(20) is None:
+        assert compaction.advance(20, 4) > 0
+        moved += 1
+        assert moved < 10
+    assert kept.start == 0

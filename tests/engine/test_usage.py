@@ -66,3 +66,23 @@ def test_a_collapse_is_said_once(rows, weights, is_warned, caplog):
     assert len(messages) == is_warned
     if is_warned:
         assert "sha256:a has collapsed: expert 0 has 99 %" in messages[0]
+
+
+def test_more_rows_are_counted_than_a_float32_can():
+    usage = RoutingUsage(make_cells([2]))
+    for _ in range(4):
+        usage.table[0, :3] = torch.tensor([2.0**24, 2.0**24, 1.0])
+        found = usage.snapshot({0: "a"})
+    usage.table[0, :3] = torch.tensor([1.0, 0.0, 1.0])
+    found = usage.snapshot({0: "a"})
+    assert found["a"][0] == 2**26 + 1
+    assert found["a"][2] == pytest.approx(5 / (2**26 + 5))
+
+
+def test_slots_of_nobody_hide_nobody_and_are_not_looked_at():
+    cells = make_cells([2] * (MAX_ADAPTERS + 2))
+    usage = RoutingUsage(cells)
+    usage.table[:, 0] = 9.0
+    usage.table[-1, :3] = torch.tensor([1.0, 1.0, 0.0])
+    cells[:-1, :, layout.OFFSET] = -1  # gone, or on their way
+    assert usage.snapshot({MAX_ADAPTERS + 1: "a"}) == {"a": (1.0, 1.0, 0.0)}

@@ -206,6 +206,68 @@ def test_a_sum_that_is_not_positive_divides_nothing_by_zero(form):
     assert y.tolist() == [[0.0]]
 
 
+def test_a_negative_sum_divides_as_a_sum(form):
+    rank, routing = 2, Routing(Router.SIGMOID, 2, top_k=2)
+    blocks = [torch.ones(rank), torch.zeros(2), torch.ones(rank), torch.tensor([-1.0, -1.5])]
+    cells = torch.tensor([[[0, rank, ROUTER_BIAS, routing.code]]])
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    buffers.load(build_plan([RowUse(0, 1, (0,), (1.0,))], 1))
+    y = torch.zeros(1, 1)
+    gated_matmul_(y, torch.ones(1, 1), Site(0, torch.cat(blocks), cells, buffers))
+    assert y.item() == pytest.approx(1.0)  # weights 1/3 and 2/3
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 7, 100, 511])
+def test_many_of_many_equal_the_specification_with_ties(form, top_k):
+    num_in, rank = 8, 512
+    generator = torch.Generator().manual_seed(top_k)
+    # Few different scores, so that many tie; zeros of both signs among them.
+    router = torch.randint(-2, 3, (rank, num_in), generator=generator).float() * 0.25
+    routing = Routing(Router.SIGMOID, rank, top_k=top_k)
+    a = torch.randn(rank, num_in, generator=generator)
+    b = torch.randn(rank, 4, generator=generator)
+    arena = torch.cat([a.flatten(), router.flatten(), b.flatten()])
+    cells = torch.tensor([[[0, rank, 0, routing.code]]])
+    plan = build_plan([RowUse(0, 3, (0,), (1.0,))], 3)
+    buffers = PlanBuffers(3, torch.device("cpu"))
+    buffers.load(plan)
+    x = torch.tensor([[1.0] * 8, [-1.0] * 8, [0.0] * 8])
+    y = torch.zeros(3, 4)
+    expected = reference_matmul(y, x, arena, cells, plan, 0)
+    gated_matmul_(y, x, Site(0, arena, cells, buffers))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_torch_form_does_not_round_scores(monkeypatch):
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    rank, routing = 2, Routing(Router.SOFTMAX, 2, top_k=1)
+    # Two scores that bfloat16 cannot tell apart: 1 + 2^-9 of x's second input decides.
+    blocks = [torch.ones(2, 2), torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.eye(2)]
+    arena = torch.cat([block.flatten() for block in blocks]).bfloat16()
+    cells = torch.tensor([[[0, rank, 0, routing.code]]])
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    buffers.load(build_plan([RowUse(0, 1, (0,), (1.0,))], 1))
+    y = torch.zeros(1, 2)
+    x = torch.tensor([[1.0, 2.0**-12]])
+    gated_matmul_(y, x, Site(0, arena, cells, buffers))
+    assert y[0, 0] == 0.0
+    assert y[0, 1] > 0.0
+
+
+def test_a_table_that_is_too_narrow_is_refused_whatever_an_earlier_step_brought():
+    arena, cells = make_cells(torch.float32)
+    slot = next(i for i, (_, of, _) in enumerate(CASES) if of and of.router is Router.TABLE)
+    buffers = PlanBuffers(1, torch.device("cpu"))
+    site = Site(0, arena, cells, buffers)
+    wide, narrow = np.ones((1, 8), np.float32), np.ones((1, 7), np.float32)
+    y = torch.zeros(1, NUM_OUT)
+    buffers.load(build_plan([RowUse(0, 1, (slot,), (1.0,), (), (wide,))], 1))
+    gated_matmul_(y, torch.ones(1, NUM_IN), site)
+    buffers.load(build_plan([RowUse(0, 1, (slot,), (1.0,), (), (narrow,))], 1))
+    with pytest.raises(ValueError, match="segment 0 needs a table"):
+        gated_matmul_(y, torch.ones(1, NUM_IN), site)
+
+
 def test_a_cell_that_reads_a_table_is_refused_without_one():
     arena, cells = make_cells(torch.float32)
     slot = next(i for i, (_, of, _) in enumerate(CASES) if of and of.router is Router.TABLE)

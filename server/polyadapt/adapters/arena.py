@@ -87,7 +87,8 @@ class Arena:
                 below = ends[first - 1].stop if first else 0
                 if behind.start - below - used < size:
                     break
-                if first < last and (best is None or used < best[0]):
+                # Of equal sums the later: an extent of nothing need not be moved first.
+                if first < last and (best is None or used <= best[0]):
                     best = used, first
                 if first < last:
                     used -= ends[first].size + ends[first].tail

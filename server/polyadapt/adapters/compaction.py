@@ -83,6 +83,8 @@ class Compaction:
         if found is None:
             return None
         extent, target = found
+        if extent.start == target:  # one of nothing, which no gap is below
+            return None
         old_stop = extent.start + extent.size
         offsets = self._cells[extent.slot, :, layout.OFFSET]
         site_ids = (offsets >= 0).nonzero().flatten()

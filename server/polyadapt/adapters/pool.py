@@ -194,8 +194,9 @@ class AdapterPool:
         return self._by_slot[slot].traits
 
     def digests(self) -> dict[int, str]:
-        """The adapters on the device by their slots."""
-        return {slot: entry.digest for slot, entry in self._by_slot.items()}
+        """The adapters on the device by their slots; not those that are on their way there."""
+        entries = self._by_slot.items()
+        return {slot: entry.digest for slot, entry in entries if entry.state is State.DEVICE}
 
     def is_heavy(self, slot: int) -> bool:
         """Whether the resident adapter holds a dense matrix at some site: then every step that it

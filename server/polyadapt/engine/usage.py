@@ -24,12 +24,14 @@ class RoutingUsage:
     def __init__(self, cells: torch.Tensor) -> None:
         """cells: int64 [num_slots, num_sites, 4], the pool's."""
         self.table = torch.zeros(cells.shape[0], layout.USAGE_COLUMNS)
+        # Taken over from there at every snapshot: a float32 stops counting at 2^24.
+        self._totals = torch.zeros(self.table.shape, dtype=torch.float64)
         self._cells = cells
         self._warned: set[str] = set()  # digests
 
     def forget(self, slot: int) -> None:
         """Begin anew for whoever is in the slot from now on."""
-        self.table[slot] = 0.0
+        self.table[slot] = self._totals[slot] = 0.0
 
     def snapshot(self, digest_of: dict[int, str]) -> dict[str, tuple[float, ...]]:
         """Return by digest the rows, and then each expert's part of their weight, in percent of 1.
@@ -37,17 +39,19 @@ class RoutingUsage:
         digest_of: the adapters on the device by slot. More experts than cells.USAGE_BUCKETS share
         their parts with their neighbours.
         """
-        rows = self.table[:, 0]
+        if bool(self.table[:, 0].any()):
+            self._totals += self.table
+            self.table.zero_()
+        rows = self._totals[:, 0]
         if not bool(rows.any()):  # nearly every server
             return {}
-        slots = rows.argsort(descending=True)[:MAX_ADAPTERS].tolist()
+        routing = [slot for slot in rows.nonzero().flatten().tolist() if slot in digest_of]
         found = {}
-        for slot in slots:
-            if rows[slot] == 0 or slot not in digest_of:
-                continue
+        for slot in sorted(routing, key=lambda slot: -float(rows[slot]))[:MAX_ADAPTERS]:
             codes = self._cells[slot, self._cells[slot, :, layout.OFFSET] >= 0, layout.ROUTING]
-            num = max(layout.Routing.of(code).num_scores for code in set(codes.tolist()) if code)
-            weights = self.table[slot, 1 : 1 + min(num, layout.USAGE_BUCKETS)]
+            routings = [layout.Routing.of(code) for code in set(codes.tolist()) if code]
+            num = max(routing.num_scores for routing in routings)
+            weights = self._totals[slot, 1 : 1 + min(num, layout.USAGE_BUCKETS)]
             shares = (weights / weights.abs().sum().clamp(min=1e-30)).tolist()
             found[digest_of[slot]] = (float(rows[slot]), *shares)
         self._warn(found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def read_source(path: Path, name: str = "pickle") -> Stored:
     conversion = _conversion(name)
     if conversion.is_series:
         files = [path] if path.is_file() else _series_of(path)
+        for file, other in combinations(files, 2):
+            if file.stem == other.stem:
+                raise StartupError(
+                    f"{file.name} and {other.name} are both {file.stem} of the series; leave one"
+                )
         return Stored({}, series={file.stem: load_tensors(file) for file in files})
     weights = _weights_of(path)
     config: Mapping[str, Any] | None = None

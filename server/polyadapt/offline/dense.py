@@ -134,7 +134,8 @@ class _Routed(nn.Module):
             values = scores.sigmoid().repeat_interleave(size, -1)
             values = values if delta.router_bias is None else values + delta.router_bias
             values = values.where(_is_among_largest(values, routing.top_k), 0.0)
-            return values / values.sum(-1, keepdim=True)
+            total, tiny = values.sum(-1, keepdim=True), torch.finfo(values.dtype).tiny
+            return values / total.where(total.abs() >= tiny, tiny)
         if routing.router is Router.MAGNITUDE:
             kept = _is_among_largest(scores.abs(), routing.top_k)
             shares = scores.abs().where(kept, -torch.inf).div(routing.value).softmax(-1)

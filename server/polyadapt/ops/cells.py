@@ -49,7 +49,7 @@ class Router(enum.IntEnum):
     # p = softmax(s) over all; the k largest p, divided by their sum where `renormalise` is set.
     SOFTMAX = 1
     # A weight per component i: v[i] = sigmoid(s[i // r]) + router_bias[i]; the k largest v, divided
-    # by their sum, or by the smallest normal float32 where that is larger.
+    # by their sum, or by the smallest normal float32 where that is nearer to 0.
     SIGMOID = 2
     # m = |s|; the k largest m; softmax(m / value) over those.
     MAGNITUDE = 3

@@ -136,10 +136,14 @@ def segments_matmul_(
         _scale_output_(y, tails, segment)
         if rank:
             xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
-            # A and the router in one product
-            products = xs @ arena[segment.offset : a_end].view(a_rows, num_in).t()
-            h = _apply(products[:, :rank], segment, gate)
-            h = _route(h, products[:, rank:], segment, table, tails, note)
+            stored = arena[segment.offset : a_end].view(a_rows, num_in)
+            if a_rows > rank and arena.dtype is torch.float32:  # A and the router in one product
+                h, scores = (xs @ stored.t()).split_with_sizes([rank, a_rows - rank], 1)
+            else:  # a choice that was rounded would be another one
+                h = xs @ stored[:rank].t()
+                scores = x[segment.index].float() @ stored[rank:].float().t()
+            h = _apply(h, segment, gate)
+            h = _route(h, scores, segment, table, tails, note)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)

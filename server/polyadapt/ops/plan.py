@@ -306,7 +306,8 @@ class PlanBuffers:
                     lane.num_short,
                     lane.num_segments,
                     self.gate[lane_id] if lane.gate is not None else None,
-                    self.table[lane_id] if lane.table is not None else None,
+                    # No wider than what was given: behind it lie earlier steps'.
+                    None if lane.table is None else self.table[lane_id, :, : lane.table.shape[1]],
                 )
             )
             if self._has_overrides is not None and self._has_overrides[lane.slots].any():

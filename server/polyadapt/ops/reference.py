@@ -170,7 +170,8 @@ def _weights(cell: _Cell, x: torch.Tensor | None) -> torch.Tensor:
         bias = cell.parts.get(ROUTER_BIAS, torch.zeros(rank)).tolist()
         values = [1 / (1 + math.exp(-scores[e])) + bias[i] for i, e in enumerate(expert_of)]
         kept = _largest(values, routing.top_k)
-        total = max(sum(values[i] for i in kept), torch.finfo(torch.float32).tiny)
+        total, tiny = sum(values[i] for i in kept), torch.finfo(torch.float32).tiny
+        total = tiny if abs(total) < tiny else total
         return torch.tensor([values[i] / total if i in kept else 0.0 for i in range(rank)])
     if routing.router is Router.MAGNITUDE:
         kept = _largest([abs(score) for score in scores], routing.top_k)

@@ -30,7 +30,8 @@ def weigh(
             values = values + bias.float()
         kept = _largest(values, routing.top_k)
         values = torch.where(kept, values, 0.0)
-        return values / values.sum(1, keepdim=True).clamp(min=_TINY)
+        total = values.sum(1, keepdim=True)
+        return values / torch.where(total.abs() < _TINY, _TINY, total)
     if routing.router is Router.MAGNITUDE:
         values = scores.abs()
         kept = _largest(values, routing.top_k)

@@ -473,12 +473,12 @@ class AdapterDirectory:
         return records
 
     async def _free(self, records: Sequence[AdapterRecord], mode: DeleteMode) -> None:
-        for record in records:
-            is_shared = await asyncio.to_thread(self._store.is_live, record.digest)
-            if mode == "now" and not is_shared:
+        for record in records if mode == "now" else ():
+            if not await asyncio.to_thread(self._store.is_live, record.digest):
                 # Before the engine is asked: a request of several generations may have none there.
                 self._ending.add(record.adapter_id)
                 await self._ask_engine(self._engine.cancel_adapter, record.digest)
+        for record in records:
             await self._wait_unused(record.adapter_id)
             self._ending.discard(record.adapter_id)
             if self._is_closing:

@@ -296,6 +296,13 @@ static void expand_task(void *job, int64_t id, int64_t worker) {
   expand(job, &((job_t *)job)->tasks[id]);
 }
 
+static void route_task(void *opaque, int64_t id, int64_t worker) {
+  (void)worker;
+  job_t *job = opaque;
+  const task_t *task = &job->tasks[id];
+  route(job, &job->segments[task->segment], task->start, task->stop);
+}
+
 /* A whole segment's tile: its A and then its B, neighbours in the arena. */
 static void whole_task(void *opaque, int64_t id, int64_t worker) {
   (void)worker;
@@ -374,8 +381,9 @@ static int64_t run(job_t *job, int64_t num_segments, int64_t threads) {
   if (limit < COST_OF_TASK) limit = COST_OF_TASK;
   int64_t result = run_cut(job, num_segments, 1, limit, shrink_task, threads);
   if (result) return result;
-  for (int64_t s = 0; s < num_segments; s++)
-    route(job, &job->segments[s], job->segments[s].start, job->segments[s].stop);
+  int is_routed = 0;
+  for (int64_t s = 0; s < num_segments; s++) is_routed |= job->segments[s].routing.router != 0;
+  if (is_routed && (result = run_cut(job, num_segments, 0, 0, route_task, threads))) return result;
   return run_cut(job, num_segments, 0, limit, expand_task, threads);
 }
 

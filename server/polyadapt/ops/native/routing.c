@@ -21,15 +21,37 @@ routing_t polyadapt_routing(int64_t code) {
   return routing;
 }
 
+/* A float as an integer of the same order; both zeros are equal. */
+INLINE uint32_t order_of(float value) {
+  uint32_t bits;
+  value += 0.0f;
+  memcpy(&bits, &value, sizeof bits);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+/* The top_k-th largest of the values, as order_of it: bit by bit, so that many of many cost no square. */
+static uint32_t find_threshold(const float *values, int64_t num, int64_t top_k) {
+  uint32_t threshold = 0;
+  for (int bit = 31; bit >= 0; bit--) {
+    const uint32_t candidate = threshold | (uint32_t)1 << bit;
+    int64_t count = 0;
+    for (int64_t i = 0; i < num; i++) count += order_of(values[i]) >= candidate;
+    if (count >= top_k) threshold = candidate;
+  }
+  return threshold;
+}
+
 /* One bit per value: whether it is among the `top_k` largest. */
 static void keep_largest(const float *values, int64_t num, int64_t top_k, uint64_t *kept) {
   int is_all = top_k <= 0 || top_k >= num;
   memset(kept, is_all ? 0xff : 0, (size_t)(num + 63) / 64 * sizeof *kept);
-  for (int64_t n = 0; n < top_k && !is_all; n++) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < num; i++)
-      if (!(kept[i / 64] >> (i % 64) & 1) && (best < 0 || values[i] > values[best])) best = i;
-    kept[best / 64] |= (uint64_t)1 << (best % 64);
+  if (is_all) return;
+  const uint32_t threshold = find_threshold(values, num, top_k);
+  int64_t num_equal = top_k;
+  for (int64_t i = 0; i < num; i++) num_equal -= order_of(values[i]) > threshold;
+  for (int64_t i = 0; i < num; i++) {
+    const uint32_t order = order_of(values[i]);
+    if (order > threshold || (order == threshold && num_equal-- > 0)) kept[i / 64] |= (uint64_t)1 << (i % 64);
   }
 }
 
@@ -54,7 +76,7 @@ static void divide_kept(float *values, int64_t num, const uint64_t *kept, int is
     sum += values[i];
   }
   if (!is_divided) return;
-  if (sum < FLT_MIN) sum = FLT_MIN;
+  if (fabsf(sum) < FLT_MIN) sum = FLT_MIN;
   for (int64_t i = 0; i < num; i++) values[i] /= sum;
 }
 

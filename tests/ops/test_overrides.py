@@ -203,7 +203,7 @@ def test_a_norm_is_told_its_segments_and_weights(form):
 
 # --------------------------------------------------------------------------- the plan
 def cells_with(parts: list[list[int]]) -> torch.Tensor:
-    return torch.tensor([[[7 * bool(bits), 0, bits] for bits in by_site] for by_site in parts])
+    return torch.tensor([[[7 * bool(bits), 0, bits, 0] for bits in by_site] for by_site in parts])
 
 
 def test_a_plan_lists_by_site_the_segments_with_overrides_and_no_others():

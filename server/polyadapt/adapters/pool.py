@@ -32,6 +32,7 @@ from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError, Unavailable
 from polyadapt.ops import cells as layout
+from polyadapt.ops.plan import experts_in
 from polyadapt.types import AdapterId, AppliedAdapter, Residency, ServedAdapter
 
 logger = logging.getLogger(__name__)
@@ -68,9 +69,9 @@ class AdapterPool:
         pace: Pace | None = None,
     ) -> None:
         """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
-        need not be read again after an eviction. has_overrides: bool [num_slots], written here,
-        read by the plans' buffers. on_bind is told of every slot that is given to an adapter. pace:
-        what `read` breathes by.
+        need not be read again after an eviction. has_overrides: bool [num_slots], also of slots
+        with experts for an MLP; written here, read by the plans' buffers. on_bind is told of every
+        slot that is given to an adapter. pace: what `read` breathes by.
         """
         if has_overrides is None:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
@@ -593,7 +594,8 @@ class AdapterPool:
         cells[cells[:, 0] >= 0, 0] += entry.extent.start
         self.cells[entry.slot] = cells
         parts = cells[cells[:, layout.OFFSET] >= 0, layout.PARTS]
-        self.has_overrides[entry.slot] = bool((parts & layout.OVERRIDES).any())
+        has_overrides = bool((parts & layout.OVERRIDES).any())
+        self.has_overrides[entry.slot] = has_overrides or bool(experts_in(cells).any())
         self._is_heavy[entry.slot] = bool((parts & layout.DENSE).any())
         self._on_bind(entry.slot)
 

@@ -25,6 +25,7 @@ OFFSET, RANK, PARTS, ROUTING = 0, 1, 2, 3
 COLUMNS = 4
 BIAS, OUT_SCALE, ROUTER_BIAS, TRANSFORM, SWAP, DENSE, WEIGHT = 1, 2, 4, 8, 16, 32, 64
 GROUP_SHIFT = 8
+ROUTER_MASK = 15  # of a routing's code
 # Served by ops/overrides.py, segment by segment; the rest by the gated product for all at once.
 OVERRIDES = TRANSFORM | SWAP | DENSE | WEIGHT
 
@@ -55,8 +56,11 @@ class Router(enum.IntEnum):
     MAGNITUDE = 3
     # No ROUTER: the weights of experts are those of the lane's table from column `value` on.
     TABLE = 4
-    # Not for the gated product, which leaves such a cell alone: the experts of a whole MLP, with a
-    # softmax as above. ROUTER stands where has_router is set.
+    # Not for the gated product, which leaves such a cell alone: the experts of a whole MLP, see
+    # ops/mixture.py. p = softmax(s); kept are the k largest, or where `value` is not 0 as many of
+    # the largest as it takes for a sum above it; divided by their sum where `renormalise` is set.
+    # ROUTER, with all of that, stands in the cell of the MLP's first site alone (has_router); the
+    # `value` of the others is what the weights are multiplied by.
     EXPERTS = 5
 
 
@@ -69,8 +73,7 @@ class Routing:
     top_k: int = 0  # at most MAX_SCORES; 0: all
     renormalise: bool = False
     has_router: bool = True  # whether ROUTER is in the cell
-    # MAGNITUDE: the temperature, as float32; TABLE: the first column; EXPERTS: the p of a choice by
-    # summed probability, or 0.
+    # MAGNITUDE: the temperature, as float32; TABLE: the first column; EXPERTS: see there.
     value: float = 0.0
 
     @property
@@ -97,7 +100,7 @@ class Routing:
     @classmethod
     def of(cls, code: int) -> Routing:
         """The routing of an int64 other than 0."""
-        router, bits = Router(code & 15), code >> 32
+        router, bits = Router(code & ROUTER_MASK), code >> 32
         return cls(
             router,
             num_scores=code >> 20 & MAX_SCORES,

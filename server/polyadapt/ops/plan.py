@@ -225,13 +225,42 @@ class Override:
     is_short: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """A segment whose adapter has experts of its own for MLPs; see ops/mixture.py.
+
+    index: its rows, as a slice where they are neighbours; `first` is the first of its num_rows
+    among the rows of all mixtures.
+    """
+
+    slot: int
+    index: slice | torch.Tensor
+    num_rows: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Mixtures:
+    """Every such segment of a plan, those that are no GEMMs first: num_short of them.
+
+    table int64 [segments, 4]: slot, first position in the buffer of rows, one past the last,
+    `first`.
+    """
+
+    segments: tuple[Mixture, ...]
+    table: torch.Tensor
+    num_short: int
+    num_rows: int
+    width: int  # largest rank of any cell of these slots
+
+
 class PlanBuffers:
     """Fixed-size tensors that one row space's plan is copied into before each forward.
 
     rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
     positions in `rows`, with one extra entry per lane. gate and table float32 [lanes, rows, width],
     grown on demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane
-    after lane, that need more than the gated product there.
+    after lane, that need more than the gated product there; `mixtures` the segments with experts.
     """
 
     def __init__(
@@ -243,13 +272,14 @@ class PlanBuffers:
     ) -> None:
         """cells int64 [num_slots, num_sites, 4] and has_overrides, bool [num_slots], are owned by
         whoever fills the slots, and of a slot in a plan they keep their parts; None: no slot has
-        overrides.
+        overrides or experts.
         """
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
         self.device = device
         self.lanes: tuple[LoadedLane, ...] = ()  # empty: no row has an adapter
         self.overrides: dict[int, list[Override]] = {}  # empty for nearly every step
+        self.mixtures: Mixtures | None = None  # likewise
         # What the rows of adapters with routers chose: float32 [num_slots, cells.USAGE_COLUMNS],
         # added to by every product; None: nobody asks.
         self.usage: torch.Tensor | None = None
@@ -268,6 +298,7 @@ class PlanBuffers:
         self._loaded_lanes: tuple[LoadedLane, ...] = ()
         self._loaded_overrides: dict[int, list[Override]] = {}
         self._loaded_sites: frozenset[int] | None = None
+        self._loaded_mixtures: Mixtures | None = None
 
     def load(self, plan: BatchPlan) -> None:
         """Copy the plan in; the previous step's content is gone afterwards.
@@ -276,11 +307,13 @@ class PlanBuffers:
         """
         if plan is self._loaded:
             self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
+            self.mixtures = self._loaded_mixtures
             return
         if plan.num_rows > self.max_rows:
             raise ValueError(f"the plan has {plan.num_rows} rows, the buffers hold {self.max_rows}")
         self._loaded = self._loaded_sites = None  # unless all of it is copied
         lanes: list[LoadedLane] = []
+        mixed: list[tuple[bool, int, int, int]] = []
         overrides: dict[int, list[Override]] = {}
         self.gate = self._widened(self.gate, [lane.gate for lane in plan.lanes])
         self.table = self._widened(self.table, [lane.table for lane in plan.lanes])
@@ -312,10 +345,12 @@ class PlanBuffers:
             )
             if self._has_overrides is not None and self._has_overrides[lane.slots].any():
                 self._find_overrides(lane, row, overrides)
+                mixed += self._find_mixtures(lane, row)
             segment, row = stop, row + len(lane.rows)
         self._loaded, self._loaded_lanes = plan, tuple(lanes)
-        self._loaded_overrides = overrides
+        self._loaded_overrides, self._loaded_mixtures = overrides, self._mixtures_of(mixed)
         self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
+        self.mixtures = self._loaded_mixtures
 
     def note(self, site_id: int, slot: int, weights: torch.Tensor, num_scores: int) -> None:
         """Note what rows of a slot chose at a site: weights [rows, components] of num_scores
@@ -331,7 +366,7 @@ class PlanBuffers:
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
-        self.lanes, self.overrides = (), {}
+        self.lanes, self.overrides, self.mixtures = (), {}, None
 
     def adapts(self, site_ids: Iterable[int]) -> bool:
         """Whether an adapter of the plan has a cell at one of the sites."""
@@ -360,6 +395,34 @@ class PlanBuffers:
                 override = Override(slot, int(parts[site_id]), scale, rows, index, is_short)
                 found.setdefault(site_id, []).append(override)
 
+    def _find_mixtures(self, lane: Lane, row: int) -> list[tuple[bool, int, int, int]]:
+        """(whether it is long, slot, first position, one past the last) of those of the lane."""
+        assert self._has_overrides is not None
+        assert self._cells is not None
+        found = []
+        for segment in np.flatnonzero(self._has_overrides[lane.slots]).tolist():
+            start, stop = lane.bounds[segment : segment + 2].tolist()
+            slot = int(lane.slots[segment])
+            if start < stop and bool(experts_in(self._cells[slot]).any()):
+                found.append((segment >= lane.num_short, slot, row + start, row + stop))
+        return found
+
+    def _mixtures_of(self, found: list[tuple[bool, int, int, int]]) -> Mixtures | None:
+        if not found:
+            return None
+        assert self._cells is not None
+        found.sort(key=lambda one: one[0])
+        segments, table, first, width = [], [], 0, 0
+        for _, slot, start, stop in found:
+            index, num_rows = index_of(self.rows[start:stop]), stop - start
+            segments.append(Mixture(slot, index, num_rows, first))
+            table.append((slot, start, stop, first))
+            first += num_rows
+            cells = self._cells[slot]
+            width = max(width, int(cells[experts_in(cells), layout.RANK].max()))
+        num_short = sum(not is_long for is_long, *_ in found)
+        return Mixtures(tuple(segments), torch.tensor(table), num_short, first, width)
+
     def _widened(self, buffer: torch.Tensor, given: list[np.ndarray | None]) -> torch.Tensor:
         """The buffer, or a wider one; before any lane is filled, as what was there is lost."""
         width = max((values.shape[1] for values in given if values is not None), default=0)
@@ -372,6 +435,12 @@ class PlanBuffers:
         # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
         self.gate[lane_id, : gate.shape[0]] = 1.0
         self.gate[lane_id, : gate.shape[0], :width] = torch.from_numpy(gate)
+
+
+def experts_in(cells: torch.Tensor) -> torch.Tensor:
+    """Where a slot has experts for an MLP: bool [num_sites]; cells int64 [num_sites, 4]."""
+    routers = cells[:, layout.ROUTING] & layout.ROUTER_MASK
+    return (cells[:, layout.OFFSET] >= 0) & (routers == layout.Router.EXPERTS)
 
 
 def index_of(rows: torch.Tensor) -> slice | torch.Tensor:

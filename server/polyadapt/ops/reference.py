@@ -6,7 +6,7 @@ Slow on purpose. Every strategy and kernel is tested against these functions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -154,6 +154,70 @@ def reference_norm(
     for cell in found:
         out[cell.row] += cell.scale * cell.parts.get(BIAS, 0.0)
     return out
+
+
+def reference_mixture(
+    x: torch.Tensor,
+    u: torch.Tensor,
+    activate: Callable[[torch.Tensor], torch.Tensor],
+    down: tuple[torch.Tensor, torch.Tensor | None],
+    arena: torch.Tensor,
+    cells: torch.Tensor,
+    plan: BatchPlan,
+    parts: list[tuple[int, int, int]],
+    down_site: int,
+) -> torch.Tensor:
+    """Return down(activate(u)) [rows, out] as float32, and for rows with experts of their own the
+    weighted sum of those: every expert runs the whole of down, see ops/cells.py: Router.EXPERTS.
+
+    x [rows, in]; u [rows, columns], what the MLP's inputs make of x; down: weight [out, inner] and
+    bias [out]; parts: (site, first column of u, columns) of the inputs, the first with the router.
+    """
+    weight, bias = down[0].float(), 0.0 if down[1] is None else down[1].float()
+    y = activate(u.float()) @ weight.t() + bias
+    for lane in plan.lanes:
+        for s in range(lane.num_segments):
+            slot = cells[int(lane.slots[s])].tolist()
+            offset, rank, _, code = slot[parts[0][0]]
+            first = Routing.of(code)
+            if offset < 0 or first.router is not Router.EXPERTS:
+                continue
+            factor = Routing.of(slot[down_site][3]).value
+            start = offset + rank * x.shape[1]
+            router = (
+                arena[start : start + first.num_scores * x.shape[1]].float().view(-1, x.shape[1])
+            )
+            for t in lane.rows[lane.bounds[s] : lane.bounds[s + 1]].tolist():
+                shares = (router @ x[t].float()).softmax(0).tolist()
+                kept = _largest(shares, first.top_k)
+                if first.value > 0:
+                    sums = [sum(shares[e] for e in kept[:n]) for n in range(len(kept))]
+                    kept = [
+                        e for e, before in zip(kept, sums, strict=True) if before <= first.value
+                    ]
+                total = sum(shares[e] for e in kept) if first.renormalise else 1.0
+                y[t] = 0.0
+                for e in kept:
+                    v = u[t].float().clone()
+                    for site, column, width in parts:
+                        a, b = _expert(arena, slot[site], e, x.shape[1], width)
+                        v[column : column + width] += a @ x[t].float() @ b
+                    inner = activate(v)
+                    a, b = _expert(arena, slot[down_site], e, weight.shape[1], weight.shape[0])
+                    y[t] += shares[e] / total * factor * (weight @ inner + bias + a @ inner @ b)
+    return y
+
+
+def _expert(
+    arena: torch.Tensor, fields: list[int], e: int, num_in: int, num_out: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of one expert of a cell, [r, in] and [r, out] in float32."""
+    offset, rank, _, code = fields
+    r = rank // Routing.of(code).num_scores
+    b_start = offset + (rank + num_router_rows(code)) * num_in
+    a = arena[offset : offset + rank * num_in].view(rank, num_in)
+    b = arena[b_start : b_start + rank * num_out].view(rank, num_out)
+    return a[e * r : (e + 1) * r].float(), b[e * r : (e + 1) * r].float()
 
 
 def _weights(cell: _Cell, x: torch.Tensor | None) -> torch.Tensor:

@@ -45,7 +45,11 @@ def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
     chosen.
     """
     weights = scores.float().softmax(1)
-    kept = torch.where(_largest(weights, routing.top_k), weights, 0.0)
+    if routing.router is Router.EXPERTS and routing.value > 0:
+        is_kept = _mass(weights, routing.value)
+    else:
+        is_kept = _largest(weights, routing.top_k)
+    kept = torch.where(is_kept, weights, 0.0)
     return kept / kept.sum(1, keepdim=True) if routing.renormalise else kept
 
 
@@ -58,6 +62,14 @@ def note_usage(usage: torch.Tensor, weights: torch.Tensor) -> None:
     usage[0] += len(weights)
     bucket_of = torch.arange(num_scores) * buckets // num_scores
     usage[1 : 1 + buckets].index_add_(0, bucket_of, weights.sum(0))
+
+
+def _mass(values: torch.Tensor, mass: float) -> torch.Tensor:
+    """Bool [n, m]: of each row the largest that it takes for a sum above `mass`."""
+    order = values.argsort(dim=1, descending=True, stable=True)
+    sums = values.gather(1, order).cumsum(1)
+    before = torch.cat([torch.zeros_like(sums[:, :1]), sums[:, :-1]], 1)
+    return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, before <= mass)
 
 
 def _largest(values: torch.Tensor, top_k: int) -> torch.Tensor:

@@ -63,6 +63,23 @@ typedef struct {
   double scale;
 } override_call_t;
 
+/* Rows of one slot whose MLPs are experts: positions start to stop - 1 in `rows`, and their first row of h. */
+typedef struct {
+  int64_t slot, start, stop, first;
+} mixture_t;
+
+/* One MLP of the segments' rows: x [rows, num_in] makes u [rows, columns], that inner [rows, width], and that y
+ * [rows, num_out]. What a kernel does not need is 0. */
+typedef struct {
+  int64_t inner, u, x, y, h, arena, cells, rows;
+  int64_t bias, usage; /* may be 0: float [num_out] of down, and as in gated_call_t */
+  int64_t segments;    /* num_segments of mixture_t */
+  int64_t parts;       /* num_parts of part_t: the columns of u; the first has the router */
+  int64_t inner_stride, u_stride, x_stride, y_stride, h_stride; /* a row of h ends with the sum of the weights */
+  int64_t num_segments, num_positions, num_rows, num_h_rows, num_in, width, num_out, num_parts, down, arena_size,
+      num_slots, num_sites, is_gated, activation, is_half, is_arena_half, threads;
+} mixture_call_t;
+
 /* How a cell's components are weighed: ops/cells.py, Routing, taken apart. */
 enum { ROUTER_SOFTMAX = 1, ROUTER_SIGMOID, ROUTER_MAGNITUDE, ROUTER_TABLE, ROUTER_EXPERTS };
 enum { MAX_CHOICES = 4096, USAGE_BUCKETS = 64 }; /* ops/cells.py has both */
@@ -74,7 +91,7 @@ typedef struct {
 } routing_t;
 
 routing_t polyadapt_routing(int64_t code);
-/* scores [num_scores] of a softmax or magnitude router become the weights of its experts. */
+/* scores [num_scores] of a softmax, magnitude or experts router become the weights of its experts. */
 void polyadapt_choose(const routing_t *routing, float *scores);
 /* weights [rank] of the components; scores [num_scores] are those of TABLE already, else they are used up.
  * bias [rank] or NULL. At most MAX_CHOICES components, a multiple of num_scores. */
@@ -90,6 +107,8 @@ int64_t polyadapt_rms_norm(const norm_call_t *call);
 int64_t polyadapt_gated_activation(const act_call_t *call);
 int64_t polyadapt_rope(const rope_call_t *call);
 int64_t polyadapt_gated_matmul(const gated_call_t *call);
+int64_t polyadapt_mix(const mixture_call_t *call);
+int64_t polyadapt_add_mixed(const mixture_call_t *call);
 int64_t polyadapt_block_transform(const override_call_t *call);
 int64_t polyadapt_swap(const override_call_t *call);
 int64_t polyadapt_add_dense(const override_call_t *call);

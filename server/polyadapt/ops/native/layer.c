@@ -3,8 +3,8 @@
  *
  *   x += O attention(rope(norm_q(Q n)), rope(norm_k(K n)), V n)    n = rms_norm_1(x)
  *   x += D (act(G m) * U m)                                       m = rms_norm_2(x)
- * and each product with the adapters of its rows. The arithmetic, its order and so its bits are those of
- * the kernels called alone.
+ * and each product with the adapters of its rows; a row's own experts may stand between G, U and D (mixture.c).
+ * The arithmetic, its order and so its bits are those of the kernels called alone.
  */
 #include <string.h>
 
@@ -37,8 +37,11 @@ typedef struct {
   const int64_t *write_slots;
   const int32_t *page_table, *kv_lens;
   const lane_t *lanes;
+  const mixture_t *mixtures;
+  float *mixed; /* [num_mixed, mixed_width] */
   int64_t arena, cells, rows, num_positions, arena_size, num_adapter_slots, num_sites, arena_half;
-  int64_t num_rows, rotary, page_stride, max_pages, page_size, num_lanes, usage, threads;
+  int64_t num_rows, rotary, page_stride, max_pages, page_size, num_lanes, usage;
+  int64_t num_mixtures, num_mixed, mixed_width, threads;
 } step_t;
 
 static int64_t product(const step_t *step, const product_t *of, float *y, const float *x) {
@@ -65,6 +68,24 @@ static int64_t product(const step_t *step, const product_t *of, float *y, const 
   return result;
 }
 
+/* What the rows of `mixtures` do instead of the activation, and then beside the down product. */
+static mixture_call_t mixture(const layer_t *layer, const step_t *step) {
+  const int64_t width = layer->down.num_in, hidden = layer->down.num_out;
+  return (mixture_call_t){.inner = (int64_t)step->inner, .u = (int64_t)step->gate_up, .x = (int64_t)step->normed,
+                          .y = (int64_t)step->out, .h = (int64_t)step->mixed, .arena = step->arena,
+                          .cells = step->cells, .rows = step->rows, .bias = (int64_t)layer->down.bias,
+                          .usage = step->usage, .segments = (int64_t)step->mixtures,
+                          .parts = (int64_t)layer->gate_up.parts, .inner_stride = width, .u_stride = 2 * width,
+                          .x_stride = layer->gate_up.num_in, .y_stride = hidden, .h_stride = step->mixed_width,
+                          .num_segments = step->num_mixtures, .num_positions = step->num_positions,
+                          .num_rows = step->num_rows, .num_h_rows = step->num_mixed,
+                          .num_in = layer->gate_up.num_in, .width = width, .num_out = hidden,
+                          .num_parts = layer->gate_up.num_parts, .down = layer->down.parts[0].site,
+                          .arena_size = step->arena_size, .num_slots = step->num_adapter_slots,
+                          .num_sites = step->num_sites, .is_gated = 1, .activation = layer->activation,
+                          .is_arena_half = step->arena_half, .threads = step->threads};
+}
+
 static void norm(const step_t *step, float *y, const float *x, const float *weight, double eps,
                  int64_t width, int64_t inner, int64_t stride) {
   norm_call_t call = {.y = y, .x = x, .weight = weight, .y_stride = stride, .x_stride = stride,
@@ -88,7 +109,8 @@ static void add(float *x, const float *y, int64_t size) {
 enum { BAD_WRITE_SLOT = 1 };
 
 /* 0, or the problem of the part that failed; `stage` then says which: 0 to 3 are the products in order, 4
- * is attention, 5 the step's own arguments. x is whole again only where the result is 0. */
+ * is attention, 5 the step's own arguments, 6 the rows' own experts. x is whole again only where the result is
+ * 0. */
 int64_t polyadapt_layer(const layer_t *layer, const step_t *step, int64_t *stage) {
   const int64_t hidden = layer->qkv.num_in, dim = layer->dim, rows = step->num_rows;
   const int64_t heads = layer->num_heads, kv_heads = layer->num_kv_heads, row = layer->qkv.num_out;
@@ -129,8 +151,13 @@ int64_t polyadapt_layer(const layer_t *layer, const step_t *step, int64_t *stage
   act_call_t act = {.y = step->inner, .x = step->gate_up, .y_stride = width, .x_stride = 2 * width,
                     .num_rows = rows, .width = width, .kind = layer->activation, .threads = step->threads};
   polyadapt_gated_activation(&act);
+  const mixture_call_t mix = mixture(layer, step);
+  *stage = 6;
+  if (step->num_mixtures && (result = polyadapt_mix(&mix))) return result;
   *stage = 3;
   if ((result = product(step, &layer->down, step->out, step->inner))) return result;
+  *stage = 6;
+  if (step->num_mixtures && (result = polyadapt_add_mixed(&mix))) return result;
   add(step->x, step->out, rows * hidden);
   return 0;
 }

@@ -19,9 +19,9 @@ from polyadapt.ops.native import build
 from polyadapt.ops.plan import LoadedLane, PlanBuffers
 
 _LAYER = struct.Struct("=41q6d")
-_STEP = struct.Struct("=29q")
+_STEP = struct.Struct("=34q")
 _LANE = struct.Struct("=10q")
-_STAGES = ("qkv", "output", "gate/up", "down", "attention", "the step's write slots")
+_STAGES = ("qkv", "output", "gate/up", "down", "attention", "the step's write slots", "experts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +131,7 @@ class Step:
             hidden,
         )
         self._scratch: list[torch.Tensor] = []
+        self._mixed = torch.empty(0, 0)
         self._lanes = b""
         self._made_for: tuple[object, ...] = ()
         self._block = b""
@@ -155,22 +156,35 @@ class Step:
         if not self._scratch or self._scratch[0].shape[0] < rows:
             self._scratch = [torch.empty(rows, width) for width in self._widths]
         self._lanes = b"".join(_lane_block(lane) for lane in lanes)
+        mixtures = self._mixtures()
         table, lens, plan = batch.page_table, batch.kv_lens, self._plan
         assert table is not None
         assert lens is not None
         self._block = _STEP.pack(
             x.data_ptr(), *(part.data_ptr() for part in self._scratch), cos.data_ptr(),
             sin.data_ptr(), batch.write_slots.data_ptr(), table.data_ptr(), lens.data_ptr(),
-            _address(self._lanes), self._arena.data_ptr(), self._cells.data_ptr(),
+            _address(self._lanes), *mixtures[:2], self._arena.data_ptr(), self._cells.data_ptr(),
             plan.rows.data_ptr(), plan.rows.shape[0], self._arena.shape[0], self._cells.shape[0],
             self._cells.shape[1], self._arena.dtype is torch.bfloat16, rows, cos.shape[1],
             table.stride(0), table.shape[1], batch.page_size, len(lanes),
-            0 if plan.usage is None else plan.usage.data_ptr(), torch.get_num_threads(),
+            0 if plan.usage is None else plan.usage.data_ptr(), *mixtures[2:],
+            torch.get_num_threads(),
         )  # fmt: skip
         if not self._made_for or self._made_for[0] is not batch:
             self.num_steps += 1
         self._made_for = made_for
         return self._block
+
+    def _mixtures(self) -> tuple[int, int, int, int, int]:
+        """Addresses of the plan's mixtures and of scratch for their rows, and their sizes."""
+        mixtures = self._plan.mixtures
+        if mixtures is None:
+            return 0, 0, 0, 0, 0
+        rows, width = mixtures.num_rows, mixtures.width + 1
+        if self._mixed.shape[0] < rows or self._mixed.shape[1] != width:
+            self._mixed = torch.empty(rows, width)
+        table = mixtures.table
+        return table.data_ptr(), self._mixed.data_ptr(), table.shape[0], rows, width
 
     def _fits(
         self,

@@ -5,6 +5,7 @@
  */
 #include <float.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "calls.h"
@@ -69,6 +70,32 @@ static void softmax_kept(float *values, int64_t num, const uint64_t *kept) {
   for (int64_t i = 0; i < num; i++) values[i] /= sum;
 }
 
+typedef struct {
+  uint32_t order;
+  int32_t index;
+} ranked_t;
+
+/* The larger first, and of equal ones the first. */
+static int compare_ranked(const void *one, const void *other) {
+  const ranked_t *a = one, *b = other;
+  if (a->order != b->order) return a->order > b->order ? -1 : 1;
+  return a->index < b->index ? -1 : 1;
+}
+
+/* One bit per value: whether it is among the largest that it takes for a sum above `mass`. */
+static void keep_mass(const float *values, int64_t num, float mass, uint64_t *kept) {
+  ranked_t ranked[MAX_CHOICES];
+  for (int64_t i = 0; i < num; i++) ranked[i] = (ranked_t){order_of(values[i]), (int32_t)i};
+  qsort(ranked, (size_t)num, sizeof *ranked, compare_ranked);
+  memset(kept, 0, (size_t)(num + 63) / 64 * sizeof *kept);
+  float sum = 0.0f;
+  for (int64_t n = 0; n < num && sum <= mass; n++) {
+    const int64_t best = ranked[n].index;
+    kept[best / 64] |= (uint64_t)1 << (best % 64);
+    sum += values[best];
+  }
+}
+
 static void divide_kept(float *values, int64_t num, const uint64_t *kept, int is_divided) {
   float sum = 0.0f;
   for (int64_t i = 0; i < num; i++) {
@@ -92,7 +119,10 @@ void polyadapt_choose(const routing_t *routing, float *scores) {
   }
   keep_largest(scores, num, 0, kept);
   softmax_kept(scores, num, kept);
-  keep_largest(scores, num, routing->top_k, kept);
+  if (routing->router == ROUTER_EXPERTS && routing->value > 0.0f)
+    keep_mass(scores, num, routing->value, kept);
+  else
+    keep_largest(scores, num, routing->top_k, kept);
   divide_kept(scores, num, kept, (int)routing->renormalise);
 }
 

@@ -4,13 +4,13 @@
  */
 #include <math.h>
 
+#include "activation.h"
 #include "calls.h"
 #include "tasks.h"
 #include "vector.h"
 
 /* Below this many elements a second thread costs more than it takes over. */
 enum { COST_TO_THREAD = 32768, ROWS_PER_TASK = 8 };
-enum { SILU, GELU_TANH };
 
 /* ---------------------------------------------------------------- y = x / rms(x) * weight
  * Root mean square norm (Zhang and Sennrich 2019): rms(x) = sqrt(mean(x^2) + eps). */
@@ -60,19 +60,7 @@ int64_t polyadapt_rms_norm(const norm_call_t *call) {
 }
 
 /* ---------------------------------------------------------------- y = act(gate) * up
- * x holds gate [width] and then up [width] in each row. SiLU: v / (1 + exp(-v)). GELU in its tanh form
- * (Hendrycks and Gimpel 2016): v / 2 (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))). */
-
-INLINE vf activate(vf v, int kind) {
-  if (kind == SILU) {
-    vf minus = splat(0.0f) - v;
-    /* exp_lanes ends at 88: beyond it the quotient is within 1e-36 of 0 either way. */
-    minus = choose(minus > splat(88.0f), splat(88.0f), minus);
-    return v / (splat(1.0f) + exp_lanes(minus));
-  }
-  vf inner = splat(0.7978845608f) * fmav(splat(0.044715f) * v, v * v, v);
-  return splat(0.5f) * v * (splat(1.0f) + tanh_lanes(inner));
-}
+ * x holds gate [width] and then up [width] in each row. */
 
 INLINE void act_row(const act_call_t *call, int64_t row, int kind, int is_half) {
   const int64_t x = row * call->x_stride, y = row * call->y_stride, width = call->width;

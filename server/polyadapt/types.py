@@ -87,6 +87,21 @@ class SiteSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class MlpSpec:
+    """An MLP of the base, proved to compute y = down(act(gate x) * up x), or down(act(up x)).
+
+    inputs: the sites of gate and up; or one, of up alone or of a linear whose first half is gate
+    and whose second is up. activations: every name that transformers has for act.
+    """
+
+    path: str  # of the module
+    inputs: tuple[int, ...]
+    down: int
+    is_gated: bool
+    activations: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseSpec:
     """All that validation needs to know of the resident base model, without its weights."""
 
@@ -99,6 +114,7 @@ class BaseSpec:
     embedding_path: str
     head_path: str
     sites: tuple[SiteSpec, ...]  # the index is the site id
+    mlps: tuple[MlpSpec, ...] = ()
 
 
 # --------------------------------------------------------------------------- requests

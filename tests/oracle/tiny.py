@@ -108,6 +108,11 @@ _CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "attn_pdrop": 0.0,
         },
     ),
+    # Its MLP is plain, and stands beside attention.
+    "phi": (
+        "phi",
+        {**_GQA, "num_key_value_heads": 4, "partial_rotary_factor": 0.5, "resid_pdrop": 0.0},
+    ),
     "mixtral": (
         "mixtral",
         {**_GQA, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},

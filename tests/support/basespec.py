@@ -9,7 +9,19 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from polyadapt.types import BaseSpec, SiteSpec
+from polyadapt.types import BaseSpec, MlpSpec, SiteSpec
+
+# The linears of an MLP, inputs and then down, and whether it is gated; by their names.
+_MLPS = {
+    ("gate_proj", "up_proj", "down_proj"): True,
+    ("gate_up_proj", "down_proj"): True,
+    ("fc1", "fc2"): False,
+    ("c_fc", "c_proj"): False,
+}
+_ACTIVATIONS = (
+    ("silu", "swish"),
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_accurate"),
+)
 
 
 def base_spec(model: nn.Module, name: str = "tiny") -> BaseSpec:
@@ -26,6 +38,7 @@ def base_spec(model: nn.Module, name: str = "tiny") -> BaseSpec:
         embedding_path=paths[id(embedding)],
         head_path=paths[id(head)],
         sites=tuple(site for site, _ in _walk(model)),
+        mlps=tuple(_mlps(model)),
     )
 
 
@@ -48,6 +61,22 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     """The weight as [out, in] (embedding: [vocabulary, width])."""
     weight = module.weight.detach()
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def _mlps(model: nn.Module) -> list[MlpSpec]:
+    sites = enumerate(site for site, _ in _walk(model))
+    site_ids = {site.path: i for i, site in sites if site.kind == "linear"}
+    config = model.config
+    act = getattr(config, "hidden_act", None) or getattr(config, "activation_function", None)
+    act = getattr(config, "hidden_activation", act)  # Gemma
+    names = next(names for names in _ACTIVATIONS if act in names)
+    found = []
+    for path, module in model.named_modules():
+        form = next((f for f in _MLPS if all(f"{path}.{name}" in site_ids for name in f)), None)
+        if form is not None and not hasattr(module, "c_attn"):
+            *inputs, down = (site_ids[f"{path}.{name}"] for name in form)
+            found.append(MlpSpec(path, tuple(inputs), down, _MLPS[form], names))
+    return found
 
 
 def _walk(model: nn.Module) -> list[tuple[SiteSpec, nn.Module]]:

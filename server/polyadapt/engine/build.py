@@ -30,6 +30,7 @@ from polyadapt.errors import StartupError
 from polyadapt.models.base import BaseModel
 from polyadapt.models.fuse import fuse
 from polyadapt.models.load import load_base
+from polyadapt.models.mlp import adapt_mlps
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.gated_matmul import strategy
@@ -74,6 +75,7 @@ def build_engine(
     wrap_sites(base, arena, cells, tokens, outputs)
     chosen = choose(dtype, is_exact=config.exact)
     fused = fuse(base, config.page_size, chosen)
+    adapt_mlps(base)
 
     counters: Counter[str] = Counter()
     pace = Pace()

@@ -11,6 +11,7 @@ from polyadapt.models.adapted import AdaptedLinear, adapt_norm_
 from polyadapt.models.base import LayerCache
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import PackedWeight
+from polyadapt.ops.mixture import MixedMlp, add_mixed_, mix_
 from polyadapt.ops.native import dense
 from polyadapt.ops.native.layer import Layer, LayerSpec, Product, Step
 
@@ -77,11 +78,19 @@ class FusedMlp(nn.Module):
         self.gate_up = gate_up
         self.down = down
         self.activation = activation
+        self.mixed: MixedMlp | None = None  # set where the MLP can serve experts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., hidden] -> [..., hidden]."""
-        both = self.gate_up(x.reshape(-1, x.shape[-1]))
-        y: torch.Tensor = self.down(dense.gated_activation(both, self.activation))
+        rows = x.reshape(-1, x.shape[-1])
+        both = self.gate_up(rows)
+        inner = dense.gated_activation(both, self.activation)
+        if self.mixed is None or self.mixed.site.plan.mixtures is None:
+            y: torch.Tensor = self.down(inner)
+            return y.view(x.shape)
+        h = mix_(inner, both, rows, self.mixed)
+        y = self.down(inner)
+        add_mixed_(y, h, self.mixed)
         return y.view(x.shape)
 
 

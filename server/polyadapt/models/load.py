@@ -20,6 +20,7 @@ from torch import nn
 from polyadapt.errors import StartupError
 from polyadapt.models.base import AttentionOptions, BaseModel, LayerCache
 from polyadapt.models.experts import adapt_experts
+from polyadapt.models.mlp import list_mlps
 from polyadapt.models.wrap import list_blocks, list_sites
 from polyadapt.types import BaseSpec
 
@@ -104,6 +105,7 @@ def load_base(
     )
     _probe(base)
     _settle_norms(base)
+    base.spec = replace(base.spec, mlps=list_mlps(base.module, base.spec.sites))
     return base
 
 

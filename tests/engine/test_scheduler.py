@@ -143,6 +143,63 @@ def test_decode_rows_come_before_an_older_sequences_long_prompt():
     assert [rows.num_tokens for rows in batch] == [1, 1, 6]
 
 
+def test_a_costly_token_takes_as_many_of_the_budget():
+    slots = FakeSlots("dear")
+    slots.special["dear"] = Traits(token_cost=4)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=20)
+    scheduler.add(new_group("dear", 6, "dear"))
+    scheduler.add(new_group("cheap", 6))
+    # Of five dear tokens half are the first prompt's; what others leave of the rest comes back.
+    assert run_step(scheduler) == {"dear": 3, "cheap": 6}
+    assert run_step(scheduler) == {"dear": 3, "cheap": 1}
+    assert run_step(scheduler) == {"dear": 1, "cheap": 1}
+
+
+def test_as_many_run_as_could_have_a_token_in_every_step():
+    slots = FakeSlots("dear")
+    slots.special["dear"] = Traits(token_cost=4)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=10)
+    for name in "abc":
+        scheduler.add(new_group(name, 1, "dear"))
+    scheduler.add(new_group("cheap", 1))
+    assert run_step(scheduler) == {"a": 1, "b": 1}
+    assert run_step(scheduler) == {"a": 1, "b": 1}
+    assert slots.leases[0] == 2
+    scheduler.finish(scheduler.running[0])
+    assert run_step(scheduler) == {"b": 1, "c": 1, "cheap": 1}
+
+
+def test_a_token_that_costs_more_than_a_step_has_a_step_of_its_own():
+    slots = FakeSlots("dear")
+    slots.special["dear"] = Traits(token_cost=100)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=8)
+    scheduler.add(new_group("dear", 3, "dear"))
+    scheduler.add(new_group("next", 2))
+    for _ in range(3):
+        assert run_step(scheduler) == {"dear": 1}
+    scheduler.finish(scheduler.running[0])
+    assert run_step(scheduler) == {"next": 2}
+
+
+def test_a_costly_adapter_at_scale_zero_costs_nothing():
+    slots = FakeSlots("dear")
+    slots.special["dear"] = Traits(token_cost=4)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=10)
+    group = new_group("dear", 8, "dear")
+    zero = replace(group.request, adapters=(replace(group.request.adapters[0], scale=0.0),))
+    scheduler.add(RequestGroup.of(zero, 0.0))
+    assert run_step(scheduler) == {"dear": 8}
+
+
+def test_drafts_cost_what_their_tokens_cost():
+    slots = FakeSlots("dear")
+    slots.special["dear"] = Traits(token_cost=4)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=14, speculative_tokens=8)
+    _decoding(scheduler, 1, 8, adapter="dear")
+    (rows,) = scheduler.schedule()
+    assert len(rows.drafts) == 2
+
+
 def test_rows_are_bounded_by_max_num_seqs():
     scheduler = new_scheduler(max_num_seqs=2)
     for name in "abc":
@@ -784,10 +841,14 @@ def test_companions_are_preempted_and_cancelled_together():
     budget=st.integers(1, 40),
     max_num_seqs=st.integers(1, 6),
     outputs=st.integers(1, 10),
+    cost=st.integers(1, 9),
 )
-def test_every_request_ends_whatever_the_budgets(lengths, num_pages, budget, max_num_seqs, outputs):
+def test_every_request_ends_whatever_the_budgets(
+    lengths, num_pages, budget, max_num_seqs, outputs, cost
+):
     """No request starves or deadlocks as long as each alone fits into the pages."""
     slots = FakeSlots("x")
+    slots.special["x"] = Traits(token_cost=cost)
     scheduler = new_scheduler(
         slots,
         num_pages=num_pages,
@@ -801,7 +862,13 @@ def test_every_request_ends_whatever_the_budgets(lengths, num_pages, budget, max
     for _ in range(5000):
         if not scheduler.has_work:
             break
-        assert sum(run_step(scheduler).values()) <= scheduler.max_num_batched_tokens
+        most = scheduler.max_num_batched_tokens
+        taken = [
+            num_tokens * (min(cost, most) if int(name) % 2 else 1)
+            for name, num_tokens in run_step(scheduler).items()
+        ]
+        assert sum(taken) <= most
+        assert 0 not in taken
         for sequence in list(scheduler.running):
             if sequence.num_output >= outputs:
                 scheduler.finish(sequence)

@@ -89,6 +89,9 @@ class Traits:
     options: tuple[Option, ...] = ()  # what else a request may choose, each by a name of its own
     # A request's scale multiplies A and B alike, so that its square is what acts.
     is_scale_squared: bool = False
+    # A token takes as much of a step's budget of tokens as so many of the base: what has experts of
+    # its own for a whole MLP computes that once for each that it chooses.
+    token_cost: int = 1
 
 
 ORDINARY = Traits()
@@ -219,7 +222,7 @@ def keeps_keys_and_values(site_ids: Iterable[int], base: BaseSpec) -> bool:
 
 
 def layer_of(path: str) -> tuple[str, int] | None:
-    """The path of the stack that holds a module, and the number of its layer there; or None."""
+    """Return the path of the stack that a module lies in, and the number of its layer; or None."""
     parts = path.split(".")
     for at, (part, number) in enumerate(pairwise(parts)):
         if part in _STACKS and number.isdecimal():

@@ -34,6 +34,7 @@ class GatedAdapter:
     # Whether it acts from an invocation on, so that its tokens alone do not tell a page's content.
     is_invoked: bool = False
     is_kv_neutral: bool = False  # see Traits
+    token_cost: int = 1  # see Traits
 
     @property
     def is_gated(self) -> bool:
@@ -90,6 +91,7 @@ def _gate(
         options=options,
         is_invoked=bool(traits.invocation),
         is_kv_neutral=traits.is_kv_neutral,
+        token_cost=traits.token_cost if applied.scale != 0.0 else 1,
     )
 
 

@@ -82,6 +82,7 @@ class RequestGroup:
     adapters: tuple[AppliedAdapter, ...] = ()
     lanes: tuple[GatedAdapter, ...] | None = None  # beside `adapters`; None: not settled yet
     is_gated: bool = False  # whether any of them is
+    token_cost: int = 1  # what a token takes of a step's budget, with its costliest adapter
     has_turned: bool = False  # from its own adapters to those of when_cold
     refusal: PolyadaptError | None = None  # why it cannot be served, found before its first row
     sequences: list[Sequence] = field(default_factory=list)
@@ -119,7 +120,7 @@ class RequestGroup:
     def reopen(self, adapters: tuple[AppliedAdapter, ...], has_turned: bool) -> None:
         """Undo what was decided for an admission that did not come about."""
         self.adapters, self.has_turned = adapters, has_turned
-        self.lanes, self.is_gated = None, False
+        self.lanes, self.is_gated, self.token_cost = None, False, 1
         self.root_key, self.key_turns = None, {}
 
     def settle(self, lanes: tuple[GatedAdapter, ...]) -> None:
@@ -127,6 +128,7 @@ class RequestGroup:
         self.lanes = lanes
         self.adapters = tuple(lane.applied for lane in lanes)
         self.is_gated = any(lane.is_gated for lane in lanes)
+        self.token_cost = max((lane.token_cost for lane in lanes), default=1)
 
     @classmethod
     def of(cls, request: Request, arrived: float) -> RequestGroup:

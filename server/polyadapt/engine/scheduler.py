@@ -8,6 +8,9 @@ except those whose full pages are still in the prefix cache: a sequence takes ov
 continue what it has computed, and its own full pages are published there once they are written.
 What is written is what num_computed counts.
 
+The budget of a step is in tokens of the base. A token of a request whose adapters make it costlier
+(Traits.token_cost) takes as many; so many sequences run that each could have one in every step.
+
 Nobody waits for ever:
 - A request that sequences of later ones were preferred to MAX_OVERTAKEN times ranks before all
   others from then on, and while it waits nobody behind it is admitted. Until then only those and
@@ -161,9 +164,9 @@ class Scheduler:
             # For 15 of 16 tokens there is room; nothing is pending of a companion that waits.
             if num_pending and budget > 0 and num_computed < len(sequence.pages) * page_size:
                 picked[sequence] = 1
-                budget -= 1
+                budget -= sequence.group.token_cost
             else:
-                budget -= self._continue(sequence, budget, picked)
+                budget -= self._continue(sequence, min(budget, 1), picked)
         num_picked = len(picked)  # all of one row; not those that were preempted for others
         num_prompt_tokens = budget
         if num_prompts:
@@ -234,7 +237,7 @@ class Scheduler:
         return prompts[:1] + sorted(prompts[1:], key=_rank)
 
     def _continue(self, sequence: Sequence, num_tokens: int, picked: dict[Sequence, int]) -> int:
-        """Schedule a running sequence's next rows, at most num_tokens; returns how many it got."""
+        """Schedule a running sequence's next rows, at most num_tokens; returns their cost."""
         num_tokens = min(sequence.num_pending, num_tokens)
         if num_tokens <= 0 or sequence.state is not _RUNNING:
             return 0
@@ -243,7 +246,7 @@ class Scheduler:
             if sequence.state is not _RUNNING:
                 return 0
         picked[sequence] = num_tokens
-        return num_tokens
+        return num_tokens * sequence.group.token_cost
 
     def _admit(self, budget: int, num_prompt_tokens: int, picked: dict[Sequence, int]) -> int:
         """Admit from the queue while rows, tokens and pages last; returns the tokens left."""
@@ -278,7 +281,9 @@ class Scheduler:
             self._take_cached(leader)
             share = budget // len(unit)
             counts = [_share(member, share, num_prompt_tokens) for member in unit]
-            if not self._has_room(unit, counts):
+            # A costly token may be more than is left of this step.
+            has_rows = 0 not in counts and self._has_rows(unit)
+            if not (has_rows and self._has_room(unit, counts)):
                 self.adapters.release(slots)
                 self._give_back(leader)
                 # What is on the device may be another then, for those who do not wait for theirs.
@@ -298,7 +303,7 @@ class Scheduler:
                 self._enter(member, slots if member is leader else self._lease(member))
                 self.pages.extend(member.pages, member.num_computed + num_tokens)
                 picked[member] = num_tokens
-                budget -= num_tokens
+                budget -= num_tokens * group.token_cost
         if entered:
             # Whoever waits for a read under way has lost nothing to those who went on.
             passed = [group for group in self.waiting_groups() if group.order not in loading]
@@ -322,12 +327,13 @@ class Scheduler:
         for sequence, num_tokens in picked.items():
             if sequence.state is not SequenceState.RUNNING or num_tokens == sequence.num_pending:
                 continue
-            more = min(budget, sequence.num_pending - num_tokens)
+            cost = sequence.group.token_cost
+            more = min(budget // cost, sequence.num_pending - num_tokens)
             num_known = sequence.num_computed + num_tokens + more
-            if more and self._can_spare(self.pages.num_needed(num_known) - len(sequence.pages)):
+            if more > 0 and self._can_spare(self.pages.num_needed(num_known) - len(sequence.pages)):
                 self.pages.extend(sequence.pages, num_known)
                 picked[sequence] = num_tokens + more
-                budget -= more
+                budget -= more * cost
         return budget
 
     def _draft(self, budget: int, batch: list[ScheduledRows]) -> None:
@@ -339,13 +345,15 @@ class Scheduler:
         eager = [rows for rows in batch if rows.num_tokens == 1 and self._drafts_after(rows)]
         for number, rows in enumerate(eager):
             sequence = rows.sequence
-            limit = min(room // (len(eager) - number), self._draft_limit(sequence))
+            cost = sequence.group.token_cost
+            share = room // (len(eager) - number) // cost
+            limit = min(share, self._draft_limit(sequence))
             guess = self._lookup(sequence).propose(sequence.token_ids, limit)
             if guess:
                 self.pages.extend(sequence.pages, len(sequence.token_ids) + len(guess))
                 rows.drafts = guess
                 rows.num_tokens += len(guess)
-                room -= len(guess)
+                room -= len(guess) * cost
 
     def _drafts_after(self, rows: ScheduledRows) -> bool:
         """Whether guesses may follow a decode row: behind its prompt and alone."""
@@ -377,6 +385,12 @@ class Scheduler:
             num_drafts = self._num_drafts(sequence)
             sequence.lookup = PromptLookup(group.prompt_ngrams, num_prompt, num_drafts)
         return sequence.lookup
+
+    def _has_rows(self, unit: tuple[Sequence, ...]) -> bool:
+        """Whether every running sequence and these could have a token in each step."""
+        running = sum(sequence.group.token_cost for sequence in self.running)
+        own = sum(member.group.token_cost for member in unit)
+        return running + own <= self.max_num_batched_tokens
 
     def _has_room(self, unit: tuple[Sequence, ...], counts: list[int]) -> bool:
         """Whether the first rows fit and every running sequence can still grow by one page."""
@@ -425,6 +439,8 @@ class Scheduler:
             self.refused.append(group)
             return None
         group.settle(lanes)
+        # Whatever a token takes, it gets it in a step of its own.
+        group.token_cost = min(group.token_cost, self.max_num_batched_tokens)
         return tuple(slots[lane.place] for lane in lanes)
 
     def _is_too_heavy(self, group: RequestGroup, slots: tuple[int, ...]) -> bool:
@@ -570,8 +586,9 @@ def _rank(sequence: Sequence) -> tuple[bool, int, int, int]:
 
 def _share(sequence: Sequence, budget: int, num_prompt_tokens: int) -> int:
     """Tokens of a prompt's first serving. One that this step's `num_prompt_tokens` could not end
-    leaves half of the budget to those behind it; what they do not need comes back to it.
+    leaves half of the budget to those behind it, though at least one token is its own; what they do
+    not need comes back to it.
     """
-    if sequence.num_pending <= num_prompt_tokens:
-        return min(sequence.num_pending, budget)
-    return min(sequence.num_pending, -(-budget // 2))
+    cost = sequence.group.token_cost
+    part = budget if sequence.num_pending * cost <= num_prompt_tokens else -(-budget // 2)
+    return min(sequence.num_pending, max(part // cost, min(budget // cost, 1)))

@@ -47,7 +47,7 @@ def bodies(server: RunningServer) -> dict[str, dict[str, Any]]:
     asked = {name: {"model": name} for name in NAMES}
     asked |= {f"base{n}": {"model": base} for n in range(3)}
     pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("road", "gralora"),
-             ("smora", "mola"), ("arrow", "lora")]  # fmt: skip
+             ("smora", "mola"), ("arrow", "lora"), ("mixlora", "rslora")]  # fmt: skip
     for one, two in pairs:
         adapters = [{"name": one}, {"name": two}]
         asked[f"{one} + {two}"] = {"model": base, "adapters": adapters}

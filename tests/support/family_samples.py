@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from tests.oracle import peft_oracle, routed
+from tests.oracle import mixture, peft_oracle, routed
 from transformers import AutoModelForCausalLM
 
 SOME = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -96,6 +96,10 @@ ROUTED: Mapping[str, Callable[..., Path]] = {
     "mola": functools.partial(routed.write_mola, num_experts=[2, 5, 4]),
     "arrow": functools.partial(routed.write_arrow, num_experts=5, top_k=3, temperature=0.7),
     "arrow-general": functools.partial(routed.write_arrow, num_general=2),
+    "mixlora": functools.partial(mixture.write_mixlora, num_experts=8, top_k=2),
+    "mixlora-dynamic": functools.partial(
+        mixture.write_mixlora, routing_strategy="mixlora-dynamic", top_p=0.6, temperature=0.9
+    ),
 }
 
 NAMES = (*SAMPLES, *ROUTED)
@@ -107,7 +111,8 @@ def oracle_logits(
     """What the sample makes of the model, without polyadapt: logits [len(ids), vocabulary]."""
     if name in ROUTED:
         assert directory is not None
-        return routed.logits(model_dir, directory, ids)
+        oracle = mixture if name.startswith("mixlora") else routed
+        return oracle.logits(model_dir, directory, ids)
     return peft_oracle.logits(model_dir, directory, ids)
 
 

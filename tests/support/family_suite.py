@@ -19,6 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tests.support.basespec import ModelWeights, base_spec, dense_weight
+from tests.support.naive_mixture import put_mixture
 from tests.support.peft_adapters import reload, save
 from torch import nn
 from transformers import PreTrainedModel
@@ -214,8 +215,13 @@ def _write(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def apply(base: PreTrainedModel, deltas: Mapping[int, Delta]) -> PreTrainedModel:
     """A copy of the model that computes with the Deltas."""
     model = copy.deepcopy(base)
+    for mlp in base_spec(base).mlps:
+        if mlp.inputs[0] in deltas and deltas[mlp.inputs[0]].routing is not None:
+            put_mixture(model, base_spec(base), mlp, deltas)
     for site_id, delta in deltas.items():
         site = base_spec(base).sites[site_id]
+        if delta.routing is not None and delta.routing.router is Router.EXPERTS:
+            continue
         parent_path, _, name = site.path.rpartition(".")
         if site.kind == "experts":
             _add_to_experts(getattr(model.get_submodule(parent_path), name), delta)

@@ -299,7 +299,7 @@ class PeftFamily(Generic[SettingsT]):
             training=self.training_keys,
             refused=self.refused_keys,
         )
-        _note_origin(config, base, notes)
+        note_origin(config, base, notes)
         common = self._common(reader)
         settings = self.settings(reader, base)
         is_config_sound = not problems
@@ -845,7 +845,8 @@ def modules_own(modules: Mapping[int, Module], site_id: int) -> bool:
     return site_id in modules and modules[site_id].has_own
 
 
-def _note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) -> None:
+def note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) -> None:
+    """Note what the adapter was trained on and for, where it is served on or as something else."""
     origin = config.get("base_model_name_or_path")
     if origin and origin != base.name:
         notes.append(f"trained on {shown(origin)}, served on {base.name}; all shapes agree")

@@ -30,6 +30,7 @@ from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.loramoe import LoraMoe
 from polyadapt.adapters.families.miss import Miss
+from polyadapt.adapters.families.mixlora import MixLora
 from polyadapt.adapters.families.mola import Mola
 from polyadapt.adapters.families.oft import Oft
 from polyadapt.adapters.families.pvera import Pvera
@@ -70,6 +71,7 @@ FAMILIES: tuple[Family, ...] = (
     Lokr(),
     LoraMoe(),
     Miss(),
+    MixLora(),
     Mola(),
     Oft(),
     Pvera(),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.oracle.mixture import write_mixlora
 from tests.oracle.routed import write_arrow, write_loramoe, write_mola, write_smora
 from tests.support.basespec import base_spec
 from tests.support.family_suite import load
@@ -20,7 +21,7 @@ from polyadapt.errors import AdapterRejected
 from polyadapt.offline.inspection import inspect_files
 from polyadapt_store.checkpoint import Checkpoint
 
-WRITERS = [write_smora, write_loramoe, write_mola, write_arrow]
+WRITERS = [write_smora, write_loramoe, write_mola, write_arrow, write_mixlora]
 HOSTILE: list[Any] = [
     *(None, True, False, 0, 1, -1, 0.5, 4096, 2**63, 10**400, "", "q_proj", "a" * 5000, "\ud800"),
     *([], [None], [[]], [{}], [0], [2, 2], [1] * 5000, ["\ud800"], {}, {"q_proj": None}, {"": 4}),

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.oracle.mixture import write_mixlora
 from tests.oracle.routed import write_arrow, write_loramoe, write_mola, write_smora
 from tests.support.basespec import base_spec
 from tests.support.family_suite import IDS, apply, load
-from tests.support.peft_adapters import tiny_gpt2, tiny_llama
+from tests.support.peft_adapters import tiny_gpt2, tiny_llama, tiny_phi3
 from transformers import PreTrainedModel
 
 from polyadapt.adapters.adapter import Delta
@@ -101,6 +102,15 @@ def test_components_that_rows_weigh_lie_beside_the_weights(
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"routing_strategy": "mixlora-dynamic", "top_p": 0.6}])
+@pytest.mark.parametrize("new", [tiny_llama, tiny_phi3, tiny_gpt2])
+def test_experts_of_a_whole_mlp_stand_in_its_place(
+    new: Callable[[], PreTrainedModel], options: dict[str, object], tmp_path: Path
+) -> None:
+    base = new()
+    check(base, load(write_mixlora(base, tmp_path, **options), base)[1])
+
+
 def test_what_others_weigh_is_no_weight() -> None:
     base = tiny_llama()
     site_id, delta = delta_of(base, "lm_head", ())
@@ -133,6 +143,7 @@ def test_what_is_no_weight_is_said() -> None:
     scaled = replace(delta, transform=torch.zeros(8, 8, 8))
     with pytest.raises(NotDenseError, match="is an embedding"):
         write_into(base, {site_id: scaled}, base_spec(base))
-    spec = SimpleNamespace(sites=[SimpleNamespace(path="model.norm", kind="strange")])
+    strange = SimpleNamespace(path="model.norm", kind="strange")
+    spec = SimpleNamespace(sites=[strange], mlps=())
     with pytest.raises(NotDenseError, match="of kind strange"):
         write_into(base, {0: delta}, spec)

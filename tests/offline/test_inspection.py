@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tests.oracle.mixture import write_mixlora
 from tests.support.family_suite import change, edit, make_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -101,6 +102,16 @@ def test_a_nested_adapter_is_compared_at_several_ranks(model_dir: Path, tmp_path
     assert (found.verdict, found.family) == ("served", "dylora")
     assert found.parity is not None
     assert found.parity.ranks == (2, 3, 5)
+
+
+def test_experts_are_compared_with_every_one_run_whole(model_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    found = inspected(write_mixlora(base, tmp_path, num_experts=6, top_k=2), model_dir)
+    assert found.verdict == "served", found.problems
+    assert found.parity is not None
+    assert found.parity.is_equal
+    assert found.traits is not None
+    assert found.traits.token_cost == 2
 
 
 def test_an_adapter_that_is_invoked_is_compared_behind_its_invocation(

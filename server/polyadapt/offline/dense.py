@@ -14,6 +14,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from polyadapt.adapters.adapter import Delta
+from polyadapt.offline.dense_mixture import DenseMixture
 from polyadapt.ops.cells import Router
 from polyadapt.types import BaseSpec, SiteSpec
 
@@ -55,7 +56,10 @@ def write_into(model: nn.Module, deltas: Mapping[int, Delta], base: BaseSpec) ->
     """Give every adapted module a weight and a bias of its own, in place, by the formulas of
     adapters/adapter.py; raises NotDenseError. Shared weights are parted.
     """
+    mixed = _write_mixtures(model, deltas, base)
     for site_id, delta in deltas.items():
+        if site_id in mixed:
+            continue
         site = base.sites[site_id]
         written = _WRITTEN | (_ROUTED if site.kind == "linear" else frozenset())
         for field in fields(delta):
@@ -75,6 +79,28 @@ def write_into(model: nn.Module, deltas: Mapping[int, Delta], base: BaseSpec) ->
             _write_norm(module, delta)
         else:
             raise NotDenseError(f"{site.path} is of kind {site.kind}")
+
+
+def _write_mixtures(
+    model: nn.Module, deltas: Mapping[int, Delta], base: BaseSpec
+) -> frozenset[int]:
+    """Replace the MLPs that have experts, in place; return the sites that are done so."""
+    done: set[int] = set()
+    for mlp in base.mlps:
+        site_ids = (*mlp.inputs, mlp.down)
+        first = deltas.get(mlp.inputs[0])
+        if first is None or first.routing is None or first.routing.router is not Router.EXPERTS:
+            continue
+        if not mlp.activations:
+            raise NotDenseError(f"{mlp.path} has an activation of no known name")
+        linears = [model.get_submodule(base.sites[site_id].path) for site_id in site_ids]
+        mixture = DenseMixture(
+            linears, [deltas[i] for i in site_ids], is_gated=mlp.is_gated, act=mlp.activations[0]
+        )
+        parent, _, name = mlp.path.rpartition(".")
+        setattr(model.get_submodule(parent), name, mixture)
+        done.update(site_ids)
+    return frozenset(done)
 
 
 def _write_linear(module: nn.Module, delta: Delta) -> None:

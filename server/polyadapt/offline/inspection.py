@@ -39,7 +39,7 @@ _PICKLES = (".bin", ".pt", ".pth")
 _NEEDS_BASE = frozenset(
     {
         *("unknown_module", "no_tensors", "missing_tensor", "not_targeted", "shape_mismatch"),
-        *("rank_mismatch", "config_mismatch"),
+        *("rank_mismatch", "config_mismatch", "unsupported_base"),
     }
 )
 _NO_BASE = BaseSpec("", "", "", 1 << 62, 1 << 62, False, "", "", ())
@@ -336,6 +336,9 @@ def _cost(deltas: Mapping[int, Delta], base: BaseSpec, num_base_elements: int) -
 def _multiply_adds(site: SiteSpec, rank: int, parts: int, routing: int) -> int:
     """Of one token; an embedding's rows are looked up and not multiplied."""
     is_table = site.kind == "embedding"
+    of = cells.Routing.of(routing)
+    if of.router is cells.Router.EXPERTS and of.top_k:  # the others' are not computed
+        rank = rank * of.top_k // of.num_scores
     total = rank * (site.out_features if is_table else site.in_features + site.out_features)
     total += cells.num_router_rows(routing) * site.in_features
     if parts & cells.OUT_SCALE:

@@ -104,6 +104,8 @@ def _traits(found: Inspection) -> list[tuple[str, str]]:
         rows.append(("replaces", ", ".join(first) + rest))
     if traits.invocation:
         rows.append(("acts from", f"tokens {list(traits.invocation)} on"))
+    if traits.token_cost > 1:
+        rows.append(("in a step", f"a token counts as {traits.token_cost}"))
     if traits.nested_rank:
         rows.append(("ranks", f"{traits.min_nested_rank} to {traits.nested_rank}, by request"))
     return rows

@@ -2,11 +2,11 @@
 
     python -m bench.families [--model DIR] [--rows 8] [--steps 12]
 
-PEFT makes one checkpoint per family on the default model; as many copies as there are rows are
-loaded, so that every row has an adapter of its own. Short blocks of decode steps of an engine in
-this process alternate between plain LoRA and the family, ROUNDS times, since a machine's speed
-drifts. A family's figure is the median over the rounds of LoRA's median step over its own. Results
-go to bench/results/<date>-<machine>/families.json.
+One checkpoint per family is made for the default model, by PEFT where it has the family; as many
+copies as there are rows are loaded, so that every row has an adapter of its own. Short blocks of
+decode steps of an engine in this process alternate between plain LoRA and the family, ROUNDS times,
+since a machine's speed drifts. A family's figure is the median over the rounds of LoRA's median
+step over its own. Results go to bench/results/<date>-<machine>/families.json.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import peft
 import torch
 from bench.machine import CpuWatch, describe
+from bench.mixtures import write_experts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -47,9 +48,11 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 ROUNDS = 7
 RANK = 16  # components that the device holds per module, unless a family cannot
 TARGET = 0.95  # of plain LoRA's throughput, for families that are low rank once loaded
+TARGETS = {"mixlora (8 experts, top 2)": 0.4}  # of those that are not
 
-Make = Callable[[], peft.PeftConfig]
-# name -> (how PEFT makes it, whether it is low rank once loaded)
+Write = Callable[[Any, Path], None]  # base, directory
+Make = Callable[[], peft.PeftConfig | Write]
+# name -> (how PEFT makes it, or what writes its files, whether it is low rank once loaded)
 FAMILIES: dict[str, tuple[Make, bool]] = {
     "lora, rank-stabilised": (
         lambda: peft.LoraConfig(r=RANK, use_rslora=True, target_modules=LINEARS),
@@ -92,6 +95,8 @@ FAMILIES: dict[str, tuple[Make, bool]] = {
         lambda: peft.FourierFTConfig(n_frequency=500, target_modules=["q_proj", "v_proj"]),
         False,
     ),
+    # Rank 16 at attention, and in the MLP rank 2 for each of eight experts.
+    "mixlora (8 experts, top 2)": (lambda: write_experts, False),
 }
 
 
@@ -106,9 +111,19 @@ class Line:
     nbytes: int  # device bytes of one adapter
     note: str = ""
 
+    @property
+    def target(self) -> float | None:
+        """Of plain LoRA's throughput; None: there is none."""
+        return TARGETS.get(self.family, TARGET if self.is_low_rank else None)
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether there is a target that was not reached."""
+        return self.target is not None and (self.relative is None or self.relative < self.target)
+
 
 def main() -> int:
-    """Measure every family; the exit status is 1 when a low-rank one is below its target."""
+    """Measure every family; the exit status is 1 when one is below its target."""
     args = _parse()
     machine = describe()
     started = datetime.datetime.now(datetime.UTC)
@@ -135,8 +150,7 @@ def main() -> int:
     }
     (out / "families.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"saved under {out}; {other} other cores")
-    missed = [x for x in lines if x.is_low_rank and (x.relative is None or x.relative < TARGET)]
-    return 1 if missed else 0
+    return 1 if any(line.is_missed for line in lines) else 0
 
 
 def render(lines: list[Line]) -> str:
@@ -149,9 +163,8 @@ def render(lines: list[Line]) -> str:
         if line.relative is None:
             rows.append(f"| {line.family} | {line.note} | - | - |")
             continue
-        is_missed = line.is_low_rank and line.relative < TARGET
         rows.append(
-            f"| {line.family} | {line.relative:.2f}{' **missed**' if is_missed else ''} "
+            f"| {line.family} | {line.relative:.2f}{' **missed**' if line.is_missed else ''} "
             f"| {line.step_ms:.1f} | {line.nbytes / (1 << 20):.1f} |"
         )
     return "\n".join(rows)
@@ -208,19 +221,13 @@ class Bench:
                     engine.execute(Call(next(self._ids), "unload", adapter.digest))
         return lines
 
-    def _copies(self, base: Any, config: peft.PeftConfig, name: str) -> list[AdapterId]:
-        """PEFT's checkpoint with small random weights, as often as there are rows."""
+    def _copies(self, base: Any, config: peft.PeftConfig | Write, name: str) -> list[AdapterId]:
+        """A checkpoint with small random weights, as often as there are rows."""
         directory = self.scratch / name.replace(" ", "-").replace(",", "")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = peft.get_peft_model(copy.deepcopy(base), config)
-            generator = torch.Generator().manual_seed(1)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        noise = torch.randn(parameter.shape, generator=generator)
-                        parameter.add_(noise * 0.02)
-            model.save_pretrained(directory)
+        if isinstance(config, peft.PeftConfig):
+            self._have_peft_write(base, config, directory)
+        else:
+            config(base, directory)
         tensors = load_file(directory / "adapter_model.safetensors")
         found = []
         for number in range(self.num_rows):
@@ -233,6 +240,18 @@ class Bench:
             self._blobs.put(staged, digest)
             found.append(AdapterId(f"{name}-{number}", 1, digest))
         return found
+
+    def _have_peft_write(self, base: Any, config: peft.PeftConfig, directory: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(copy.deepcopy(base), config)
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        noise = torch.randn(parameter.shape, generator=generator)
+                        parameter.add_(noise * 0.02)
+            model.save_pretrained(directory)
 
     @contextmanager
     def _engine(self) -> Iterator[Engine]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import peft
 import torch
-from tests.oracle import mixture, peft_oracle, routed
+from tests.oracle import mixture, papers, peft_oracle, routed
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 SOME = ["q_proj", "v_proj", "o_proj", "down_proj"]
@@ -78,6 +79,7 @@ SAMPLES: Mapping[str, tuple[Callable[[], peft.PeftConfig], float]] = {
         ),
         1.0,
     ),
+    "beft": (lambda: peft.BeftConfig(target_modules=["v_proj", "down_proj"]), 0.5),
     "shira": (lambda: peft.ShiraConfig(r=3, target_modules=SOME), 0.3),
     "ln_tuning": (lambda: peft.LNTuningConfig(target_modules=NORMS), 0.3),
     "trainable_tokens": (
@@ -102,7 +104,16 @@ ROUTED: Mapping[str, Callable[..., Path]] = {
     ),
 }
 
-NAMES = (*SAMPLES, *ROUTED)
+# name -> what writes a paper's own format, and the base with such an adapter inside
+PAPERS: Mapping[str, tuple[Callable[[Path, Path], Path], Callable[..., nn.Module]]] = {
+    "dylora": (papers.write_dylora, papers.with_dylora),
+    "sora": (
+        lambda model_dir, directory: papers.write_sora(peft_oracle.load_base(model_dir), directory),
+        papers.with_sora,
+    ),
+}
+
+NAMES = (*SAMPLES, *ROUTED, *PAPERS)
 
 
 def oracle_logits(
@@ -113,6 +124,11 @@ def oracle_logits(
         assert directory is not None
         oracle = mixture if name.startswith("mixlora") else routed
         return oracle.logits(model_dir, directory, ids)
+    if name in PAPERS:
+        model = PAPERS[name][1](peft_oracle.load_base(model_dir), directory)
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
+        return logits
     return peft_oracle.logits(model_dir, directory, ids)
 
 
@@ -120,6 +136,8 @@ def make_sample(name: str, model_dir: Path, directory: Path, seed: int = 1) -> P
     """Have PEFT save the family's checkpoint for the model at `model_dir`, or write it."""
     if name in ROUTED:
         return ROUTED[name](peft_oracle.load_base(model_dir), directory, seed=seed)
+    if name in PAPERS:
+        return PAPERS[name][0](model_dir, directory)
     make, std = SAMPLES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

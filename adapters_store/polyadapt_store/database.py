@@ -4,6 +4,7 @@ mean.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 
 from polyadapt.errors import StartupError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 metadata = sa.MetaData()
 
@@ -67,6 +68,51 @@ workflows = sa.Table(
     sa.Column("definition", sa.Text),  # JSON of its kind; null: deleted
 )
 
+# What a name is for, learned from examples; goes with the name's last live version.
+profiles = sa.Table(
+    "adapter_profiles",
+    metadata,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("name", sa.Text, primary_key=True),
+    sa.Column("space", sa.Text, nullable=False),  # digest of what the vectors were made with
+    sa.Column("base_digest", sa.Text, nullable=False),
+    sa.Column("examples", sa.Text, nullable=False),  # JSON list
+    sa.Column("num_centroids", sa.Integer, nullable=False),
+    sa.Column("centroids", sa.LargeBinary, nullable=False),  # float32, little endian
+    sa.Column("own_scores", sa.Text, nullable=False),  # JSON list
+    sa.Column("created", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["tenant", "name"], ["adapters.tenant", "adapters.name"]),
+)
+
+# Vectors that belong to no adapter and cost time to make.
+spaces = sa.Table(
+    "profile_spaces",
+    metadata,
+    sa.Column("space", sa.Text, primary_key=True),
+    sa.Column("content", sa.LargeBinary, nullable=False),  # float32, little endian
+)
+
+# The versions that every request of a tenant is served through.
+policies = sa.Table(
+    "policies",
+    metadata,
+    sa.Column("tenant", sa.Text, primary_key=True),
+    sa.Column("created", sa.Integer, nullable=False),
+)
+
+policy_adapters = sa.Table(
+    "policy_adapters",
+    metadata,
+    sa.Column("tenant", sa.Text, sa.ForeignKey("policies.tenant"), primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column(
+        "version_id", sa.Text, sa.ForeignKey("adapter_versions.id"), nullable=False, index=True
+    ),
+    sa.Column("scale", sa.Float, nullable=False),
+    sa.Column("rank", sa.Integer),
+    sa.Column("options", sa.Text, nullable=False),  # JSON object
+)
+
 api_keys = sa.Table(
     "api_keys",
     metadata,
@@ -92,6 +138,8 @@ class Database:
         sa.event.listen(self._engine, "connect", _configure)
         sa.event.listen(self._engine, "begin", _begin)
         self._writer = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+        self._count_lock = threading.Lock()
+        self._num_writes = 0
         try:
             self._create_schema(path)
         except sa.exc.DatabaseError as error:
@@ -116,6 +164,15 @@ class Database:
         """
         with self._writer.connect() as connection, connection.begin():
             yield connection
+        with self._count_lock:
+            self._num_writes += 1
+
+    @property
+    def num_writes(self) -> int:
+        """How many transactions this process has written: what was read before is still so while
+        this does not change, as only one process writes.
+        """
+        return self._num_writes
 
     def close(self) -> None:
         """Close every connection."""

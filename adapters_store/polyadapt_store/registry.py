@@ -18,11 +18,21 @@ import sqlalchemy as sa
 
 from polyadapt.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound
 from polyadapt_store.blobs import Failpoint, no_failpoint
-from polyadapt_store.database import Database, adapters, tags, versions
+from polyadapt_store.database import (
+    Database,
+    adapters,
+    policy_adapters,
+    profiles,
+    tags,
+    versions,
+)
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord
+from polyadapt_store.profiles import Profile, put_profile
+from polyadapt_store.visibility import SHARED_TENANT, find_owner, not_found, visible
 from polyadapt_store.workflows import is_workflow
 
-SHARED_TENANT = "shared"
+__all__ = ["MAX_PAGE", "SHARED_TENANT", "Page", "Registry"]
+
 MAX_PAGE = 1000
 
 
@@ -56,18 +66,20 @@ class Registry:
         *,
         description: str = "",
         tags: Sequence[str] = (),
+        profile: Profile | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Make the manifest the current version of the name; return its record and whether it is
         new.
 
         Bytes that are a live version of this name already, checked against the same base, are that
-        version: nothing changes. Else the next number that was never used is taken. Raises Conflict
-        when the name is a workflow's.
+        version: nothing changes. Else the next number that was never used is taken. A `profile`
+        becomes the name's in either case; None leaves it the one that it has. Raises Conflict when
+        the name is a workflow's.
         """
         with self._database.write() as connection:
             _check_free(connection, tenant, name)
             mine = sa.and_(versions.c.tenant == tenant, versions.c.name == name)
-            existing = self._records(
+            existing = records_of(
                 connection,
                 sa.select(versions)
                 .where(mine, versions.c.digest == manifest.digest, versions.c.status == "ready")
@@ -76,6 +88,8 @@ class Registry:
                 .limit(1),
             )
             if existing:
+                if profile is not None:
+                    put_profile(connection, tenant, name, profile, int(self._clock()))
                 return existing[0], False
             row = connection.execute(
                 sa.select(adapters.c.last_version).where(
@@ -103,13 +117,15 @@ class Registry:
                 )
             )
             self._insert_tags(connection, version_id, tags)
+            if profile is not None:
+                put_profile(connection, tenant, name, profile, int(self._clock()))
             self._failpoint("registry.before_flip")
             connection.execute(
                 adapters.update()
                 .where(adapters.c.tenant == tenant, adapters.c.name == name)
                 .values(current_version=version, last_version=version)
             )
-            (record,) = self._records(
+            (record,) = records_of(
                 connection, sa.select(versions).where(versions.c.id == version_id)
             )
             self._failpoint("registry.before_commit")
@@ -126,10 +142,10 @@ class Registry:
         ModelNotFound.
         """
         with self._database.read() as connection:
-            owner = self._owner(connection, tenant, name)
+            owner = find_owner(connection, tenant, name)
             if owner is not None:
                 wanted = versions.c.version == version if version is not None else _is_current()
-                found = self._records(connection, _live(owner, name).where(wanted))
+                found = records_of(connection, _live(owner, name).where(wanted))
                 if found:
                     return found[0]
             elif is_workflow(connection, [tenant, SHARED_TENANT], name):
@@ -137,17 +153,17 @@ class Registry:
                     f"{name!r} is a workflow and no adapter; only `model` of a chat or completion "
                     "may name it, without a version"
                 )
-        raise _not_found(name, version)
+        raise not_found(name, version)
 
     def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
         """Return the live versions of the name, newest first; raises ModelNotFound if there is
         none.
         """
         with self._database.read() as connection:
-            owner = self._owner(connection, tenant, name)
+            owner = find_owner(connection, tenant, name)
             if owner is None:
-                raise _not_found(name, None)
-            return self._records(connection, _live(owner, name).order_by(versions.c.version.desc()))
+                raise not_found(name)
+            return records_of(connection, _live(owner, name).order_by(versions.c.version.desc()))
 
     def list(
         self,
@@ -166,16 +182,9 @@ class Registry:
         """
         if not 1 <= limit <= MAX_PAGE:
             raise InvalidRequest(f"limit is {limit}, expected 1 to {MAX_PAGE}", param="limit")
-        own = adapters.alias("own")
-        hidden = sa.exists().where(
-            own.c.tenant == tenant,
-            own.c.name == versions.c.name,
-            own.c.current_version.is_not(None),
-            versions.c.tenant != tenant,
-        )
         query = (
             sa.select(versions)
-            .where(_is_current(), versions.c.tenant.in_([tenant, SHARED_TENANT]), ~hidden)
+            .where(_is_current(), visible(tenant))
             .where(versions.c.status == (status or "ready"))
             .order_by(versions.c.name)
             .limit(limit + 1)
@@ -196,7 +205,7 @@ class Registry:
                         param="after",
                     )
                 query = query.where(versions.c.name > last)
-            records = self._records(connection, query)
+            records = records_of(connection, query)
         return Page(records[:limit], has_more=len(records) > limit)
 
     def delete(
@@ -206,19 +215,21 @@ class Registry:
         ModelNotFound.
 
         The rows stay as tombstones: their numbers are not given again. If the current version goes,
-        the highest that is left becomes current. Bytes are not touched. Raises Forbidden for a
-        shared adapter of which the tenant is not the owner.
+        the highest that is left becomes current; with the last one goes the name's profile. Bytes
+        are not touched. Raises Forbidden for a shared adapter of which the tenant is not the owner,
+        and Conflict for a version that a policy names.
         """
         with self._database.write() as connection:
-            owner = self._owner(connection, tenant, name)
+            owner = find_owner(connection, tenant, name)
             query = _live(owner or "", name)
             if version is not None:
                 query = query.where(versions.c.version == version)
-            doomed = self._records(connection, query)
+            doomed = records_of(connection, query)
             if owner is None or not doomed:
-                raise _not_found(name, version)
+                raise not_found(name, version)
             if owner != tenant:
                 raise Forbidden(f"{name!r} is a shared adapter; only the operator can delete it")
+            _refuse_mandatory(connection, doomed)
             connection.execute(
                 versions.update()
                 .where(versions.c.id.in_([record.id for record in doomed]))
@@ -232,6 +243,10 @@ class Registry:
                 .where(adapters.c.tenant == owner, adapters.c.name == name)
                 .values(current_version=left.scalar_subquery())
             )
+            if find_owner(connection, owner, name) != owner:
+                connection.execute(
+                    profiles.delete().where(profiles.c.tenant == owner, profiles.c.name == name)
+                )
             self._failpoint("delete.before_commit")
         self._failpoint("delete.after_commit")
         return doomed
@@ -250,18 +265,6 @@ class Registry:
             query = sa.select(versions.c.digest).where(versions.c.status == "ready").distinct()
             return frozenset(connection.execute(query).scalars())
 
-    def _owner(self, connection: sa.Connection, tenant: str, name: str) -> str | None:
-        """Return whose name it is for this tenant: its own if that is live, else the shared one,
-        else None.
-        """
-        query = sa.select(adapters.c.tenant).where(
-            adapters.c.name == name,
-            adapters.c.tenant.in_([tenant, SHARED_TENANT]),
-            adapters.c.current_version.is_not(None),
-        )
-        owners = set(connection.execute(query).scalars())
-        return tenant if tenant in owners else next(iter(owners), None)
-
     def _insert_tags(
         self, connection: sa.Connection, version_id: str, wanted: Sequence[str]
     ) -> None:
@@ -269,16 +272,32 @@ class Registry:
         if rows:
             connection.execute(tags.insert(), rows)
 
-    def _records(
-        self, connection: sa.Connection, query: sa.Select[Any]
-    ) -> tuple[AdapterRecord, ...]:
-        rows = connection.execute(query).all()
-        by_id: dict[str, list[str]] = {row.id: [] for row in rows}
-        if by_id:
-            tagged = sa.select(tags.c.version_id, tags.c.tag).where(tags.c.version_id.in_(by_id))
-            for version_id, tag in connection.execute(tagged.order_by(tags.c.tag)):
-                by_id[version_id].append(tag)
-        return tuple(_record(row, by_id[row.id]) for row in rows)
+
+def records_of(connection: sa.Connection, query: sa.Select[Any]) -> tuple[AdapterRecord, ...]:
+    """Return the records of a query whose rows are those of `versions`, in its order."""
+    rows = connection.execute(query).all()
+    by_id: dict[str, list[str]] = {row.id: [] for row in rows}
+    if by_id:
+        tagged = sa.select(tags.c.version_id, tags.c.tag).where(tags.c.version_id.in_(by_id))
+        for version_id, tag in connection.execute(tagged.order_by(tags.c.tag)):
+            by_id[version_id].append(tag)
+    return tuple(_record(row, by_id[row.id]) for row in rows)
+
+
+def _refuse_mandatory(connection: sa.Connection, doomed: Sequence[AdapterRecord]) -> None:
+    """Raise Conflict if a policy names one of the records."""
+    by_id = {record.id: record for record in doomed}
+    named = connection.execute(
+        sa.select(policy_adapters.c.version_id, policy_adapters.c.tenant)
+        .where(policy_adapters.c.version_id.in_(by_id))
+        .order_by(policy_adapters.c.tenant)
+    ).first()
+    if named is not None:
+        record = by_id[named.version_id]
+        raise Conflict(
+            f"{record.name}@{record.version} is mandatory by the policy of tenant "
+            f"{named.tenant!r}; change that policy or remove it first: /v1/policies/{named.tenant}"
+        )
 
 
 def _record(row: sa.Row[Any], tag_list: Sequence[str]) -> AdapterRecord:
@@ -319,8 +338,3 @@ def _check_free(connection: sa.Connection, tenant: str, name: str) -> None:
             f"{name!r} is the name of a workflow; choose another, or delete that first",
             param="name",
         )
-
-
-def _not_found(name: str, version: int | None) -> ModelNotFound:
-    shown = name if version is None else f"{name}@{version}"
-    return ModelNotFound(f"no model or adapter {shown!r}; GET /v1/models lists what there is")

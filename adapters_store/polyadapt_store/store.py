@@ -24,6 +24,8 @@ from polyadapt_store.database import Database
 from polyadapt_store.keys import KeyRing
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord, ValidationReport
+from polyadapt_store.policies import PolicyBook
+from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -59,6 +61,10 @@ def _nothing_to_prepare(digest: str) -> None:
     """Publish without asking anybody."""
 
 
+def _no_profile() -> None:
+    """Publish without learning what the adapter is for."""
+
+
 class AdapterStore:
     """Owns everything below `root`; only one process at a time may. Thread-safe.
 
@@ -91,6 +97,8 @@ class AdapterStore:
         self._registry = Registry(self._database, failpoint=failpoint)
         self.keys = KeyRing(self._database)
         self.workflows = WorkflowShelf(self._database)
+        self.profiles = ProfileBook(self._database)
+        self.policies = PolicyBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()
@@ -130,11 +138,13 @@ class AdapterStore:
         tags: Sequence[str] = (),
         *,
         prepare: Callable[[str], object] = _nothing_to_prepare,
+        profile: Callable[[], Profile | None] = _no_profile,
     ) -> tuple[AdapterRecord, bool]:
         """Validate the upload and make it the current version of `name`; durable when it returns.
 
-        `prepare(digest)` is called when the bytes are in place and nobody can see them yet; what it
-        raises ends the upload, which then leaves no trace.
+        `prepare(digest)` and then `profile()`, which gives the name's new profile, are called when
+        the bytes are in place and nobody can see them yet; what they raise ends the upload, which
+        then leaves no trace.
 
         Returns the record, and False instead of True if these bytes were a version of this name
         before. Raises InvalidRequest (name, description, tags), Conflict for a workflow's name, and
@@ -154,9 +164,10 @@ class AdapterStore:
             with self._bytes_lock:
                 staged.move_to(lambda directory: self._blobs.put(directory, digest))
             prepare(digest)
+            made = profile()
             self._failpoint("publish.prepared")
             record, is_new = self._registry.publish(
-                tenant, name, manifest, description=description, tags=tags
+                tenant, name, manifest, description=description, tags=tags, profile=made
             )
         logger.info(
             "adapter %s@%d is %s (%s, %s)",
@@ -177,6 +188,7 @@ class AdapterStore:
         tags: Sequence[str] = (),
         *,
         prepare: Callable[[str], object] = _nothing_to_prepare,
+        profile: Callable[[], Profile | None] = _no_profile,
     ) -> tuple[AdapterRecord, bool]:
         """Publish a copy of a directory of the operator's; links are followed. Raises like
         publish().
@@ -193,7 +205,9 @@ class AdapterStore:
                 with staged.add_file(relative.as_posix()) as writer, source.open("rb") as file:
                     while chunk := file.read(_COPY_CHUNK):
                         writer.write(chunk)
-            return self.publish(staged, name, tenant, description, tags, prepare=prepare)
+            return self.publish(
+                staged, name, tenant, description, tags, prepare=prepare, profile=profile
+            )
 
     # ------------------------------------------------------------------ names
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:

@@ -15,7 +15,16 @@ from fastapi import FastAPI
 from starlette.middleware import Middleware
 
 import polyadapt
-from polyadapt.api import adapters, capabilities, keys, openai, ops, workflows
+from polyadapt.api import (
+    adapters,
+    capabilities,
+    keys,
+    openai,
+    ops,
+    policies,
+    profiles,
+    workflows,
+)
 from polyadapt.api.access import Authenticator, KeylessGuard
 from polyadapt.api.document import install_document
 from polyadapt.api.errors import install_handlers
@@ -25,7 +34,10 @@ from polyadapt.api.services import Lifecycle, Services
 from polyadapt.config import Config, LimitsConfig
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
+from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
+from polyadapt.tasks.embed import Embedder
+from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
@@ -53,6 +65,7 @@ class StartupAdapter:
     name: str
     directory: Path
     description: str = ""
+    examples: tuple[str, ...] = ()  # see AutoService
 
 
 def build_app(
@@ -71,6 +84,8 @@ def build_app(
     authenticator.check_exposure()
     directory = AdapterDirectory(store, engine)
     lifecycle = Lifecycle()
+    text = TextService(engine, directory, tokenizer, config.limits)
+    embedder = Embedder(engine, config.limits)
 
     def is_ready() -> bool:
         return lifecycle.is_open and engine.is_ready
@@ -87,6 +102,7 @@ def build_app(
         text=text,
         workflows=library,
         workflow_runner=WorkflowRunner(text, library),
+        auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
         metrics=metrics,
         lifecycle=lifecycle,
@@ -117,7 +133,9 @@ def build_app(
     app.state.services = services
     install_handlers(app)
     install_document(app)
-    for module in (openai, adapters, workflows, capabilities, keys, ops):
+    for module in (
+        openai, adapters, profiles, policies, workflows, capabilities, keys, ops
+    ):  # fmt: skip
         module.add_routes(app.router)
     return app
 
@@ -130,10 +148,15 @@ async def running(
     began = time.monotonic()
     try:
         info = await services.engine.start()
+        if info.base.name == AUTO:
+            raise StartupError(
+                f"the model's name is {AUTO!r}, which asks for a choice among adapters; rename its "
+                "directory"
+            )
         await services.workflows.read()
         known = await services.directory.read_names(DEFAULT_TENANT)
         for adapter in startup_adapters:
-            known += await _register(services.directory, adapter)
+            known += await _register(services, adapter)
         services.lifecycle.is_started = True
         logger.info(
             "serving %s (%s, %s; %s) and %d adapters after %.1f s",
@@ -159,11 +182,15 @@ async def stop_engine(services: Services) -> None:
         await services.engine.stop()
 
 
-async def _register(directory: AdapterDirectory, adapter: StartupAdapter) -> bool:
+async def _register(services: Services, adapter: StartupAdapter) -> bool:
     """Return whether it is a new version; raises StartupError."""
     try:
-        record, is_new = await directory.register_directory(
-            DEFAULT_TENANT, adapter.name, adapter.directory, description=adapter.description
+        record, is_new = await services.directory.register_directory(
+            DEFAULT_TENANT,
+            adapter.name,
+            adapter.directory,
+            description=adapter.description,
+            new_profile=services.auto.new_profile(DEFAULT_TENANT, adapter.name, adapter.examples),
         )
     except AdapterRejected as error:
         problems = "; ".join(problem.message for problem in error.problems)

@@ -51,6 +51,7 @@ class ServerConfig(_Section):
     allowed_hosts: tuple[str, ...] = ()  # Host names for a keyless server, beside loopback
     adapter_roots: tuple[Path, ...] = ()  # folders that /v1/load_lora_adapter may read
     heartbeat_s: float = Field(15.0, gt=0)  # comment lines on silent streams
+    auto_threshold: float = Field(0.37, ge=-1.0, le=1.0)  # least score at which `auto` chooses
     drain_grace_s: float = Field(30.0, ge=0)  # how long running streams may take at SIGTERM
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -3,7 +3,8 @@
 PolyadaptError
 ├── InvalidRequest                400 invalid_request         the request itself is wrong
 │   ├── UnsupportedField          400 unsupported_field       a field that would change the output
-│   └── ContextLengthExceeded     400 context_length_exceeded
+│   ├── ContextLengthExceeded     400 context_length_exceeded
+│   └── PolicyConflict            400 policy_conflict         with the tenant's mandatory adapters
 ├── Unauthenticated               401 invalid_api_key
 ├── Forbidden                     403 forbidden
 │   └── ForeignOrigin             403 foreign_origin
@@ -21,6 +22,7 @@ PolyadaptError
 │   └── NumericalError            500 numerical_error         non-finite logits of this request
 ├── Unavailable                   503 unavailable             retry_after_s
 │   ├── EngineUnavailable         503 engine_unavailable
+│   ├── PolicyUnavailable         503 policy_unavailable      a mandatory adapter cannot be served
 │   └── AdapterUnavailable        503 adapter_unavailable     its weights cannot be placed now
 │       └── AdapterCold           503 adapter_cold            not on the device yet; on_cold said so
 ├── RequestTimeout                504 request_timeout
@@ -74,6 +76,12 @@ class ContextLengthExceeded(InvalidRequest):
     """Prompt and requested tokens do not fit into the model's context."""
 
     code = "context_length_exceeded"
+
+
+class PolicyConflict(InvalidRequest):
+    """The request cannot be served together with the adapters that its tenant's policy names."""
+
+    code = "policy_conflict"
 
 
 class Unauthenticated(PolyadaptError):
@@ -225,6 +233,12 @@ class EngineUnavailable(Unavailable):
     """The engine is starting, restarting or gone."""
 
     code = "engine_unavailable"
+
+
+class PolicyUnavailable(Unavailable):
+    """An adapter that the tenant's policy names cannot be served; without it nothing is."""
+
+    code = "policy_unavailable"
 
 
 class AdapterUnavailable(Unavailable):

@@ -68,7 +68,7 @@ def startup_adapters(config: Config) -> tuple[StartupAdapter, ...]:
 
         own = set(config.adapters)
         found += [
-            StartupAdapter(demo.name, demo.directory, demo.description)
+            StartupAdapter(demo.name, demo.directory, demo.description, demo.examples)
             for demo in DEMOS
             if demo.name not in own
         ]

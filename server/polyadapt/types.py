@@ -11,6 +11,7 @@ from typing import Literal
 FinishReason = Literal["stop", "length"]
 Tier = Literal["device", "host", "store"]
 SiteKind = Literal["linear", "embedding", "norm", "experts"]
+RequestKind = Literal["text", "embed"]
 
 MAX_ADAPTERS = 4  # of one request
 
@@ -33,13 +34,14 @@ class AdapterId:
 class AppliedAdapter:
     """One adapter of one request. `scale` 0 equals the base exactly; `rank` chooses how many
     components of a nested adapter are used, None: all; `options` are what else it lets a request
-    choose.
+    choose. Mandatory: the caller's policy names it.
     """
 
     adapter: AdapterId
     scale: float = 1.0
     rank: int | None = None
     options: Options = ()
+    is_mandatory: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class ServedAdapter:
     adapter: AdapterId
     tier: Tier
     load_ms: float
+    is_mandatory: bool = False
 
 
 # --------------------------------------------------------------------------- the base model
@@ -143,7 +146,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One unit of work for the engine: `n` sequences sampled from one prompt."""
+    """One unit of work for the engine: `n` sequences sampled from one prompt, or, of kind `embed`,
+    the prompt's embedding: then nothing is sampled, and `n` is 1.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
@@ -155,6 +160,7 @@ class Request:
     priority: int = 0  # lower is served earlier; never changes the output
     speculative_tokens: int | None = None  # drafts a step verifies; 0 = off, None: the engine's own
     when_cold: WhenCold = WhenCold()
+    kind: RequestKind = "text"
 
 
 # --------------------------------------------------------------------------- events
@@ -207,6 +213,17 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedded:
+    """What a request of kind `embed` is for: the mean over its prompt's tokens of the final hidden
+    states, those behind the last norm that the head reads; float32 [width].
+    """
+
+    request_id: str
+    vector: tuple[float, ...]
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Every sequence of the request has ended, or it was cancelled by its caller."""
 
@@ -224,7 +241,7 @@ class Failed:
     param: str | None = None
 
 
-Event = Started | PromptScored | Tokens | Finished | Failed
+Event = Started | PromptScored | Tokens | Embedded | Finished | Failed
 
 
 # --------------------------------------------------------------------------- the engine's state

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from polyadapt.adapters.adapter import Option, Traits
 from polyadapt.adapters.gates import NEVER, GatedAdapter, arrange
-from polyadapt.errors import InvalidRequest, UnsupportedField
+from polyadapt.errors import InvalidRequest, PolicyConflict, UnsupportedField
 from polyadapt.types import AdapterId, AppliedAdapter, OptionValue
 
 NESTED = Traits(nested_rank=8, min_nested_rank=2)
@@ -256,3 +257,22 @@ def test_a_scale_that_multiplies_both_matrices_acts_squared(given, acting):
     squared = gate(Traits(is_scale_squared=True), use("a", given))
     assert squared.applied == use("a", acting)
     assert gate(Traits(), use("a", given)).applied == use("a", given)
+
+
+# --------------------------------------------------------------------------- policies
+def test_what_a_policy_demands_is_told_from_what_a_caller_asks():
+    traits = [Traits(replaced=("x.weight",)), Traits(replaced=("x.weight",), is_scalable=False)]
+    own, mandatory = use("p"), replace(use("q"), is_mandatory=True)
+    assert not isinstance(refused([own, use("q")], traits), PolicyConflict)
+    for pair in ([own, mandatory], [mandatory, own]):
+        error = refused(pair, traits)
+        assert isinstance(error, PolicyConflict)
+        assert error.param == "adapters"
+        assert "'q' is mandatory" in error.message
+    error = refused([own, replace(mandatory, scale=0.5)], [Traits(), traits[1]])
+    assert isinstance(error, PolicyConflict)
+    assert error.param is None, "the caller has no such entry"
+    assert "'q'" in error.message
+    assert not isinstance(
+        refused([use("p", 0.5), mandatory], [traits[1], Traits()]), PolicyConflict
+    )

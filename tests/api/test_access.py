@@ -42,7 +42,7 @@ def routes_of(server: Server) -> list[tuple[str, str, str]]:
 
 
 def fill(path: str) -> str:
-    for name in ("{model:path}", "{name}", "{key_id}"):
+    for name in ("{model:path}", "{name}", "{key_id}", "{tenant}"):
         path = path.replace(name, "nobody")
     return path
 

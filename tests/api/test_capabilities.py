@@ -40,6 +40,8 @@ async def test_the_capabilities_are_those_of_this_server(make_server: Maker) -> 
     features = body.features
     assert (features.composition, features.prefix_cache, features.exact) == (True, False, False)
     assert features.speculative_tokens == 3
+    assert (features.automatic_choice, features.policies) == (True, True)
+    assert features.auto_threshold == server.config.server.auto_threshold
     assert features.on_cold == ["wait", "base", "fallback", "fail"]
 
 

@@ -80,6 +80,11 @@ def client(running: Running) -> Iterator[Polyadapt]:
             made.delete(adapter.name)
 
 
+def contents(marker: str) -> dict[str, bytes]:
+    """Files of another adapter: what a test has deleted under way is not known again."""
+    return {name: content for _, (name, content) in peft_files(marker)}
+
+
 def answering(status: int, **options: Any) -> Polyadapt:
     """Return a client whose server always gives this answer."""
     transport = httpx.MockTransport(lambda request: httpx.Response(status, **options))
@@ -236,6 +241,44 @@ def test_the_server_says_how_it_is(client: Polyadapt) -> None:
     assert client.is_healthy()
     assert client.is_ready()
     assert client.version().model == "fake-base"
+
+
+def test_auto_is_told_what_adapters_are_for_and_says_what_it_chose(client: Polyadapt) -> None:
+    client.upload("zed", contents("zed"), examples=["zzz zz", "z zz"])
+    profile = client.profile("zed")
+    assert (profile.name, profile.examples, profile.is_fresh) == ("zed", ("zzz zz", "z zz"), True)
+    done = client.complete("zz z", model="auto", max_tokens=4)
+    assert done.choice is not None
+    assert (done.choice.adapter, done.choice.reason) == ("zed", "best")
+    assert [candidate.name for candidate in done.choice.candidates] == ["zed"]
+    assert [served.name for served in done.adapters] == ["zed"]
+    assert client.put_profile("zed", ["qq"]).own_share is None
+    done = client.complete("zz z", model="auto")
+    assert done.choice is not None
+    assert (done.choice.adapter, done.adapters) == (None, ())
+    assert client.put_profile("zed").examples == ("qq",)
+    client.delete_profile("zed")
+    with pytest.raises(NotFound):
+        client.profile("zed")
+    assert client.complete("hi", model="zed").choice is None
+
+
+def test_a_policy_is_put_listed_and_removed(client: Polyadapt) -> None:
+    client.upload("guard", contents("guard"))
+    made = client.put_policy("default", [Use("guard", scale=0.5)])
+    assert made == client.policy("default")
+    assert list(client.policies()) == [made]
+    assert [(a.name, a.version, a.scale) for a in made.adapters] == [("guard", 1, 0.5)]
+    (served,) = client.complete("hi", model="fake-base").adapters
+    assert (served.name, served.mandatory) == ("guard", True)
+    with pytest.raises(ApiError) as caught:
+        client.delete("guard")
+    assert (caught.value.status, caught.value.code) == (409, "conflict")
+    client.delete_policy("default")
+    assert client.complete("hi", model="fake-base").adapters == ()
+    assert client.complete("hi", model="guard").adapters[0].mandatory is False
+    with pytest.raises(NotFound):
+        client.policy("default")
 
 
 def test_a_wrong_field_is_named(client: Polyadapt) -> None:

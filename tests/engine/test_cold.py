@@ -181,6 +181,24 @@ def test_one_cold_adapter_of_several_turns_the_request(hold, identities):
     assert held.served("again") == ["a0", "a1"]
 
 
+def test_what_is_mandatory_is_waited_for_when_the_rest_is_given_up(hold, identities):
+    """The edge names it among what a request turns to."""
+    held = hold()
+    guard = AppliedAdapter(identities[1], is_mandatory=True)
+    gate = held.gates[identities[1].digest] = threading.Event()
+    request = ask("r", identities[0], WhenCold(0, instead=(guard,)))
+    # One thread reads, in this order.
+    held.driver.submit(replace(request, adapters=(guard, *request.adapters)))
+    for _ in range(20):
+        held.driver.step()
+    assert held.served("r") is None, "it is not answered without the mandatory one"
+    gate.set()
+    held.end("r")
+    (started,) = [e for e in held.driver.transcripts["r"].events if isinstance(e, Started)]
+    assert [(of.adapter.name, of.is_mandatory) for of in started.served] == [("a1", True)]
+    assert held.driver.transcripts["r"].tokens == alone(hold, identities[1])
+
+
 @pytest.mark.parametrize("max_num_seqs", [1, 8])
 def test_every_sample_of_a_request_is_answered_by_the_same(hold, identities, max_num_seqs):
     """Also those that are admitted after the adapter has come."""

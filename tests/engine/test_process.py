@@ -25,6 +25,7 @@ from polyadapt.errors import EngineUnavailable, QueueFull, StartupError
 from polyadapt.types import (
     AdapterId,
     AppliedAdapter,
+    Embedded,
     EngineStats,
     Failed,
     Finished,
@@ -253,9 +254,17 @@ def test_every_message_survives_the_wire():
         cache_salt=("tenant", "ä"),
         priority=-3,
         speculative_tokens=4,
-        when_cold=WhenCold(20, (AppliedAdapter(adapter, 0.5, rank=3, options=options),)),
+        when_cold=WhenCold(
+            20, (AppliedAdapter(adapter, 0.5, rank=3, options=options, is_mandatory=True),)
+        ),
     )
-    for command in (Submit(request), Cancel("r"), Call(7, "load", adapter.digest, True)):
+    embed = replace(greedy_request("e", [1, 2], adapter), kind="embed")
+    for command in (
+        Submit(request),
+        Submit(embed),
+        Cancel("r"),
+        Call(7, "load", adapter.digest, True),
+    ):
         assert wire.decode_command(wire.encode_command(command)) == command
     decoded = wire.decode_command(wire.encode_command(Submit(request)))
     (instead,) = decoded.request.when_cold.instead
@@ -263,10 +272,11 @@ def test_every_message_survives_the_wire():
     scored = TokenLogprob(3, -0.5, ((3, -0.5), (4, -1.0)))
     output = StepOutput(
         [
-            Started("r", (ServedAdapter(adapter, "host", 1.5),), 16),
+            Started("r", (ServedAdapter(adapter, "host", 1.5, is_mandatory=True),), 16),
             PromptScored("r", 0, (scored,)),
             Tokens("r", 1, (3,), (scored,), "stop", 3),
             Tokens("r", 0, (4, 5, 3), (scored,) * 3),
+            Embedded("e", (0.5, -1.25), 7),
             Finished("r"),
             Failed("s", "numerical_error", "no"),
             Failed("t", "invalid_request", "no", "adapters[0].rank"),

@@ -32,6 +32,21 @@ def logits(model_dir: Path, adapter_dir: Path | None, ids: Sequence[int]) -> tor
         return model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
+def mean_hidden(model_dir: Path, adapter_dir: Path | None, ids: Sequence[int]) -> torch.Tensor:
+    """Return the mean over the tokens of what the head is given, [width] fp32."""
+    with torch.inference_mode():
+        model = _model(Path(model_dir), adapter_dir)
+        seen: list[torch.Tensor] = []
+        hook = model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, args: seen.append(args[0])
+        )
+        try:
+            model(input_ids=torch.tensor([list(ids)]), use_cache=False)
+        finally:
+            hook.remove()
+        return seen[0][0].double().mean(0).float()
+
+
 def greedy(
     model_dir: Path, adapter_dir: Path | None, ids: Sequence[int], n: int
 ) -> tuple[list[int], list[float]]:

@@ -10,6 +10,7 @@ from polyadapt.errors import AdapterCold, AdapterDeleted, EngineUnavailable, Pol
 from polyadapt.types import (
     AdapterId,
     BaseSpec,
+    Embedded,
     EngineInfo,
     EngineStats,
     Event,
@@ -40,6 +41,12 @@ def name_the_adapter(request: Request, index: int) -> Sequence[int]:
     """Say which adapters answer, and for n > 1 which sequence it is."""
     who = "+".join(applied.adapter.name for applied in request.adapters) or "base"
     return [*f"I am {who} {index}.".encode(), EOS]
+
+
+def letters(request: Request) -> Sequence[float]:
+    """Embed a prompt of bytes as how often each letter of a to z is in it, and a little more."""
+    counts = [request.prompt_ids.count(ord("a") + i) for i in range(26)]
+    return [1.0, *(count / len(request.prompt_ids) for count in counts)]
 
 
 def make_info(*, max_model_len: int = 256, name: str = "fake-base") -> EngineInfo:
@@ -73,6 +80,7 @@ class FakeEngine:
     """Generates `reply` token by token; every step waits for `gate` when there is one."""
 
     reply: Reply = name_the_adapter
+    embedding: Callable[[Request], Sequence[float]] = letters
     model: EngineInfo = field(default_factory=make_info)
     tokens_per_event: int = 1  # more, as accepted drafts bring
     gate: asyncio.Semaphore | None = None  # one permit a step
@@ -141,8 +149,18 @@ class FakeEngine:
         digests = {applied.adapter.digest for applied in request.adapters}
         for applied in request.adapters:
             self._touch(applied.adapter.digest)
-        served = tuple(ServedAdapter(a.adapter, "device", 1.5) for a in request.adapters)
+        served = tuple(
+            ServedAdapter(a.adapter, "device", 1.5, a.is_mandatory) for a in request.adapters
+        )
         yield Started(request.id, served, self.num_cached_tokens)
+        if request.kind == "embed":
+            if self.failure is not None:
+                yield Failed(request.id, *self.failure[1:])
+                return
+            vector = tuple(map(float, self.embedding(request)))
+            yield Embedded(request.id, vector, len(request.prompt_ids))
+            yield Finished(request.id)
+            return
         if request.sampling.num_prompt_logprobs is not None:
             for index in range(request.n):
                 yield PromptScored(

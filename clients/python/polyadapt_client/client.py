@@ -16,7 +16,10 @@ from polyadapt_client.errors import error_of
 from polyadapt_client.types import (
     Adapter,
     Capabilities,
+    Choice,
     Completion,
+    Policy,
+    Profile,
     Served,
     Tokenized,
     Use,
@@ -71,13 +74,18 @@ class Polyadapt:
         *,
         description: str = "",
         tags: Sequence[str] = (),
+        examples: Sequence[str] = (),
     ) -> Adapter:
         """Upload a PEFT directory, or its files by name, as the next version of `name`.
 
-        The same bytes again give the version that they are. Raises AdapterRejected with every
-        problem, and ValueError when there is nothing to send.
+        The same bytes again give the version that they are. `examples` are requests that the
+        adapter is for, see put_profile. Raises AdapterRejected with every problem, and ValueError
+        when there is nothing to send.
         """
-        metadata = json.dumps({"description": description, "tags": list(tags)})
+        about: dict[str, Any] = {"description": description, "tags": list(tags)}
+        if examples:
+            about["examples"] = list(examples)
+        metadata = json.dumps(about)
         with contextlib.ExitStack() as stack:
             files = [
                 ("files", (file_name, content)) for file_name, content in _contents(source, stack)
@@ -144,6 +152,41 @@ class Polyadapt:
         """Delete a workflow; runs under way end as they began. Raises NotFound."""
         _body(self._http.delete(_workflow_path(name)))
 
+    # ------------------------------------------------------------------ profiles and policies
+    def put_profile(self, name: str, examples: Sequence[str] | None = None) -> Profile:
+        """Say by examples which requests a name is for, so that the model "auto" finds it; without
+        them its profile is made anew for the server's present base.
+        """
+        body = {} if examples is None else {"examples": list(examples)}
+        return Profile.of(_body(self._http.put(f"{_path(name)}/profile", json=body, timeout=None)))
+
+    def profile(self, name: str) -> Profile:
+        """Return a name's profile; raises NotFound."""
+        return Profile.of(self._get(f"{_path(name)}/profile"))
+
+    def delete_profile(self, name: str) -> None:
+        """Forget a name's profile: "auto" does not choose it any more; raises NotFound."""
+        _body(self._http.delete(f"{_path(name)}/profile"))
+
+    def put_policy(self, tenant: str, adapters: Sequence[Use | str]) -> Policy:
+        """Have every request of a tenant served through these adapters too, in their present
+        versions, from its next request on. For admins.
+        """
+        wanted = generation_fields(adapters)
+        return Policy.of(_body(self._http.put(_policy_path(tenant), json=wanted)))
+
+    def policy(self, tenant: str) -> Policy:
+        """Return a tenant's policy; raises NotFound."""
+        return Policy.of(self._get(_policy_path(tenant)))
+
+    def policies(self) -> Iterator[Policy]:
+        """Yield all policies, by tenant."""
+        yield from map(Policy.of, self._pages("/v1/policies", {}))
+
+    def delete_policy(self, tenant: str) -> None:
+        """Remove a tenant's policy: its next request is served as it asks; raises NotFound."""
+        _body(self._http.delete(_policy_path(tenant)))
+
     # ------------------------------------------------------------------ text
     def complete(
         self,
@@ -155,7 +198,8 @@ class Polyadapt:
         cold_timeout_ms: int | None = None,
         **fields: Any,
     ) -> Completion:
-        """Continue a text with several adapters at once; see generation_fields.
+        """Continue a text with several adapters at once; see generation_fields. The model "auto"
+        has the server choose among those that have a profile.
 
         `fields` are the call's others, such as max_tokens and temperature. Chats, streams and
         several choices (`n`, `best_of`) are for OpenAI's client: ValueError. Raises Unavailable
@@ -169,15 +213,20 @@ class Polyadapt:
         reply = _body(self._http.post("/v1/completions", json=body))
         (choice,) = reply["choices"]
         served = tuple(
-            Served(s["name"], s["version"], s["digest"], s["tier"], s["load_ms"])
+            Served(
+                s["name"], s["version"], s["digest"], s["tier"], s["load_ms"],
+                bool(s.get("mandatory")),
+            )
             for s in reply["adapters"]
-        )
+        )  # fmt: skip
         run = reply.get("workflow")
+        chosen = reply.get("choice")
         return Completion(
             choice["text"],
             choice["finish_reason"],
             served,
             None if run is None else WorkflowRun.of(run),
+            None if chosen is None else Choice.of(chosen),
         )
 
     # ------------------------------------------------------------------ tokens
@@ -265,6 +314,10 @@ def _workflow_path(name: str) -> str:
 
 def _path(name: str) -> str:
     return f"/v1/adapters/{quote(name, safe='@')}"
+
+
+def _policy_path(tenant: str) -> str:
+    return f"/v1/policies/{quote(tenant, safe='')}"
 
 
 def _body(reply: httpx.Response) -> dict[str, Any]:

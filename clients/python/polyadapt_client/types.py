@@ -110,13 +110,46 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """An adapter that a reply was made with; `tier` is where it lay when the request began."""
+    """An adapter that a reply was made with; `tier` is where it lay when the request began.
+    Mandatory: the tenant's policy names it.
+    """
 
     name: str
     version: int
     digest: str
     tier: Tier
     load_ms: float
+    mandatory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An adapter that model "auto" could have chosen."""
+
+    name: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What model "auto" chose: an adapter's name, or None for the base."""
+
+    adapter: str | None
+    reason: str
+    score: float | None
+    threshold: float
+    candidates: tuple[Candidate, ...]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Choice:
+        """Read a reply's `choice`; raises KeyError if a field is missing."""
+        return cls(
+            adapter=body["adapter"],
+            reason=body["reason"],
+            score=body["score"],
+            threshold=body["threshold"],
+            candidates=tuple(Candidate(c["name"], c["score"]) for c in body["candidates"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +235,75 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     adapters: tuple[Served, ...]
     workflow: WorkflowRun | None = None  # when `model` was a workflow
+    choice: Choice | None = None  # with model "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a name's requests look like; "auto" leaves out whose profile is not fresh."""
+
+    name: str
+    examples: tuple[str, ...]
+    num_centroids: int
+    is_fresh: bool
+    base_digest: str
+    own_share: float | None
+    created: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Profile:
+        """Read the API's profile object; raises KeyError if a field is missing."""
+        return cls(
+            name=body["name"],
+            examples=tuple(body["examples"]),
+            num_centroids=body["num_centroids"],
+            is_fresh=body["is_fresh"],
+            base_digest=body["base_digest"],
+            own_share=body["own_share"],
+            created=body["created"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MandatoryAdapter:
+    """One adapter of a policy: a version of a tenant's or a shared name."""
+
+    name: str
+    version: int
+    digest: str
+    tenant: str
+    scale: float
+    rank: int | None
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What every request of a tenant is served through besides its own adapters."""
+
+    tenant: str
+    adapters: tuple[MandatoryAdapter, ...]
+    created: int
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Policy:
+        """Read the API's policy object; raises KeyError if a field is missing."""
+        return cls(
+            tenant=body["tenant"],
+            adapters=tuple(
+                MandatoryAdapter(
+                    a["name"],
+                    a["version"],
+                    a["digest"],
+                    a["tenant"],
+                    a["scale"],
+                    a["rank"],
+                    a["options"],
+                )
+                for a in body["adapters"]
+            ),
+            created=body["created"],
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from itertools import combinations, zip_longest
 from operator import itemgetter
 
 from polyadapt.adapters.adapter import Option, Traits
-from polyadapt.errors import InvalidRequest, UnsupportedField
+from polyadapt.errors import InvalidRequest, PolicyConflict, UnsupportedField
 from polyadapt.types import AppliedAdapter, Options, OptionValue
 
 NEVER = 1 << 62  # behind every position
@@ -52,10 +52,10 @@ def arrange(
     sums, and with them bits and cached pages, do not depend on the order in which a caller names
     adapters.
     Raises InvalidRequest for a scale, rank or option that an adapter does not have, and for two
-    that replace the same parameter.
+    that replace the same parameter; where one of them is mandatory, PolicyConflict.
     """
     gated = [
-        _gate(place, applied, own, prompt_ids)
+        _gate_or_blame(place, applied, own, prompt_ids)
         for place, (applied, own) in enumerate(zip(adapters, traits, strict=True))
     ]
     _check_replaced(adapters, traits)
@@ -69,6 +69,20 @@ def arrange(
         ),
     )
     return tuple(gated[i] for i in order)
+
+
+def _gate_or_blame(
+    place: int, applied: AppliedAdapter, traits: Traits, prompt_ids: Sequence[int]
+) -> GatedAdapter:
+    """The same as _gate; a caller is not blamed for what its policy says."""
+    try:
+        return _gate(place, applied, traits, prompt_ids)
+    except InvalidRequest as error:
+        if not applied.is_mandatory:
+            raise
+        raise PolicyConflict(
+            f"the policy's adapter '{applied.adapter.name}' cannot be served so: {error.message}"
+        ) from None
 
 
 def _gate(
@@ -216,9 +230,15 @@ def _check_replaced(adapters: Sequence[AppliedAdapter], traits: Sequence[Traits]
     used = [pair for pair in zip(adapters, traits, strict=True) if pair[0].scale != 0.0]
     for (one, own), (other, others) in combinations(used, 2):
         both = sorted(set(own.replaced) & set(others.replaced))
-        if both:
-            raise InvalidRequest(
-                f"adapters '{one.adapter.name}' and '{other.adapter.name}' both replace "
-                f"{both[0]} of the base and cannot be served together; leave one of them out",
-                param="adapters",
+        if not both:
+            continue
+        message = (
+            f"adapters '{one.adapter.name}' and '{other.adapter.name}' both replace "
+            f"{both[0]} of the base and cannot be served together"
+        )
+        mandatory = [a.adapter.name for a in (one, other) if a.is_mandatory]
+        if mandatory:
+            raise PolicyConflict(
+                f"{message}; '{mandatory[0]}' is mandatory by policy", param="adapters"
             )
+        raise InvalidRequest(f"{message}; leave one of them out", param="adapters")

@@ -79,7 +79,8 @@ def add_routes(router: APIRouter) -> None:
     read: RequiredScope = "adapters:read"
     add_route(
         router, "POST", "/v1/adapters", upload_adapter, needs=write, reply=AdapterObject,
-        status=201, also=200, errors=(400, 409, 413, 415, 422), request_body=_UPLOAD_BODY,
+        status=201, also=200, errors=(400, 409, 413, 415, 422, 429, 499, 504),
+        request_body=_UPLOAD_BODY,
     )  # fmt: skip
     add_route(
         router, "GET", "/v1/adapters", list_adapters, needs=read, reply=AdapterList, errors=(400,)
@@ -94,7 +95,7 @@ def add_routes(router: APIRouter) -> None:
     )  # fmt: skip
     add_route(
         router, "DELETE", "/v1/adapters/{name}", delete_adapter,
-        needs=write, reply=DeletedAdapter, errors=(400, 404),
+        needs=write, reply=DeletedAdapter, errors=(400, 404, 409),
     )  # fmt: skip
     add_route(
         router, "POST", "/v1/adapters/{name}/load", load_adapter,
@@ -110,7 +111,7 @@ def add_routes(router: APIRouter) -> None:
     )  # fmt: skip
     add_route(
         router, "POST", "/v1/unload_lora_adapter", unload_lora_adapter,
-        needs=write, reply=None, errors=(404,), has_body=True, content=_TEXT,
+        needs=write, reply=None, errors=(404, 409), has_body=True, content=_TEXT,
     )  # fmt: skip
 
 
@@ -137,12 +138,14 @@ async def upload_adapter(request: Request, services: Has) -> Response:
     ):
         name, metadata, files = _read_form(form)
         check_name(name)
+        tenant = principal_of(request).tenant
         record, is_new = await services.directory.upload(
-            principal_of(request).tenant,
+            tenant,
             name,
             files,
             description=metadata.description,
             tags=metadata.tags,
+            new_profile=services.auto.new_profile(tenant, name, metadata.examples),
         )
     return json_reply(_object(services, record), status=201 if is_new else 200)
 
@@ -234,7 +237,12 @@ async def load_lora_adapter(
     folder = await asyncio.to_thread(
         _allowed_folder, body.lora_path, services.config.server.adapter_roots
     )
-    await services.directory.register_directory(tenant, body.lora_name, folder)
+    await services.directory.register_directory(
+        tenant,
+        body.lora_name,
+        folder,
+        new_profile=services.auto.new_profile(tenant, body.lora_name, ()),
+    )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from polyadapt.api.collect import Generation, served_objects, usage_of
+from polyadapt.api.schemas.base import ChoiceObject
 from polyadapt.api.schemas.chat import (
     AssistantMessage,
     ChatChoice,
@@ -89,6 +90,7 @@ class ChatFormat:
             choices=choices,
             usage=usage_of(generation.completed),
             adapters=served_objects(generation.served),
+            choice=ChoiceObject.of(accepted.choice),
             prompt_token_ids=list(accepted.prompt_ids[0]) if request.return_token_ids else None,
             prompt_logprobs=None if scores is None else prompt_logprobs(self._tokenizer, scores),
         )
@@ -146,9 +148,10 @@ class ChatFormat:
         chunk.usage = usage_of(completed)
         return chunk
 
-    def sign(self, chunk: ChatChunk, served: tuple[ServedAdapter, ...]) -> None:
-        """Say in the last chunk what was served."""
+    def sign(self, chunk: ChatChunk, accepted: Accepted, served: tuple[ServedAdapter, ...]) -> None:
+        """Say in the last chunk what was served, and why if it was chosen."""
         chunk.adapters = served_objects(served)
+        chunk.choice = ChoiceObject.of(accepted.choice)
 
     def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
         return ChatChunk(

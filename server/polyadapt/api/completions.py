@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from polyadapt.api.chat import Head
 from polyadapt.api.collect import Generation, served_objects, usage_of
+from polyadapt.api.schemas.base import ChoiceObject
 from polyadapt.api.schemas.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -97,7 +98,7 @@ class CompletionFormat:
             )
         reply = self._chunk(choices)
         reply.usage = usage_of(generation.completed)
-        reply.adapters = served_objects(generation.served)
+        self.sign(reply, accepted, generation.served)
         return reply
 
     def opening(self, accepted: Accepted) -> Iterable[CompletionReply]:
@@ -159,9 +160,12 @@ class CompletionFormat:
         chunk.usage = usage_of(completed)
         return chunk
 
-    def sign(self, chunk: CompletionReply, served: tuple[ServedAdapter, ...]) -> None:
-        """Say in the last event what was served."""
+    def sign(
+        self, chunk: CompletionReply, accepted: Accepted, served: tuple[ServedAdapter, ...]
+    ) -> None:
+        """Say in a reply or its last event what was served, and why if it was chosen."""
         chunk.adapters = served_objects(served)
+        chunk.choice = ChoiceObject.of(accepted.choice)
 
     def _echo(self, accepted: Accepted, prompt_index: int) -> str:
         text = accepted.prompt_texts[prompt_index]

@@ -83,6 +83,12 @@ class Metrics:
             ["kind"],
             registry=self.registry,
         )
+        self.choices = Counter(
+            "polyadapt_choices",
+            'Requests with model "auto" by why an adapter (best) or the base was chosen',
+            ["reason"],
+            registry=self.registry,
+        )
         self.registry.register(_EngineCollector(engine, directory, is_ready, clock))
 
     def observe(self, method: str, route: str, status: int, seconds: float) -> None:

@@ -40,6 +40,7 @@ from polyadapt.api.stream import (
 )
 from polyadapt.api.token_text import token_string
 from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError, UnsupportedField
+from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import (
     Accepted,
@@ -88,7 +89,9 @@ class Format(Protocol[ChunkT]):
 
     def usage(self, completed: Completed) -> ChunkT: ...
 
-    def sign(self, chunk: ChunkT, served: tuple[ServedAdapter, ...]) -> None: ...
+    def sign(
+        self, chunk: ChunkT, accepted: Accepted, served: tuple[ServedAdapter, ...]
+    ) -> None: ...
 
 
 def add_routes(router: APIRouter) -> None:
@@ -195,7 +198,10 @@ async def _answer(
     logger.info("request %s is %s", task.id, request.state.request_id)
     events = _measured(services, task, began)
     try:
-        accepted = await anext(events)
+        if task.model == AUTO:  # to choose takes a while, in which the caller may go
+            accepted = await until_disconnect(request.receive, anext(events))
+        else:
+            accepted = await anext(events)
         assert isinstance(accepted, Accepted)
         if not is_stream:
             generation = await until_disconnect(request.receive, collect(events, accepted, task.n))
@@ -279,11 +285,11 @@ async def _frames(
                 chunks += [] if chunk is None else [chunk]
                 num_open -= event.finish_reason is not None
                 if num_open == 0 and not has_usage:
-                    form.sign(chunks[-1], served)
+                    form.sign(chunks[-1], accepted, served)
             elif isinstance(event, Completed):
                 if has_usage:
                     last = form.usage(event)
-                    form.sign(last, served)
+                    form.sign(last, accepted, served)
                     yield data_frame(last.model_dump_json())
                 yield DONE
                 return
@@ -307,11 +313,13 @@ async def _measured(
     """Pass the task's events on and count them."""
     metrics = services.metrics
     has_text = False
-    async with contextlib.aclosing(services.text.generate(task)) as events:
+    async with contextlib.aclosing(services.auto.generate(task)) as events:
         try:
             async for event in events:
                 if isinstance(event, Accepted):
                     metrics.prompt_tokens.inc(sum(map(len, event.prompt_ids)))
+                    if event.choice is not None:
+                        metrics.choices.labels(event.choice.reason).inc()
                 elif isinstance(event, TextDelta):
                     metrics.generated_tokens.inc(len(event.token_ids))
                     if not has_text:

@@ -14,6 +14,7 @@ from polyadapt.api.access import Authenticator, Principal
 from polyadapt.config import Config
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import Unavailable
+from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import AdapterDirectory, Store
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.workflows.library import WorkflowLibrary
@@ -80,6 +81,7 @@ class Services:
     text: TextService
     workflows: WorkflowLibrary
     workflow_runner: WorkflowRunner
+    auto: AutoService
     authenticator: Authenticator
     metrics: Metrics
     lifecycle: Lifecycle

@@ -11,13 +11,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
+from polyadapt.engine.pooling import add_rows, mean_of
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
 from polyadapt.engine.runner import ModelRunner, StepLogits
 from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
@@ -35,6 +36,7 @@ from polyadapt.errors import (
 )
 from polyadapt.types import (
     AppliedAdapter,
+    Embedded,
     EngineInfo,
     EngineStats,
     Event,
@@ -44,6 +46,7 @@ from polyadapt.types import (
     PromptScored,
     Request,
     Residency,
+    ServedAdapter,
     Started,
     TokenLogprob,
     Tokens,
@@ -209,18 +212,24 @@ class Engine:
     def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""
         try:
-            return self.runner.run(batch)
+            together = self.runner.run(batch)
         except Exception:
             # Keys and values are written by position, so that running rows again is harmless.
             logger.exception("a step of %d sequences failed; running each alone", len(batch))
             self.counters["isolated_steps"] += 1
+        else:
+            _pool(batch, together.hidden)
+            return together
         results: list[torch.Tensor | None] = []
         for rows in batch:
             try:
-                results += self.runner.run([rows])
+                alone = self.runner.run([rows])
             except Exception:
                 logger.exception("request %s failed alone", rows.sequence.group.request.id)
                 results.append(None)
+            else:
+                _pool([rows], alone.hidden)
+                results += alone
         return results
 
     def _draw(
@@ -255,11 +264,15 @@ class Engine:
             group.is_started = True
             assert group.lanes is not None, "whoever has rows has its adapters settled"
             lanes = sorted(group.lanes, key=lambda lane: lane.place)  # as the caller wrote them
-            served = tuple(self.pool.served(lane.applied.adapter) for lane in lanes)
+            served = tuple(self._served(lane.applied) for lane in lanes)
             # None of its rows has run yet: what counts as computed was found in the cache.
             num_cached = rows.sequence.num_computed
             self._events.append(Started(group.request.id, served, num_cached))
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
+
+    def _served(self, applied: AppliedAdapter) -> ServedAdapter:
+        served = self.pool.served(applied.adapter)
+        return replace(served, is_mandatory=True) if applied.is_mandatory else served
 
     def _advance(
         self, rows: ScheduledRows, logits: torch.Tensor | None, sampled: Sampled | None
@@ -274,6 +287,9 @@ class Engine:
             return
         if logits is None:
             self._fail(group, InternalError("the model failed on this request; see the server log"))
+            return
+        if sequence.is_embedded:
+            self._advance_embedding(rows)
             return
         is_last_chunk = rows.is_last_chunk
         num_logits = logits.shape[0]
@@ -304,6 +320,24 @@ class Engine:
             self.scheduler.finish(sequence)
             if group.is_done:
                 self._end(group, Finished(group.request.id))
+
+    def _advance_embedding(self, rows: ScheduledRows) -> None:
+        """Count an embedding's rows as computed; behind the last one it ends with their mean."""
+        sequence, group = rows.sequence, rows.sequence.group
+        sequence.num_computed += rows.num_tokens
+        if sequence.num_pending:
+            return
+        assert sequence.hidden_sum is not None, "rows are pooled as soon as they have run"
+        vector = mean_of(sequence.hidden_sum, sequence.num_prompt)
+        if vector is None:
+            self.counters["numerical_errors"] += 1
+            self.scheduler.distrust(group)
+            self._fail(group, NumericalError("the model's hidden states are not finite"))
+            return
+        self.counters["embedded_prompts"] += 1
+        self.counters["embedded_tokens"] += sequence.num_prompt
+        self._events.append(Embedded(group.request.id, vector, sequence.num_prompt))
+        self._end(group, Finished(group.request.id))
 
     def _choose(self, rows: ScheduledRows, logits: torch.Tensor, first: Sampled | None) -> _Choice:
         """Sample the newest token's row and, as long as each draft proves to be what is sampled,
@@ -537,6 +571,24 @@ class Engine:
         for group in groups:
             self._fail(group, AdapterDeleted("the adapter was deleted while the request ran"))
         return len(groups)
+
+
+def _pool(batch: list[ScheduledRows], hidden: torch.Tensor | None) -> None:
+    """Add the rows of embedded sequences, which have not been counted as computed yet, to their
+    sums; hidden [rows of the batch, width].
+
+    Such a sequence finds nothing in the prefix cache: at 0 computed tokens it starts over.
+    """
+    if hidden is None:
+        return
+    start = 0
+    for rows in batch:
+        stop = start + rows.num_tokens
+        sequence = rows.sequence
+        if sequence.is_embedded:
+            before = sequence.hidden_sum if sequence.num_computed else None
+            sequence.hidden_sum = add_rows(before, hidden[start:stop])
+        start = stop
 
 
 def _is_open(group: RequestGroup) -> bool:

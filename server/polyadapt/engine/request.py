@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from polyadapt.adapters.gates import GatedAdapter
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.errors import PolyadaptError
 from polyadapt.types import AppliedAdapter, Request, TokenLogprob
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class SequenceState(enum.Enum):
@@ -46,6 +50,8 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)  # of the first full pages of token_ids
     num_shareable: int = 0
     lookup: PromptLookup | None = None  # where its drafts come from, once it speculates
+    is_embedded: bool = False  # its prompt is the whole work: nothing is sampled
+    hidden_sum: np.ndarray | None = None  # of an embedded one's computed rows, float64 [width]
 
     @property
     def unit(self) -> tuple[Sequence, ...]:
@@ -55,7 +61,13 @@ class Sequence:
     @property
     def wants_hidden(self) -> bool:
         """Whether the final hidden states of its rows are used."""
-        return self.is_companion
+        return self.is_companion or self.is_embedded
+
+    @property
+    def needs_every_row(self) -> bool:
+        """Whether every row of its prompt has to run, whatever the prefix cache holds."""
+        is_scored = self.group.request.sampling.num_prompt_logprobs is not None
+        return self.is_embedded or (is_scored and not self.is_scored)
 
     @property
     def num_output(self) -> int:
@@ -138,4 +150,6 @@ class RequestGroup:
             Sequence(group, index, list(request.prompt_ids), len(request.prompt_ids))
             for index in range(request.n)
         ]
+        for sequence in group.sequences:
+            sequence.is_embedded = request.kind == "embed"
         return group

@@ -336,6 +336,8 @@ def _wanted(
 def _wanted_rows(rows: ScheduledRows) -> np.ndarray:
     """Which of the sequence's rows, counted from 0, need logits."""
     sequence = rows.sequence
+    if sequence.is_embedded:
+        return np.arange(0)
     is_scored = sequence.group.request.sampling.num_prompt_logprobs is not None
     if is_scored and sequence.num_computed < sequence.num_prompt and not sequence.is_scored:
         return np.arange(rows.num_tokens)

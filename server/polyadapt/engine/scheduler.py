@@ -295,7 +295,7 @@ class Scheduler:
                 self.left_cold += group.request.adapters
                 name = "fallback" if group.adapters else "base"
                 self.counters[f"cold_turned_to_{name}"] += 1
-            if self._is_cacheable(leader):
+            if self._is_cacheable(leader) and not leader.is_embedded:
                 self.counters["prefix_query_tokens"] += len(leader.token_ids)
                 self.counters["prefix_hit_tokens"] += leader.num_computed
             entered.append(group.order)
@@ -489,10 +489,7 @@ class Scheduler:
         """Go on behind the cached pages that continue what the sequence has computed; return by
         how many tokens. Its newest token is never among them: the next one is sampled from its row.
         """
-        params = sequence.group.request.sampling
-        if params.num_prompt_logprobs is not None and not sequence.is_scored:
-            return 0  # every row of the prompt has to run
-        if not self._is_cacheable(sequence):
+        if sequence.needs_every_row or not self._is_cacheable(sequence):
             return 0
         size = self.pages.page_size
         first = sequence.num_computed // size

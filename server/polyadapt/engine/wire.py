@@ -10,6 +10,7 @@ import msgspec
 
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.types import (
+    Embedded,
     EngineInfo,
     EngineStats,
     Event,
@@ -36,6 +37,7 @@ class _Envelope(msgspec.Struct):
     started: list[Started] = []
     scored: list[PromptScored] = []
     tokens: list[Tokens] = []
+    embedded: list[Embedded] = []
     finished: list[Finished] = []
     failed: list[Failed] = []
     replies: list[Reply] = []
@@ -56,6 +58,7 @@ _KINDS: dict[type[Any], str] = {
     Started: "started",
     PromptScored: "scored",
     Tokens: "tokens",
+    Embedded: "embedded",
     Finished: "finished",
     Failed: "failed",
 }
@@ -109,6 +112,7 @@ def decode_output(message: bytes) -> StepOutput | EngineInfo | str:
         *envelope.started,
         *envelope.scored,
         *envelope.tokens,
+        *envelope.embedded,
         *envelope.finished,
         *envelope.failed,
     ]

@@ -21,10 +21,15 @@ from polyadapt.errors import (
     EngineUnavailable,
     InvalidRequest,
     ModelNotFound,
+    PolicyConflict,
+    PolicyUnavailable,
 )
-from polyadapt.tasks.model_name import NamedAdapter, parse_adapter, split_base
-from polyadapt.types import AdapterId, AppliedAdapter, Options, Residency, WhenCold
+from polyadapt.tasks.model_name import AUTO, NamedAdapter, parse_adapter, split_base
+from polyadapt.tasks.policies import Policies
+from polyadapt.types import MAX_ADAPTERS, AdapterId, AppliedAdapter, Options, Residency, WhenCold
 from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.policies import Policy, PolicyBook, PolicyEntry
+from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page
 from polyadapt_store.staging import StagedUpload
 
@@ -37,11 +42,19 @@ _COPY_CHUNK = 1 << 20
 _PAGE = 500
 # The publishing thread must not outlive an engine that never answers.
 _PREPARE_TIMEOUT_S = 120.0
+_PROFILE_TIMEOUT_S = 600.0
 _CLOSE_TIMEOUT_S = 5.0
+
+
+# Learns what an upload is for, while nobody can see it yet; None leaves the name as it is.
+NewProfile = Callable[[], Awaitable[Profile | None]]
 
 
 class Store(Protocol):
     """What the edge needs of polyadapt_store.AdapterStore."""
+
+    profiles: ProfileBook
+    policies: PolicyBook
 
     def stage(self) -> AbstractContextManager[StagedUpload]: ...
 
@@ -54,6 +67,7 @@ class Store(Protocol):
         tags: Sequence[str] = (),
         *,
         prepare: Callable[[str], object] = ...,
+        profile: Callable[[], Profile | None] = ...,
     ) -> tuple[AdapterRecord, bool]: ...
 
     def publish_directory(
@@ -65,6 +79,7 @@ class Store(Protocol):
         tags: Sequence[str] = (),
         *,
         prepare: Callable[[str], object] = ...,
+        profile: Callable[[], Profile | None] = ...,
     ) -> tuple[AdapterRecord, bool]: ...
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord: ...
@@ -165,6 +180,7 @@ class AdapterDirectory:
         self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
+        self.policies = Policies(store.policies)
 
     async def read_names(self, tenant: str) -> int:
         """Learn which versions there are at the start; return how many."""
@@ -197,17 +213,23 @@ class AdapterDirectory:
         for what contradicts itself.
 
         `adapters` replaces the adapter that `model` would choose; the model must exist all the
-        same, and both may not name two versions of one adapter.
+        same, and both may not name two versions of one adapter. The adapters of the tenant's
+        policy come behind them, also behind what `on_cold` names; raises PolicyConflict or
+        PolicyUnavailable where that cannot be.
         Nothing awaits between resolving and counting, so no deletion can pass in between.
         """
         chosen = self.find(tenant, model)
-        applied: tuple[AppliedAdapter, ...] = ()
+        own: tuple[AppliedAdapter, ...] = ()
         if adapters is None and chosen is not None:
-            applied = (AppliedAdapter(chosen.adapter_id),)
+            own = (AppliedAdapter(chosen.adapter_id),)
         elif adapters is not None:
-            applied = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
-            _check_together(applied, chosen)
-        when_cold = self._when_cold(tenant, on_cold, applied)
+            own = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
+            _check_together(own, chosen)
+        mandatory = self._mandatory(tenant)
+        applied = _with_mandatory(own, mandatory, "adapters")
+        return self._hold(applied, self._when_cold(tenant, on_cold, own, mandatory))
+
+    def _hold(self, applied: tuple[AppliedAdapter, ...], when_cold: WhenCold = WAIT) -> Lease:
         lease = Lease(applied, self._release, when_cold)
         for adapter in lease.ids:
             self._uses[adapter] += 1
@@ -222,10 +244,7 @@ class AdapterDirectory:
             assert self._uses[adapter] > 0, "only a lease that is held can be held again"
             if adapter in self._ending:
                 raise AdapterDeleted(f"the adapter {adapter.name!r} was deleted while it was used")
-        lease = Lease(held.applied, self._release, held.when_cold)
-        for adapter in lease.ids:
-            self._uses[adapter] += 1
-        return lease
+        return self._hold(held.applied, held.when_cold)
 
     def owns(self, tenant: str, name: str) -> bool:
         """Whether the tenant has an adapter of this name of its own, not a shared one."""
@@ -266,6 +285,10 @@ class AdapterDirectory:
         assert all(self._uses[adapter] > 0 for adapter in self._unused)
 
     def _apply(self, tenant: str, ref: AdapterRef, position: int) -> AppliedAdapter:
+        record = self._named(tenant, ref, position)
+        return AppliedAdapter(record.adapter_id, ref.scale, ref.rank, ref.options)
+
+    def _named(self, tenant: str, ref: AdapterRef, position: int) -> AdapterRecord:
         param = f"adapters[{position}].name"
         named = parse_adapter(ref.name)
         if named is None:
@@ -277,15 +300,23 @@ class AdapterDirectory:
                 f"scale is {ref.scale:g}, expected 0 or 1",
                 param=f"adapters[{position}].scale",
             )
-        return AppliedAdapter(record.adapter_id, ref.scale, ref.rank, ref.options)
+        return record
 
     def _when_cold(
-        self, tenant: str, on_cold: OnCold | None, applied: tuple[AppliedAdapter, ...]
+        self,
+        tenant: str,
+        on_cold: OnCold | None,
+        own: tuple[AppliedAdapter, ...],
+        mandatory: tuple[AppliedAdapter, ...],
     ) -> WhenCold:
         if on_cold is None:
             return WAIT
-        when_cold = self._read_on_cold(tenant, on_cold, applied)
-        return when_cold if applied else WAIT
+        when_cold = self._read_on_cold(tenant, on_cold, own)
+        if when_cold.instead is None:
+            return when_cold if own or mandatory else WAIT
+        if not own:  # what would be turned to is what is asked for
+            return WAIT
+        return replace(when_cold, instead=_with_mandatory(when_cold.instead, mandatory, "on_cold"))
 
     def _read_on_cold(
         self, tenant: str, on_cold: OnCold, applied: tuple[AppliedAdapter, ...]
@@ -336,6 +367,56 @@ class AdapterDirectory:
                 if (waiting := self._unused.pop(adapter, None)) is not None:
                     waiting.set()
 
+    # ----------------------------------------------------------------------------- policies
+    async def set_policy(self, tenant: str, adapters: Sequence[AdapterRef]) -> Policy:
+        """Have every request of the tenant served through these adapters, in the versions that the
+        tenant's names stand for now. Raises ModelNotFound, and InvalidRequest for what no request
+        could be served with.
+        """
+        records = [self._named(tenant, ref, i) for i, ref in enumerate(adapters)]
+        _check_together([AppliedAdapter(record.adapter_id) for record in records], None)
+        for position, ref in enumerate(adapters):
+            if ref.scale == 0.0:
+                raise InvalidRequest(
+                    "scale 0 serves nothing; leave the adapter out of the policy",
+                    param=f"adapters[{position}].scale",
+                )
+        entries = [
+            PolicyEntry(record, ref.scale, ref.rank, ref.options)
+            for record, ref in zip(records, adapters, strict=True)
+        ]
+        return await asyncio.to_thread(self.policies.put, tenant, entries)
+
+    async def remove_policy(self, tenant: str) -> None:
+        """Let the tenant's next requests be served as they ask; raises NotFound."""
+        await asyncio.to_thread(self.policies.remove, tenant)
+
+    def _mandatory(self, tenant: str) -> tuple[AppliedAdapter, ...]:
+        """The adapters of the tenant's policy; raises PolicyUnavailable if one is not to be had."""
+        policy = self.policies.of(tenant)
+        if policy is None:
+            return ()
+        info = self._engine.info
+        for entry in policy.entries:
+            record = entry.record
+            if info is not None and record.base_digest != info.base.digest:
+                raise PolicyUnavailable(
+                    f"{record.name}@{record.version}, mandatory for the tenant {tenant!r}, was "
+                    f"made for {record.base_model!r} and this server's base is "
+                    f"{info.base.name!r}; its operator has to change the policy",
+                    retry_after_s=60,
+                )
+        return tuple(
+            AppliedAdapter(
+                entry.record.adapter_id,
+                entry.scale,
+                entry.rank,
+                entry.options,
+                is_mandatory=True,
+            )
+            for entry in policy.entries
+        )
+
     # ----------------------------------------------------------------------------- in
     async def upload(
         self,
@@ -345,13 +426,16 @@ class AdapterDirectory:
         *,
         description: str = "",
         tags: Sequence[str] = (),
+        new_profile: NewProfile | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Stage, validate, try in the engine, publish; return the record and whether it is new.
 
         Nothing is visible under the name before all of that succeeded. Raises InvalidRequest,
-        PayloadTooLarge, AdapterRejected with every problem, or Unavailable.
+        PayloadTooLarge, AdapterRejected with every problem, Unavailable, or what `new_profile`
+        raises.
         """
         prepare = self._prepare_from_thread(name)
+        profile = self._profile_from_thread(new_profile)
         self._check_name_is_free(name)
 
         def publish() -> tuple[AdapterRecord, bool]:
@@ -360,21 +444,32 @@ class AdapterDirectory:
                     with staged.add_file(file.name) as writer:
                         while chunk := file.content.read(_COPY_CHUNK):
                             writer.write(chunk)
-                return self._store.publish(staged, name, tenant, description, tags, prepare=prepare)
+                return self._store.publish(
+                    staged, name, tenant, description, tags, prepare=prepare, profile=profile
+                )
 
         return self._remember(await asyncio.to_thread(publish))
 
     async def register_directory(
-        self, tenant: str, name: str, path: Path, *, description: str = ""
+        self,
+        tenant: str,
+        name: str,
+        path: Path,
+        *,
+        description: str = "",
+        new_profile: NewProfile | None = None,
     ) -> tuple[AdapterRecord, bool]:
         """Publish a copy of a directory that the operator named; raises like upload."""
         prepare = self._prepare_from_thread(name)
+        profile = self._profile_from_thread(new_profile)
         self._check_name_is_free(name)
-        return self._remember(
-            await asyncio.to_thread(
-                self._store.publish_directory, path, name, tenant, description, prepare=prepare
+
+        def publish() -> tuple[AdapterRecord, bool]:
+            return self._store.publish_directory(
+                path, name, tenant, description, prepare=prepare, profile=profile
             )
-        )
+
+        return self._remember(await asyncio.to_thread(publish))
 
     def _prepare_from_thread(self, name: str) -> Callable[[str], object]:
         """Return a function for the publishing thread that has the engine read the staged bytes."""
@@ -394,7 +489,29 @@ class AdapterDirectory:
 
         return prepare
 
+    def _profile_from_thread(self, new_profile: NewProfile | None) -> Callable[[], Profile | None]:
+        """Return a function for the publishing thread that has the profile made."""
+        loop = asyncio.get_running_loop()
+
+        async def make() -> Profile | None:
+            return None if new_profile is None else await new_profile()
+
+        def profile() -> Profile | None:
+            making = asyncio.run_coroutine_threadsafe(make(), loop)
+            try:
+                return making.result(timeout=_PROFILE_TIMEOUT_S)
+            except TimeoutError:
+                making.cancel()
+                raise AdapterUnavailable("the engine did not embed the examples in time") from None
+
+        return profile
+
     def _check_name_is_free(self, name: str) -> None:
+        if name == AUTO:
+            raise InvalidRequest(
+                f"{name!r} as a model asks for a choice among adapters; choose another name",
+                param="name",
+            )
         if name == self.base_name:
             raise InvalidRequest(
                 f"{name!r} is the name of the base model; choose another", param="name"
@@ -416,14 +533,15 @@ class AdapterDirectory:
 
     async def load(self, tenant: str, name: str, *, is_pinned: bool) -> AdapterRecord:
         """Bring an adapter to the device; raises ModelNotFound, AdapterRejected or Unavailable."""
-        lease = self.acquire(tenant, name)
+        record = self.find(tenant, name)
+        if record is None:
+            raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
+        lease = self._hold((AppliedAdapter(record.adapter_id),))
         try:
-            if not lease.ids:
-                raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
-            await self._engine.load_adapter(lease.ids[0], is_pinned=is_pinned)
-            record = self.find(tenant, f"{lease.ids[0].name}@{lease.ids[0].version}")
-            assert record is not None
-            return record
+            await self._engine.load_adapter(record.adapter_id, is_pinned=is_pinned)
+            found = self.find(tenant, f"{record.name}@{record.version}")
+            assert found is not None
+            return found
         finally:
             lease.release()
 
@@ -443,7 +561,8 @@ class AdapterDirectory:
 
         The name is gone at once. `now` ends running requests with AdapterDeleted, unless another
         live name or version has the same bytes: those stay, and so do the requests. It is carried
-        out even when the caller goes away while waiting. Raises ModelNotFound or Forbidden.
+        out even when the caller goes away while waiting. Raises ModelNotFound, Forbidden, or
+        Conflict for what a policy names.
         """
         deletion = asyncio.create_task(self._delete(tenant, name, version, mode))
         self._deletions.add(deletion)
@@ -500,6 +619,38 @@ class AdapterDirectory:
     async def _wait_unused(self, adapter: AdapterId) -> None:
         while self._uses[adapter] and not self._is_closing:
             await self._unused.setdefault(adapter, asyncio.Event()).wait()
+
+
+def _with_mandatory(
+    own: tuple[AppliedAdapter, ...], mandatory: tuple[AppliedAdapter, ...], param: str
+) -> tuple[AppliedAdapter, ...]:
+    """Return a request's own adapters and behind them the mandatory ones; one that is both stands
+    in its own place, as the policy says. Raises PolicyConflict.
+    """
+    left = {rule.adapter.digest: rule for rule in mandatory}
+    together: list[AppliedAdapter] = []
+    for applied in own:
+        rule = left.pop(applied.adapter.digest, None)
+        if rule is None:
+            together.append(applied)
+            continue
+        named = replace(applied, adapter=rule.adapter, is_mandatory=True)
+        if named not in (rule, AppliedAdapter(rule.adapter, is_mandatory=True)):
+            raise PolicyConflict(
+                f"{rule.adapter.name!r} is mandatory by policy and applied as that says, at scale "
+                f"{rule.scale:g}; leave it out, it is served all the same",
+                param=param,
+            )
+        together.append(rule)
+    together += left.values()
+    if len(together) > MAX_ADAPTERS:
+        names = ", ".join(repr(rule.adapter.name) for rule in mandatory)
+        raise PolicyConflict(
+            f"{len(own)} adapters and those that are mandatory by policy ({names}) make "
+            f"{len(together)}, expected at most {MAX_ADAPTERS}; name fewer",
+            param=param,
+        )
+    return tuple(together)
 
 
 def _check_together(applied: Sequence[AppliedAdapter], chosen: AdapterRecord | None) -> None:

@@ -24,6 +24,7 @@ from polyadapt.errors import (
     RequestCancelled,
     by_code,
 )
+from polyadapt.tasks.choice import Choice
 from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease, OnCold
 from polyadapt.tasks.sequence_text import SequenceText, TextDelta
 from polyadapt.tasks.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ class Accepted:
     lease: Lease
     prompt_ids: tuple[tuple[int, ...], ...]
     prompt_texts: tuple[str | None, ...]  # as the caller wrote it; None for ids and chats
+    choice: Choice | None = None  # where the model was `auto`
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
+from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
 from polyadapt_store.manifest import AdapterRecord
 
@@ -113,6 +114,9 @@ class UploadMetadata(Body):
 
     description: str = ""
     tags: list[str] = Field(default_factory=list)
+    examples: Examples = Field(
+        default_factory=list, description="make the name's profile: see ProfileObject"
+    )
 
 
 class LoadRequest(Body):

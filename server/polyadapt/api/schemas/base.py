@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from polyadapt.tasks.choice import Choice
 from polyadapt.types import ServedAdapter
 
 MAX_NAME = 400  # characters of `model`: base, separator, adapter and version
@@ -85,6 +86,9 @@ class ServedObject(Reply):
     digest: str
     tier: Literal["device", "host", "store"]
     load_ms: float
+    mandatory: Literal[True] | None = Field(
+        None, exclude_if=is_none, description="the policy of the caller's tenant names it"
+    )
 
     @classmethod
     def of(cls, served: ServedAdapter) -> ServedObject:
@@ -96,6 +100,40 @@ class ServedObject(Reply):
             digest=adapter.digest,
             tier=served.tier,
             load_ms=round(served.load_ms, 3),
+            mandatory=True if served.is_mandatory else None,
+        )
+
+
+class CandidateObject(Reply):
+    """An adapter that could have been chosen, and how near the request is to its examples."""
+
+    name: str
+    score: float
+
+
+class ChoiceObject(Reply):
+    """What `model: "auto"` chose: an adapter's name, or null for the base."""
+
+    adapter: str | None
+    reason: Literal["best", "below_threshold", "no_profiles", "empty_prompt"]
+    score: float | None = Field(description="of the best candidate; from -1 to 1")
+    threshold: float = Field(description="the least score at which an adapter is chosen")
+    candidates: list[CandidateObject] = Field(description="the best few, the best first")
+
+    @classmethod
+    def of(cls, choice: Choice | None) -> ChoiceObject | None:
+        """Return the wire form of a choice; None where there was none to make."""
+        if choice is None:
+            return None
+        return cls(
+            adapter=choice.adapter,
+            reason=choice.reason,
+            score=None if choice.score is None else round(choice.score, 4),
+            threshold=choice.threshold,
+            candidates=[
+                CandidateObject(name=candidate.name, score=round(candidate.score, 4))
+                for candidate in choice.candidates
+            ],
         )
 
 

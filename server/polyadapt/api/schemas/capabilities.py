@@ -40,6 +40,9 @@ class FeaturesObject(Reply):
     on_cold: list[Literal["wait", "base", "fallback", "fail"]]
     prefix_cache: bool
     speculative_tokens: int = Field(description="the server's default; a request may choose")
+    automatic_choice: bool = Field(description='`model: "auto"`, by the profiles of adapters')
+    auto_threshold: float = Field(description="the least score at which an adapter is chosen")
+    policies: bool = Field(description="adapters that are mandatory for a tenant")
     exact: bool = Field(description="answers bit-identical whatever else is in the batch")
     workflows: list[str] = Field(description="the kinds of /v1/workflows")
 

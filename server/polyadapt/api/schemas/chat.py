@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator, mo
 
 from polyadapt.api.schemas.base import (
     Body,
+    ChoiceObject,
     Reply,
     ServedObject,
     Usage,
@@ -219,6 +220,7 @@ class ChatReply(Reply):
     choices: list[ChatChoice]
     usage: Usage
     adapters: list[ServedObject]
+    choice: ChoiceObject | None = Field(None, exclude_if=is_none)
     prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none)
     prompt_logprobs: list[dict[str, PromptLogprob] | None] | None = Field(None, exclude_if=is_none)
     workflow: WorkflowRun | None = Field(
@@ -246,7 +248,7 @@ class ChatChunkChoice(Reply):
 
 
 class ChatChunk(Reply):
-    """One event of a stream; the last one before [DONE] has `adapters`."""
+    """One event of a stream; the last one before [DONE] has `adapters` and any `choice`."""
 
     id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
@@ -256,4 +258,5 @@ class ChatChunk(Reply):
     choices: list[ChatChunkChoice]
     usage: Usage | None = Field(None, exclude_if=is_none)
     adapters: list[ServedObject] | None = Field(None, exclude_if=is_none)
+    choice: ChoiceObject | None = Field(None, exclude_if=is_none)
     prompt_token_ids: list[int] | None = Field(None, exclude_if=is_none)

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from polyadapt.api.schemas.base import Reply, ServedObject, Usage, is_none, only, wrong
+from polyadapt.api.schemas.base import (
+    ChoiceObject,
+    Reply,
+    ServedObject,
+    Usage,
+    is_none,
+    only,
+    wrong,
+)
 from polyadapt.api.schemas.chat import PromptLogprob
 from polyadapt.api.schemas.generation import MAX_LOGPROBS, GenerationRequest
 from polyadapt.api.schemas.workflows import WorkflowRun
@@ -134,3 +142,4 @@ class CompletionReply(Reply):
         exclude_if=is_none,
         description="when `model` is a workflow: how it came to its answer",
     )
+    choice: ChoiceObject | None = Field(None, exclude_if=is_none)

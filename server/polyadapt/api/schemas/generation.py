@@ -100,6 +100,10 @@ class AdapterChoice(Body):
         "refused with a list of those that it has",
     )
 
+    def ref(self) -> AdapterRef:
+        """Return the adapter as the tasks know it."""
+        return AdapterRef(self.name, self.scale, self.rank, _chosen(self.options))
+
 
 def _stop_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
@@ -214,10 +218,7 @@ class GenerationRequest(Body):
         """Return the adapters that replace the model's own, or None."""
         if self.adapters is None:
             return None
-        return tuple(
-            AdapterRef(choice.name, choice.scale, choice.rank, _chosen(choice.options))
-            for choice in self.adapters
-        )
+        return tuple(choice.ref() for choice in self.adapters)
 
     def cold(self) -> OnCold | None:
         """Return what is done when the adapters are not on the device; None if nothing is asked."""

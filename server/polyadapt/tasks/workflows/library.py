@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from polyadapt.errors import Conflict, ModelNotFound, NotFound, PolyadaptError, by_code
 from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease
-from polyadapt.tasks.model_name import split_base
+from polyadapt.tasks.model_name import AUTO, split_base
 from polyadapt.tasks.workflows.base import Member
 from polyadapt.tasks.workflows.kinds import AnyDefinition, stored_definition
 from polyadapt_store.registry import SHARED_TENANT
@@ -109,11 +109,16 @@ class WorkflowLibrary:
     ) -> tuple[Workflow, bool]:
         """Store a workflow; return it and whether its name is new.
 
-        Raises Conflict when the name is the base's, an adapter's, or a workflow's that may not be
-        replaced, and ModelNotFound for a member's adapter that is not there.
+        Raises Conflict when the name is the base's, `auto`, an adapter's, or a workflow's that may
+        not be replaced, and ModelNotFound for a member's adapter that is not there.
         """
         if name == self._directory.base_name:
             raise Conflict(f"{name!r} is the name of the base model; choose another", param="name")
+        if name == AUTO:
+            raise Conflict(
+                f"{name!r} as a model asks for a choice among adapters; choose another",
+                param="name",
+            )
         for role, member in definition.members.items():
             _lease(self._directory, tenant, role, member, f"definition.{role}.adapter").release()
 

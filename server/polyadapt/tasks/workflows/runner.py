@@ -140,11 +140,13 @@ class _Run:
             found = await self._generate(request, self._leases[role])
         except PolyadaptError as error:
             raise located(error, f"the workflow's {role}, round {round_id}") from None
-        applied = self._leases[role].applied
+        has_own = self._request.workflow.definition.members[role].adapter is not None
+        # Its own stands before those that are mandatory for the tenant.
+        own = self._leases[role].applied[0].adapter if has_own else None
         sample = Sample(
             round=round_id,
             role=role,
-            adapter=f"{applied[0].adapter.name}@{applied[0].adapter.version}" if applied else None,
+            adapter=None if own is None else f"{own.name}@{own.version}",
             text=found.text,
             answer=extract(found.text) if has_answer else None,
             num_prompt_tokens=found.num_prompt_tokens,

@@ -1,0 +1,65 @@
+"""What every request of a tenant is served through besides its own adapters.
+
+Knows no engine: tasks/directory.py applies it, so that nobody who asks for adapters passes it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from polyadapt_store.policies import Policy, PolicyEntry, no_policy
+
+
+class Book(Protocol):
+    """What is needed of polyadapt_store's PolicyBook."""
+
+    @property
+    def num_writes(self) -> int: ...
+
+    def put(self, tenant: str, entries: Sequence[PolicyEntry]) -> Policy: ...
+
+    def list(self) -> tuple[Policy, ...]: ...
+
+    def delete(self, tenant: str) -> None: ...
+
+
+class Policies:
+    """The policies as the registry holds them now, at hand for every request."""
+
+    def __init__(self, book: Book) -> None:
+        self._book = book
+        # In one piece, for it is read in several threads: after how many writes, and what was read.
+        self._known: tuple[int, dict[str, Policy]] = (-1, {})
+
+    def of(self, tenant: str) -> Policy | None:
+        """Return the tenant's policy, as the last write left it, and None if it has none."""
+        return self._all().get(tenant)
+
+    def get(self, tenant: str) -> Policy:
+        """Return the tenant's policy; raises NotFound."""
+        policy = self.of(tenant)
+        if policy is None:
+            raise no_policy(tenant)
+        return policy
+
+    def list(self) -> tuple[Policy, ...]:
+        """Return all policies, by tenant."""
+        return tuple(self._all().values())
+
+    def put(self, tenant: str, entries: Sequence[PolicyEntry]) -> Policy:
+        """Replace the tenant's policy; it holds from the next request on. Raises ModelNotFound."""
+        return self._book.put(tenant, entries)
+
+    def remove(self, tenant: str) -> None:
+        """Remove the tenant's policy; raises NotFound."""
+        self._book.delete(tenant)
+
+    def _all(self) -> dict[str, Policy]:
+        known = self._known
+        written = self._book.num_writes
+        if known[0] != written:
+            # The number was taken first: what is written meanwhile is read again.
+            known = written, {policy.tenant: policy for policy in self._book.list()}
+            self._known = known
+        return known[1]

@@ -1,4 +1,4 @@
-"""A safetensors file read header first: take() each tensor once, drained() tells what nobody took.
+"""Safetensors files read header first: take() each tensor once, drained() tells what nobody took.
 
 Format: https://github.com/huggingface/safetensors#format, read more strictly than it is defined: no
 duplicate keys, no control characters or ".." in names, floating-point tensors and indices only.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,39 +68,56 @@ def read_header(path: Path, limits: StoreLimits) -> dict[str, TensorInfo]:
 
 
 class Checkpoint:
-    """An open safetensors file. Each tensor is taken at most once; what is left over is an error of
+    """Open safetensors files. Each tensor is taken at most once; what is left over is an error of
     the reader.
 
     Raises AdapterRejected like read_header. Use as a context manager; not thread-safe.
     """
 
-    def __init__(self, path: Path, limits: StoreLimits | None = None) -> None:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            self._header, self._data_begin = _read_header(
-                file, size, path.name, limits or StoreLimits()
-            )
-            # The mapping keeps its own descriptor, and lives until the last RawTensor is gone.
-            self._view: memoryview | None = memoryview(
-                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            )
+    def __init__(self, paths: Path | Mapping[str, Path], limits: StoreLimits | None = None) -> None:
+        """paths: one file, or several, each under what its tensors' names begin with here (see
+        manifest.weight_files); at most limits.num_tensors in all of them.
+        """
+        paths = {"": paths} if isinstance(paths, Path) else paths
+        limits = limits or StoreLimits()
+        self._header: dict[str, TensorInfo] = {}
+        self._place: dict[str, tuple[memoryview, int]] = {}  # the file and where its data begins
+        problems: list[Problem] = []
+        for prefix, path in paths.items():
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                name = prefix.removesuffix("/") or path.name
+                try:
+                    header, data_begin = _read_header(file, size, name, limits)
+                except AdapterRejected as error:
+                    problems += error.problems
+                    continue
+                # The mapping keeps its own descriptor, and lives until the last RawTensor is gone.
+                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for key, info in header.items():
+                self._header[prefix + key] = info
+                self._place[prefix + key] = view, data_begin
+        if len(self._header) > limits.num_tensors:
+            problems.append(_too_many(len(self._header), "the adapter", limits))
+        if problems:
+            raise AdapterRejected(problems)
         self._left = dict.fromkeys(self._header)
 
     @property
-    def header(self) -> dict[str, TensorInfo]:
-        """Name -> TensorInfo of every tensor in the file."""
+    def header(self) -> Mapping[str, TensorInfo]:
+        """Name -> TensorInfo of every tensor; byte ranges are those within its own file."""
         return self._header
 
     def take(self, key: str) -> RawTensor:
-        """Return the tensor `key`; raises KeyError if the file lacks it or it was taken before."""
-        if self._view is None:
+        """Return the tensor `key`; raises KeyError if it is in no file or was taken before."""
+        if not self._place and self._header:
             raise ValueError("the checkpoint is closed")
         if key not in self._left:
             known = "was already taken" if key in self._header else "is not in the checkpoint"
             raise KeyError(f"tensor {key!r} {known}")
         del self._left[key]
-        info = self._header[key]
-        data = self._view[self._data_begin + info.begin : self._data_begin + info.end]
+        info, (view, data_begin) = self._header[key], self._place[key]
+        data = view[data_begin + info.begin : data_begin + info.end]
         return RawTensor(info.dtype, info.shape, data)
 
     def drained(self) -> list[str]:
@@ -108,9 +126,15 @@ class Checkpoint:
         """
         return sorted(self._left)
 
+    def below(self, prefix: str) -> Checkpoint:
+        """The tensors whose names begin with `prefix`, without it: a view of this checkpoint, which
+        counts what is taken there.
+        """
+        return _Part(self, prefix)
+
     def close(self) -> None:
-        """Let go of the file; tensors that were taken stay readable."""
-        self._view = None
+        """Let go of the files; tensors that were taken stay readable."""
+        self._place = {}
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -122,6 +146,28 @@ class Checkpoint:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Part(Checkpoint):
+    """See Checkpoint.below."""
+
+    def __init__(self, whole: Checkpoint, prefix: str) -> None:
+        self._whole = whole
+        self._prefix = prefix
+        found = (item for item in whole.header.items() if item[0].startswith(prefix))
+        self._header = {key.removeprefix(prefix): info for key, info in found}
+
+    def take(self, key: str) -> RawTensor:
+        """See Checkpoint.take."""
+        return self._whole.take(self._prefix + key)
+
+    def drained(self) -> list[str]:
+        """See Checkpoint.drained."""
+        left = (key for key in self._whole.drained() if key.startswith(self._prefix))
+        return [key.removeprefix(self._prefix) for key in left]
+
+    def close(self) -> None:
+        """Nothing: the files are the whole's."""
 
 
 def _read_header(
@@ -174,11 +220,7 @@ def _checked(
             )
         )
     if len(entries) > limits.num_tensors:
-        raise _rejected(
-            "too_many_tensors",
-            f"{name} holds {len(entries)} tensors, at most {limits.num_tensors} are accepted",
-            name,
-        )
+        raise AdapterRejected([_too_many(len(entries), name, limits)])
     header: dict[str, TensorInfo] = {}
     for key, entry in entries.items():
         info = _tensor_info(key, entry, limits, problems)
@@ -293,6 +335,14 @@ def _offset_problems(header: dict[str, TensorInfo], data_size: int, name: str) -
 
 def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _too_many(count: int, name: str, limits: StoreLimits) -> Problem:
+    return Problem(
+        "too_many_tensors",
+        f"{name} holds {count} tensors, at most {limits.num_tensors} are accepted",
+        name,
+    )
 
 
 def _rejected(code: str, message: str, where: str) -> AdapterRejected:

@@ -5,14 +5,17 @@ record.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 from polyadapt.types import AdapterId
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_SUFFIX, WEIGHTS_SUFFIX = ".json", ".safetensors"
 
 # `validating` and `rejected` are states of an upload; only ready versions are ever recorded.
 AdapterStatus = Literal["ready", "revoked", "deleted"]
@@ -27,6 +30,60 @@ class FileEntry:
     name: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class FileForm:
+    """The files of one form of adapter, by their paths in its directory.
+
+    required: each must be there; optional: what may be, "*" standing for any folder or name.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+    def reads(self, name: str) -> bool:
+        """Whether a file of this path is one of the form's."""
+        parts = name.split("/")
+        return name in self.required or any(
+            len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+            for wanted in (pattern.split("/") for pattern in self.optional)
+        )
+
+
+PEFT_FORM = FileForm((CONFIG_NAME, WEIGHTS_NAME))
+
+
+def is_read(name: str, forms: Sequence[FileForm]) -> bool:
+    """Whether a file of this path belongs to any of the forms."""
+    return any(form.reads(name) for form in forms)
+
+
+def missing_files(names: Collection[str], forms: Sequence[FileForm]) -> tuple[str, ...]:
+    """What the form lacks that the names come closest to; empty when they complete one."""
+    lacks = (tuple(name for name in form.required if name not in names) for form in forms)
+    return min(lacks, key=len)
+
+
+def list_names(directory: Path) -> frozenset[str]:
+    """Return the paths of all files below an adapter's directory, with '/'."""
+    found = (path for path in directory.rglob("*") if not path.is_dir())
+    return frozenset(path.relative_to(directory).as_posix() for path in found)
+
+
+def weight_files(directory: Path, forms: Sequence[FileForm]) -> dict[str, Path]:
+    """Return the safetensors files that belong to the forms, each under what its tensors' names
+    begin with when they are read together: nothing for WEIGHTS_NAME itself, else its path and '/'.
+    """
+    names = (name for name in list_names(directory) if name.endswith(WEIGHTS_SUFFIX))
+    return {
+        weights_prefix(name): directory / name for name in sorted(names) if is_read(name, forms)
+    }
+
+
+def weights_prefix(name: str) -> str:
+    """What the names of a file's tensors begin with; see weight_files."""
+    return "" if name == WEIGHTS_NAME else f"{name}/"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -17,12 +17,19 @@ from typing import BinaryIO
 from polyadapt.errors import InvalidRequest, PayloadTooLarge, Problem
 from polyadapt_store.blobs import BlobStore, Failpoint
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME, FileEntry
+from polyadapt_store.manifest import (
+    CONFIG_SUFFIX,
+    PEFT_FORM,
+    WEIGHTS_NAME,
+    FileEntry,
+    FileForm,
+    is_read,
+    missing_files,
+)
 from polyadapt_store.strict_json import shown
 
 logger = logging.getLogger(__name__)
 
-_STORED = frozenset({CONFIG_NAME, WEIGHTS_NAME})
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 # What a trainer leaves beside the adapter. Dropped unread like a README, so that a whole output
 # folder can be sent.
@@ -88,10 +95,18 @@ class StagedUpload:
     Not thread-safe: one upload belongs to one thread at a time.
     """
 
-    def __init__(self, blobs: BlobStore, limits: StoreLimits, failpoint: Failpoint) -> None:
+    def __init__(
+        self,
+        blobs: BlobStore,
+        limits: StoreLimits,
+        failpoint: Failpoint,
+        forms: Sequence[FileForm] = (PEFT_FORM,),
+    ) -> None:
+        """forms: files that belong to one of them are stored."""
         self._blobs = blobs
         self._limits = limits
         self._failpoint = failpoint
+        self._forms = forms
         self._names: set[str] = set()
         self._files: list[FileEntry] = []
         self._problems: list[Problem] = []
@@ -125,8 +140,7 @@ class StagedUpload:
         names = {file.name for file in self._files}
         missing = [
             Problem("missing_file", f"{name} is missing from the upload", name)
-            for name in (CONFIG_NAME, WEIGHTS_NAME)
-            if name not in names
+            for name in missing_files(names, self._forms)
         ]
         return self._problems + missing
 
@@ -147,8 +161,8 @@ class StagedUpload:
         last = name.rpartition("/")[2]
         suffix = os.path.splitext(last)[1].lower()
         max_bytes = self._limits.file_bytes
-        if last in _STORED:
-            if last == CONFIG_NAME:
+        if is_read(name, self._forms):
+            if suffix == CONFIG_SUFFIX:
                 max_bytes = self._limits.config_bytes
             return FileWriter(self, name, self.directory / name, max_bytes)
         if last in _TRAINER_PICKLES or last.startswith("rng_state"):

@@ -23,7 +23,13 @@ from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_direc
 from polyadapt_store.database import Database
 from polyadapt_store.keys import KeyRing
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.manifest import AdapterManifest, AdapterRecord, ValidationReport
+from polyadapt_store.manifest import (
+    PEFT_FORM,
+    AdapterManifest,
+    AdapterRecord,
+    FileForm,
+    ValidationReport,
+)
 from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
@@ -77,10 +83,11 @@ class AdapterStore:
         validate: Callable[[Path], ValidationReport],
         limits: StoreLimits | None = None,
         *,
+        forms: Sequence[FileForm] = (PEFT_FORM,),
         failpoint: Failpoint = no_failpoint,
     ) -> None:
         """Open the store, remove what a crash left behind; raises StartupError if it is in use or
-        damaged.
+        damaged. forms: files of uploads that belong to one of them are stored.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = _lock(root)
@@ -91,6 +98,7 @@ class AdapterStore:
             raise
         sync_directory(root)
         self._limits = limits or StoreLimits()
+        self._forms = tuple(forms)
         self._failpoint = failpoint
         self._validate = validate
         self._blobs = BlobStore(root, failpoint)
@@ -127,7 +135,7 @@ class AdapterStore:
         """Begin an upload; use it as a context manager, so that nothing stays if it is not
         published.
         """
-        return StagedUpload(self._blobs, self._limits, self._failpoint)
+        return StagedUpload(self._blobs, self._limits, self._failpoint, self._forms)
 
     def publish(
         self,

@@ -10,6 +10,9 @@ from typing import Any
 
 from polyadapt.errors import Problem
 
+_QUOTE, _BACKSLASH, _COMMA = b'"\\,'
+_CLOSING, _SPACE = b"}]", b" \t\r\n"
+
 
 class StrictJsonError(ValueError):
     """The text is not the JSON that we read; `problem` says why, with a stable code."""
@@ -77,6 +80,25 @@ def parse_object(text: bytes, *, where: str, max_depth: int) -> dict[str, Any]:
             "json_too_deep", f"{where} is nested deeper than {max_depth} levels", where
         )
     return value
+
+
+def without_trailing_commas(text: bytes) -> bytes:
+    """Return JSON without the commas that stand before a closing bracket, which some writers leave
+    there; strings stay as they are. Linear in the text, whatever it holds.
+    """
+    kept = bytearray()
+    comma, is_string, is_escaped = -1, False, False
+    for byte in text:
+        if is_string:
+            is_string = is_escaped or byte != _QUOTE
+            is_escaped = not is_escaped and byte == _BACKSLASH
+        elif byte not in _SPACE:
+            if comma >= 0 and byte in _CLOSING:
+                del kept[comma]
+            comma = len(kept) if byte == _COMMA else -1
+            is_string = byte == _QUOTE
+        kept.append(byte)
+    return bytes(kept)
 
 
 def shown(text: object, max_chars: int = 120) -> str:

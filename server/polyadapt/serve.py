@@ -16,6 +16,7 @@ from pathlib import Path
 import uvicorn
 from fastapi import FastAPI
 
+from polyadapt.adapters.registry import FILES
 from polyadapt.adapters.validator import run_validator
 from polyadapt.api.services import Services
 from polyadapt.app import StartupAdapter, build_app, stop_engine
@@ -106,7 +107,7 @@ async def serve(
             raise Unavailable("the engine is starting; upload again shortly")
         return run_validator(directory, engine.info.base, limits)
 
-    with AdapterStore(config.store_dir, validate, limits) as store:
+    with AdapterStore(config.store_dir, validate, limits, forms=FILES) as store:
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
         async with app.router.lifespan_context(app):
             web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))

@@ -66,6 +66,7 @@ class ServedAdapter:
     tier: Tier
     load_ms: float
     is_mandatory: bool = False
+    is_approximate: bool = False  # as the request asked for: not what the adapter itself computes
 
 
 # --------------------------------------------------------------------------- the base model

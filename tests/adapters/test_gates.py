@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from polyadapt.adapters.adapter import Option, Traits
-from polyadapt.adapters.gates import NEVER, GatedAdapter, arrange
+from polyadapt.adapters.adapter import Option, Probe, Traits
+from polyadapt.adapters.gates import NEVER, GatedAdapter, Probing, arrange, at_rest
 from polyadapt.errors import InvalidRequest, PolicyConflict, UnsupportedField
 from polyadapt.types import AdapterId, AppliedAdapter, OptionValue
 
@@ -276,3 +276,50 @@ def test_what_a_policy_demands_is_told_from_what_a_caller_asks():
     assert not isinstance(
         refused([use("p", 0.5), mandatory], [traits[1], Traits()]), PolicyConflict
     )
+
+
+# --------------------------------------------------------------------------- a first pass
+PROBE = Probe((4, 6), 2, top_k=1, scale=0.5)
+WEIGHED = Traits(options=PROBE.options, probe=PROBE)
+AT_REST = Probe((4, 6), 2, resting=0.25, scale=0.5)
+RESTING = Traits(options=AT_REST.options, probe=AT_REST)
+
+
+def test_what_a_request_says_nothing_of_is_as_the_adapter_has_it():
+    found = gate(WEIGHED)
+    assert found.probing == Probing(6, 1, 0.5, 0.0)
+    assert not found.is_approximate
+    said = gate(WEIGHED, choose(top_k=1, global_scaling_weight=0.5))
+    assert (said.probing, said.options) == (found.probing, ())
+    assert gate(Traits()).probing is None
+
+
+def test_a_request_chooses_of_a_probe_what_it_offers():
+    found = gate(WEIGHED, choose(top_k=2, global_scaling_weight=2), prompt=(1, 2, 3))
+    assert found.probing == Probing(6, 2, 2.0, 0.0)
+    assert found.options == (("global_scaling_weight", 2.0), ("top_k", 2))
+    found = gate(WEIGHED, choose(frozen_after=4), prompt=(1, 2, 3))
+    assert found.probing == Probing(6, 1, 0.5, 0.0, frozen_from=7)
+    assert found.is_approximate
+    assert found.options == (), "pages before that position are as without it"
+
+
+def test_at_scale_zero_nothing_is_weighed():
+    assert gate(WEIGHED, use("a", 0.0)).probing is None
+
+
+def test_only_who_acts_in_the_first_pass_rests_there():
+    lanes = arrange([use("a"), use("b")], [WEIGHED, Traits()], (1,))
+    assert at_rest(lanes) == ()
+    (lane,) = at_rest(arrange([use("a"), use("b")], [RESTING, Traits()], (1,)))
+    assert lane.is_resting
+    assert lane.probing is not None
+    assert lane.probing.resting == 0.125, "as strong as the experts are then"
+
+
+def test_two_adapters_do_not_share_a_first_pass_in_which_one_acts():
+    error = refused([use("a"), use("b")], [WEIGHED, RESTING])
+    assert "'b' acts itself" in error.message
+    assert error.param == "adapters"
+    arrange([use("a"), use("b")], [WEIGHED, WEIGHED], (1,))
+    arrange([use("a", 0.0), use("b")], [WEIGHED, RESTING], (1,))

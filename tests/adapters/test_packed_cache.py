@@ -18,7 +18,7 @@ from tests.support.engines import put_blob
 from tests.support.peft_adapters import peft_model, save, tiny_gpt2
 
 from polyadapt.adapters import packed_cache, reader
-from polyadapt.adapters.adapter import Option, Traits
+from polyadapt.adapters.adapter import Option, Probe, Traits
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.reader import AdapterReader
@@ -92,6 +92,21 @@ def test_what_a_request_may_choose_is_kept(rig: Rig) -> None:
     assert_same(found, packed)
     kinds = [type(option.default) for option in found.traits.options]
     assert kinds == [tuple, float, int, bool, type(None)]
+
+
+def test_a_probe_behind_the_cells_is_kept(rig: Rig) -> None:
+    cache, digest = rig.reader()._cache, rig.add()
+    assert cache is not None
+    plain = rig.reader()(digest)
+    probe = Probe((2, 3, 4), 2, top_k=1, temperature=0.5, resting=0.25)
+    weights = torch.cat([plain.weights, torch.arange(25.0)])
+    packed = dataclasses.replace(plain, weights=weights, traits=Traits(probe=probe))
+    cache.put(digest, packed)
+    found = cache.get(digest)
+    assert found is not None
+    assert_same(found, packed)
+    cache.put(digest, dataclasses.replace(packed, weights=weights[:-1]))
+    assert cache.get(digest) is None, "its weights are not those that its traits announce"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polyadapt.adapters import pool as pool_module
-from polyadapt.adapters.adapter import Traits
+from polyadapt.adapters.adapter import Probe, Traits
 from polyadapt.adapters.arena import Arena
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
@@ -317,6 +317,26 @@ def test_a_compaction_is_spread_over_rounds_and_whoever_comes_later_does_not_tak
     it.settle()
     it.take("d")
     it.take("small")
+
+
+def test_what_lies_behind_the_cells_is_found_wherever_they_are_moved(rig, monkeypatch):
+    monkeypatch.setattr(pool_module, "_MOVED_TOGETHER", 40)
+    it = rig(a=30, b=30, c=30, d=50)
+    probe = Probe((2, 2), 1)  # of 6 elements
+    whole = packed_cells(2.0, [10, 10, 10])
+    whole.weights[-6:] = torch.arange(6.0)
+    it.store.adapters["b"] = replace(whole, traits=Traits(probe=probe))
+    slots = {"a": it.take("a"), "b": it.acquire_all("b"), "c": it.take("c")}
+    it.pool.release((slots["a"],))
+    it.pool.release((slots["c"],))
+    it.pool.prepare("d", lambda _: None)
+    it.settle()
+    for _ in range(4):
+        assert torch.equal(it.pool.probe_weights(slots["b"]), torch.arange(6.0))
+        it.pool.poll()
+        it.acquire("d")
+    assert it.counters["arena_compactions"] == 1
+    assert not len(it.pool.probe_weights(slots["c"])), "who has none has nothing there"
 
 
 def test_the_time_that_copies_may_take_bounds_what_is_moved_in_a_round(rig, monkeypatch):

@@ -82,6 +82,16 @@ async def test_an_adapter_is_named_in_body_and_header(server: Server) -> None:
         assert reply.headers["x-adapter-digest"] == poet["digest"]
 
 
+@pytest.mark.parametrize("ask", [chat, complete])
+async def test_what_is_approximate_says_so_in_the_reply(server: Server, ask: Any) -> None:
+    await server.upload("poet")
+    asked = [{"name": "poet", "options": {"frozen_after": 3}}]
+    (served,) = (await ask(server, adapters=asked)).json()["adapters"]
+    assert served["approximate"] is True
+    (served,) = (await ask(server, adapters=[{"name": "poet"}])).json()["adapters"]
+    assert "approximate" not in served
+
+
 async def test_the_adapters_field_replaces_the_models_own(server: Server) -> None:
     await server.upload("poet")
     await server.upload("chef")

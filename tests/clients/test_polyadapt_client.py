@@ -160,6 +160,9 @@ def test_several_adapters_complete_a_text(client: Polyadapt) -> None:
     assert reply.text == "I am haiku+pirate 0."
     assert [served.name for served in reply.adapters] == ["haiku", "pirate"]
     assert reply.adapters[0].digest == client.adapter("haiku").digest
+    assert not reply.adapters[0].is_approximate
+    frozen = Use("haiku", options={"frozen_after": 2})
+    assert client.complete("hi", model="fake-base", adapters=[frozen]).adapters[0].is_approximate
     assert client.complete("hi", model="haiku", adapters=[]).adapters == ()
     with pytest.raises(ApiError) as caught:
         client.complete("hi", model="fake-base", adapters=["haiku", "haiku"])

@@ -17,6 +17,7 @@ from tests.support.servers import RunningServer, running_server
 from transformers import AutoConfig
 
 NUM_TOKENS = 24
+STORED = (".json", ".safetensors")
 BODY = {"prompt": [5, 8, 17, 30, 41, 9, 77], "temperature": 0, "max_tokens": NUM_TOKENS,
         "ignore_eos": True, "return_token_ids": True, "logprobs": 1}  # fmt: skip
 
@@ -33,10 +34,8 @@ def server(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run
 
 
 def upload(server: RunningServer, name: str, directory: Path) -> None:
-    files = [
-        ("files", (file, (directory / file).read_bytes()))
-        for file in ("adapter_config.json", "adapter_model.safetensors")
-    ]
+    paths = (path for path in sorted(directory.rglob("*")) if path.suffix in STORED)
+    files = [("files", (p.relative_to(directory).as_posix(), p.read_bytes())) for p in paths]
     reply = server.post("/v1/adapters", data={"name": name}, files=files)
     assert reply.status_code == 201, (name, reply.text)
 
@@ -47,7 +46,8 @@ def bodies(server: RunningServer) -> dict[str, dict[str, Any]]:
     asked = {name: {"model": name} for name in NAMES}
     asked |= {f"base{n}": {"model": base} for n in range(3)}
     pairs = [("lora", "rslora"), ("miss", "dora"), ("ia3", "lora-bias"), ("road", "gralora"),
-             ("smora", "mola"), ("arrow", "lora"), ("mixlora", "rslora")]  # fmt: skip
+             ("smora", "mola"), ("arrow", "lora"), ("mixlora", "rslora"),
+             ("xlora", "dora")]  # fmt: skip
     for one, two in pairs:
         adapters = [{"name": one}, {"name": two}]
         asked[f"{one} + {two}"] = {"model": base, "adapters": adapters}

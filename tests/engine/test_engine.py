@@ -13,7 +13,6 @@ from tests.oracle import adapters, peft_oracle, tiny
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
 from polyadapt.engine.output import Call
-from polyadapt.engine.request import Sequence
 from polyadapt.types import (
     AdapterId,
     AppliedAdapter,
@@ -461,24 +460,6 @@ def _merge(model: torch.nn.Module, directory: Path, scale: float) -> None:
             model.get_submodule(path).weight += delta
 
 
-def test_companions_live_and_end_with_their_leader_in_the_engine(start):
-    driver = start()
-    driver.submit(greedy_request("r", ids(0), None, 4))
-    (leader,) = driver.engine._groups["r"].sequences
-    companion = Sequence(leader.group, 1, list(leader.token_ids), leader.num_prompt)
-    companion.is_companion = True
-    leader.companions = (companion,)
-    leader.group.sequences.append(companion)
-    driver.engine.scheduler.waiting.append(companion)
-    driver.step()
-    assert driver.engine.stats().num_running == 2
-    driver.run()
-    assert driver.transcripts["r"].last == Finished("r")
-    assert driver.engine.scheduler.pages.num_used == 0
-    only: Request = leader.group.request
-    assert driver.transcripts["r"].tokens == start().run(replace(only, id="x"))["x"].tokens
-
-
 def test_a_plan_is_kept_while_the_same_sequences_go_on_and_made_anew_for_others(
     start, identities, monkeypatch
 ):
@@ -486,9 +467,9 @@ def test_a_plan_is_kept_while_the_same_sequences_go_on_and_made_anew_for_others(
 
     made = []
 
-    def counted(sequences, *rest):
+    def counted(sequences, *rest, **options):
         made.append(len(sequences))
-        return inner(sequences, *rest)
+        return inner(sequences, *rest, **options)
 
     inner = runner_module._plans
     monkeypatch.setattr(runner_module, "_plans", counted)

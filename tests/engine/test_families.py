@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.oracle import peft_oracle, tiny
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
-from tests.support.family_samples import NAMES, ROUTED, make_sample, oracle_logits
+from tests.support.family_samples import NAMES, PROBED, ROUTED, make_sample, oracle_logits
 
 from polyadapt.types import AdapterId, Request
 
@@ -66,7 +66,7 @@ def test_every_family_in_one_batch_equals_its_oracle(zoo: Zoo) -> None:
             raise AssertionError(f"{request.id}: {error}") from error
 
 
-ALONE = ["lora", "dora", "ia3", "oft", "road", "ln_tuning", "lora-head", *ROUTED]
+ALONE = ["lora", "dora", "ia3", "oft", "road", "ln_tuning", "lora-head", *ROUTED, *PROBED]
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -9,7 +9,7 @@ from hashlib import sha256
 
 import pytest
 
-from polyadapt.adapters.gates import NEVER, GatedAdapter
+from polyadapt.adapters.gates import NEVER, GatedAdapter, Probing
 from polyadapt.engine.prefix import PageKeys, encode
 from polyadapt.types import AdapterId, AppliedAdapter, Options, Request, SamplingParams
 
@@ -108,6 +108,29 @@ def test_options_count_as_the_gates_read_them():
     assert len(roots | {base}) == len(chosen) + 1
     turns = [keys.turns([invoked(4, options=options)])[1] for options in ((), *chosen)]
     assert len(set(turns)) == len(turns)
+
+
+def weighed(frozen_from: int = NEVER, **options) -> GatedAdapter:
+    return GatedAdapter(A, 0, probing=Probing(6, 0, 1.0, 0.5, frozen_from), **options)
+
+
+def test_weights_that_stay_join_at_the_page_from_which_they_do():
+    keys = PageKeys(**ENGINE)  # pages of 4
+    assert keys.root((), [weighed(9)]) == keys.root((), [weighed()])
+    assert keys.turns([weighed()]) == {}
+    found = [keys.turns([weighed(at)]) for at in (8, 9, 11, 12)]
+    assert [list(turns) for turns in found] == [[2], [2], [2], [3]]
+    assert len({*(turns[2] for turns in found[:3]), found[3][3]}) == 4, "the position counts"
+    chosen = weighed(9, options=(("top_k", 1),))
+    assert keys.turns([chosen])[2] != keys.turns([weighed(9)])[2]
+    assert keys.turns([weighed(9, is_kv_neutral=True)]) == {}
+
+
+def test_a_first_pass_in_which_an_adapter_acts_is_neither_the_bases_nor_the_adapters():
+    keys = PageKeys(**ENGINE)
+    resting = weighed(9, is_resting=True)
+    assert keys.turns([resting]) == {}, "it ends where the weights begin to stay"
+    assert len({keys.root((), [resting]), keys.root((), [weighed()]), keys.root((), [])}) == 3
 
 
 def test_an_invoked_adapter_joins_at_the_page_of_its_first_position():

@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from polyadapt.adapters.gates import NEVER, GatedAdapter
+from polyadapt.adapters.gates import NEVER, GatedAdapter, Probing
 from polyadapt.engine.request import RequestGroup, Sequence
-from polyadapt.engine.runner import PageTable, _idle_rows, _plans
-from polyadapt.ops.plan import BatchPlan
+from polyadapt.engine.runner import ModelRunner, PageTable, _idle_rows, _plans
+from polyadapt.engine.token_table import TokenTable
+from polyadapt.ops.plan import BatchPlan, PlanBuffers
+from polyadapt.ops.strategy import choose
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
 
@@ -137,3 +141,50 @@ def test_ordinary_sequences_cost_no_gate():
     assert _idle_rows(sequences, lengths) == {}
     tokens, _ = _plans(sequences, lengths, lengths, {}, 4)
     assert all(lane.gate is None for lane in tokens.lanes)
+
+
+def new_probed(width: int, first: int, stop: int) -> Sequence:
+    """A running sequence one of whose adapters has weights of its experts for [first, stop)."""
+    use = AppliedAdapter(AdapterId("x", 1, "x"))
+    lanes = (GatedAdapter(use, 0), GatedAdapter(use, 1, probing=Probing(width, 0, 1.0, 0.0)))
+    (sequence,) = RequestGroup.of(
+        Request("r", (1,) * stop, SamplingParams(max_tokens=9), (use, use)), 0.0
+    ).sequences
+    sequence.group.settle(lanes)
+    sequence.slots, sequence.num_computed = (0, 1), first
+    table = sequence.expert_weights.setdefault(1, TokenTable())
+    rows = np.arange(first, stop, dtype=np.float32)[:, None] + np.arange(width) / 8
+    table.put(first, rows.astype(np.float32))
+    return sequence
+
+
+def test_the_weights_of_experts_are_loaded_anew_for_the_same_rows():
+    runner = ModelRunner.__new__(ModelRunner)
+    runner.tokens, runner.outputs = (PlanBuffers(16, torch.device("cpu")) for _ in range(2))
+    runner.strategy, runner._planned = choose(torch.float32, is_exact=False), ()
+    wide, narrow = new_probed(4, 3, 9), new_probed(2, 5, 9)
+    lengths, num_outputs = np.array([2, 3]), np.array([1, 0])
+    for _ in range(2):
+        runner._load_plans([wide, narrow], lengths, num_outputs)
+        plain, probed = runner.tokens.lanes
+        assert plain.table is None
+        assert probed.table is not None
+        for sequence, start, width in ((wide, 0, 4), (narrow, 2, 2)):
+            at = sequence.num_computed
+            length = 2 if sequence is wide else 3
+            expected = sequence.weights_at(1, at, at + length)
+            assert probed.table[start : start + length, :width].tolist() == expected.tolist()
+        (_, head) = runner.outputs.lanes
+        assert head.table is not None
+        assert head.table[0, :4].tolist() == wide.weights_at(1, 4, 5)[0].tolist(), "its last row"
+        wide.expert_weights[1].put(3, np.full((6, 4), 7.0, np.float32))
+        narrow.expert_weights[1].put(5, np.full((4, 2), 8.0, np.float32))
+
+
+def test_a_resting_adapter_weighs_all_experts_alike():
+    sequence = new_probed(3, 0, 4)
+    (_, lane) = sequence.lanes
+    assert lane.probing is not None
+    resting = replace(lane, probing=replace(lane.probing, resting=0.25), is_resting=True)
+    sequence.lanes = (sequence.lanes[0], resting)
+    assert sequence.weights_at(1, 7, 9).tolist() == [[0.25] * 3] * 2

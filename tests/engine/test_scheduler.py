@@ -1,4 +1,4 @@
-"""The scheduler alone: budgets, preemption, skipping, companions. No torch."""
+"""The scheduler alone: budgets, preemption, skipping, first passes. No torch."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polyadapt.adapters.adapter import Traits
+from polyadapt.adapters.adapter import Probe, Traits
 from polyadapt.engine import scheduler as scheduler_module
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
-from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
+from polyadapt.engine.request import RequestGroup, SequenceState
 from polyadapt.engine.scheduler import MAX_OVERTAKEN, ScheduledRows, Scheduler
 from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 
@@ -114,9 +114,17 @@ def run_step(scheduler: Scheduler) -> dict[str, int]:
     for rows in batch:
         is_last = rows.is_last_chunk
         rows.sequence.num_computed += rows.num_tokens
-        if is_last:
+        if is_last and rows.sequence.main is None:
             rows.sequence.token_ids.append(0)
-    return {rows.sequence.group.request.id: rows.num_tokens for rows in batch}
+    return _by_request(batch)
+
+
+def _by_request(batch: list[ScheduledRows]) -> dict[str, int]:
+    """Rows of each request, of its first pass as well."""
+    found: Counter[str] = Counter()
+    for rows in batch:
+        found[rows.sequence.group.request.id] += rows.num_tokens
+    return dict(found)
 
 
 def test_prompts_are_admitted_in_order_under_the_token_budget():
@@ -572,6 +580,8 @@ class Memory:
         batch = self.scheduler.schedule()
         self.scheduler.check_integrity()
         for rows in batch:
+            scout = rows.sequence.scout
+            assert scout is None or scout.is_complete or self._end(rows) <= scout.num_computed
             for at in range(rows.sequence.num_computed, self._end(rows)):
                 self.slots[rows.sequence.pages[at // size], at % size] = self._own(rows, at)
         for rows in batch:
@@ -581,11 +591,11 @@ class Memory:
         for rows in batch:
             is_last = rows.is_last_chunk
             rows.sequence.num_computed += rows.num_tokens
-            if is_last:
+            if is_last and rows.sequence.main is None:
                 rows.sequence.token_ids.append(7)
             self.num_rows[rows.sequence.group.request.id] += rows.num_tokens
         self.scheduler.check_integrity()
-        return {rows.sequence.group.request.id: rows.num_tokens for rows in batch}
+        return _by_request(batch)
 
     @staticmethod
     def _end(rows: ScheduledRows) -> int:
@@ -593,9 +603,14 @@ class Memory:
 
     @staticmethod
     def _own(rows: ScheduledRows, at: int) -> tuple[str, tuple[int, ...]]:
-        adapters = rows.sequence.group.request.adapters
-        who = adapters[0].adapter.digest if adapters else "base"
-        return who, tuple(rows.sequence.token_ids[: at + 1])
+        sequence = rows.sequence
+        who = sequence.lanes[0].applied.adapter.digest if sequence.lanes else "base"
+        for lane in sequence.lanes:
+            if lane.probing is not None and at >= lane.probing.frozen_from:
+                who += f" frozen at {lane.probing.frozen_from}"
+            who += " at rest" if lane.is_resting else ""
+            who += str(lane.options)
+        return who, tuple(sequence.token_ids[: at + 1])
 
 
 def _finish_all(scheduler: Scheduler) -> None:
@@ -741,24 +756,33 @@ def test_a_request_that_finds_its_prefix_but_no_room_leaves_it_cached():
     assert memory.step() == {"again": 4}
 
 
-def test_companions_neither_find_nor_leave_pages():
-    scheduler = new_scheduler(has_prefix_cache=True)
-    for _ in range(2):
-        group, _ = _coupled(9)
-        scheduler.add(group)
-        batch = scheduler.schedule()
-        assert [rows.num_tokens for rows in batch] == [9, 9]
-        for rows in batch:
-            rows.sequence.num_computed += 9
-        scheduler.finish(group.sequences[0])
-        scheduler.check_integrity()
-    assert scheduler.pages.num_cached == 0
+def test_both_passes_find_and_leave_pages_each_its_own():
+    scheduler = new_scheduler(_probing(), has_prefix_cache=True)
+    memory = Memory(scheduler)
+    scheduler.add(new_group("first", 9, "x"))
+    assert [memory.step(), memory.step()] == [{"first": 9}, {"first": 9}]
+    _finish_all(scheduler)
+    assert scheduler.pages.num_cached == 4, "two of each pass"
+    scheduler.add(new_group("again", 9, "x"))
+    assert [memory.step(), memory.step()] == [{"again": 1}, {"again": 1}]
+    _finish_all(scheduler)
+    scheduler.add(new_group("base", 9))
+    assert memory.step() == {"base": 1}
+    assert scheduler.counters["prefix_query_tokens"] == 27, "a request counts once"
+    assert scheduler.counters["prefix_hit_tokens"] == 16
 
 
-@settings(max_examples=60, deadline=None)
+# Adapters and options: none, an ordinary one, and two passes, of which one may end early. Below,
+# prompts may go on with sevens, which is what is generated.
+USES = [(None, ()), ("y", ()), ("x", ()), ("x", (("frozen_after", 2),)), ("x", (("top_k", 1),))]
+
+
+@settings(max_examples=100, deadline=None)
 @given(
     prompts=st.lists(
-        st.tuples(st.integers(0, 2), st.integers(1, 24), st.booleans(), st.integers(1, 3)),
+        st.tuples(
+            st.sampled_from([0, 1, 7]), st.integers(1, 24), st.sampled_from(USES), st.integers(1, 3)
+        ),
         min_size=2,
         max_size=12,
     ),
@@ -770,19 +794,28 @@ def test_companions_neither_find_nor_leave_pages():
 def test_no_row_ever_reads_what_another_prefix_wrote(
     prompts, num_pages, budget, outputs, cancelled
 ):
-    slots = FakeSlots("x")
+    slots = _probing()
     scheduler = new_scheduler(
         slots, num_pages=num_pages, max_num_batched_tokens=budget, has_prefix_cache=True
     )
     memory = Memory(scheduler)
-    for number, (branch, length, has_adapter, n) in enumerate(prompts):
+    for number, (branch, length, (adapter, options), n) in enumerate(prompts):
         tokens = tuple(at if at < 9 else branch for at in range(length))
-        request = new_group(str(number), 1, "x" if has_adapter else None, n).request
-        scheduler.add(RequestGroup.of(replace(request, prompt_ids=tokens), 0.0))
+        request = new_group(str(number), 1, adapter, n).request
+        uses = tuple(replace(use, options=options) for use in request.adapters)
+        request = replace(
+            request, prompt_ids=tokens, adapters=uses, sampling=SamplingParams(outputs)
+        )
+        scheduler.add(RequestGroup.of(request, 0.0))
     for step in range(5000):
         if not scheduler.has_work:
             break
         assert sum(memory.step().values()) <= scheduler.max_num_batched_tokens
+        for group in scheduler.refused:
+            assert group.is_probed, "only two passes may need more than there is"
+            for sequence in group.sequences:
+                scheduler.finish(sequence)
+        scheduler.refused.clear()
         if step in cancelled and scheduler.running:
             scheduler.finish(scheduler.running[-1])
         for sequence in list(scheduler.running):
@@ -793,44 +826,138 @@ def test_no_row_ever_reads_what_another_prefix_wrote(
     assert slots.leases.total() == 0
 
 
-# --------------------------------------------------------------------------- companions
-def _coupled(num_prompt: int, adapter: str | None = None) -> tuple[RequestGroup, Sequence]:
-    """A group whose one sequence has a companion, as a probe pass beside its main pass has."""
-    group = new_group("coupled", num_prompt, adapter)
-    companion = Sequence(group, 1, list(range(num_prompt)), num_prompt, is_companion=True)
-    group.sequences[0].companions = (companion,)
-    group.sequences.append(companion)
-    return group, companion
+# --------------------------------------------------------------------------- first passes
+def _probing(**probe: float) -> FakeSlots:
+    """The adapter x, whose experts a first pass weighs, and y, which has none."""
+    slots = FakeSlots("x", "y")
+    made = Probe((4, 6), 2, **probe)
+    slots.special["x"] = Traits(options=made.options, probe=made)
+    return slots
 
 
-def test_companions_are_admitted_together_or_not_at_all():
-    scheduler = new_scheduler(max_num_seqs=2)
+def _frozen(name: str, num_prompt: int, after: int) -> RequestGroup:
+    group = new_group(name, num_prompt, "x")
+    (use,) = group.adapters
+    adapters = (replace(use, options=(("frozen_after", after),)),)
+    return RequestGroup.of(replace(group.request, adapters=adapters), 0.0)
+
+
+def test_a_request_is_two_sequences_only_where_its_adapter_needs_it():
+    scheduler = new_scheduler(_probing())
+    for name, adapter in (("base", None), ("plain", "y"), ("weighed", "x")):
+        scheduler.add(new_group(name, 3, adapter))
+    run_step(scheduler)
+    assert [(s.group.request.id, s.main is not None) for s in scheduler.running] == [
+        ("base", False), ("plain", False), ("weighed", False), ("weighed", True)
+    ]  # fmt: skip
+
+
+def test_the_main_runs_what_its_scout_has_run_before_the_step():
+    scheduler = new_scheduler(_probing(), max_num_batched_tokens=8)
+    scheduler.add(new_group("r", 12, "x"))
+    found = []
+    for _ in range(9):
+        batch = scheduler.schedule()
+        scheduler.check_integrity()
+        found.append({("scout" if rows.sequence.main else "main"): rows.num_tokens
+                      for rows in batch})  # fmt: skip
+        for rows in batch:
+            is_last = rows.is_last_chunk
+            rows.sequence.num_computed += rows.num_tokens
+            if is_last and rows.sequence.main is None:
+                rows.sequence.token_ids.append(0)
+    # The main comes first, so that what its scout has found need not be kept for a whole prompt.
+    assert found[:3] == [{"scout": 8}, {"main": 8}, {"scout": 4}]
+    assert found[3:] == [{"main": 4}, *[{"scout": 1}, {"main": 1}] * 3][:6]
+
+
+def test_both_sequences_are_admitted_or_none():
+    scheduler = new_scheduler(_probing(), max_num_seqs=2)
     scheduler.add(new_group("single", 3))
-    group, companion = _coupled(3)
+    group = new_group("coupled", 3, "x")
     scheduler.add(group)
-    run_step(scheduler)
-    assert [s.state for s in group.sequences] == [SequenceState.WAITING] * 2
+    assert run_step(scheduler) == {"single": 3}
+    (leader,) = group.sequences
+    assert [s.state for s in leader.unit] == [SequenceState.WAITING] * 2
     scheduler.finish(scheduler.running[0])
-    batch = scheduler.schedule()
-    assert {rows.sequence for rows in batch} == {group.sequences[0], companion}
+    assert run_step(scheduler) == {"coupled": 3}
+    assert {s.state for s in leader.unit} == {SequenceState.RUNNING}
 
 
-def test_companions_are_preempted_and_cancelled_together():
-    slots = FakeSlots("x")
-    scheduler = new_scheduler(slots, num_pages=8, page_size=2)
+def test_others_are_admitted_while_one_of_both_waits_for_the_other():
+    scheduler = new_scheduler(_probing())
+    scheduler.add(new_group("coupled", 3, "x"))
+    run_step(scheduler)
+    for name in "abc":
+        scheduler.add(new_group(name, 2))
+        assert name in run_step(scheduler)
+
+
+def test_both_sequences_are_preempted_and_cancelled_together():
+    slots = _probing()
+    scheduler = new_scheduler(slots, num_pages=12, page_size=2)
     scheduler.add(new_group("old", 3))
-    group, companion = _coupled(3, "x")
+    group = RequestGroup.of(replace(new_group("coupled", 3, "x").request,
+                                    sampling=SamplingParams(5)), 0.0)  # fmt: skip
     scheduler.add(group)
     run_step(scheduler)
-    assert slots.leases[0] == 2
+    assert slots.leases[0] == 1, "its scout runs without the adapter"
     while scheduler.counters["preemptions"] == 0:
         run_step(scheduler)
-    assert [s.state for s in group.sequences] == [SequenceState.WAITING] * 2
-    assert slots.leases[0] == 0
-    assert list(scheduler.waiting) == group.sequences, "the leader leads again"
-    scheduler.finish(group.sequences[0])
-    assert companion.state is SequenceState.DONE
+    (leader,) = group.sequences
+    assert [s.state for s in leader.unit] == [SequenceState.WAITING] * 2
+    assert slots.leases.total() == 0
+    assert list(scheduler.waiting) == [leader], "the leader stands for both"
+    scheduler.finish(leader)
+    assert {s.state for s in leader.unit} == {SequenceState.DONE}
     assert not scheduler.waiting
+
+
+@pytest.mark.parametrize(("num_pages", "max_num_seqs"), [(16, 1), (15, 8)])
+def test_what_could_never_run_to_its_end_is_refused(num_pages, max_num_seqs):
+    scheduler = new_scheduler(_probing(), num_pages=num_pages, max_num_seqs=max_num_seqs)
+    request = replace(new_group("r", 12, "x").request, sampling=SamplingParams(20))
+    for name in ("r", "frozen"):
+        scheduler.add(RequestGroup.of(replace(request, id=name), 0.0))
+    scheduler.add(new_group("y", 12, "y"))
+    assert run_step(scheduler) == {"y": 12}
+    assert [group.request.id for group in scheduler.refused] == ["r", "frozen"]
+
+
+def test_a_short_first_pass_takes_less_room():
+    scheduler = new_scheduler(_probing(), num_pages=12)
+    for name in ("a", "b"):
+        request = replace(_frozen(name, 12, 2).request, sampling=SamplingParams(20))
+        scheduler.add(RequestGroup.of(request, 0.0))
+    run_step(scheduler)
+    assert not scheduler.refused
+
+
+def test_a_scout_leaves_when_it_has_nothing_left_to_run_and_comes_back_with_its_main():
+    scheduler = new_scheduler(_probing(), page_size=2, num_pages=64)
+    group = _frozen("r", 5, 1)
+    scheduler.add(group)
+    steps = [sum(run_step(scheduler).values()) for _ in range(8)]
+    assert steps == [5, 5, 1, 1, 1, 1, 1, 1]
+    (leader,) = group.sequences
+    assert leader.scout is not None
+    assert leader.scout.state is SequenceState.DONE
+    assert scheduler.running == [leader]
+    assert leader.num_output == 6
+    scheduler._preempt(leader)
+    assert [s.state for s in leader.unit] == [SequenceState.WAITING] * 2
+    assert run_step(scheduler) == {"r": 6}, "its scout runs to the horizon again"
+    assert run_step(scheduler) == {"r": 11}
+
+
+def test_a_scout_that_rests_holds_a_lease_of_its_own():
+    slots = _probing(resting=0.5)
+    scheduler = new_scheduler(slots)
+    scheduler.add(new_group("r", 3, "x"))
+    run_step(scheduler)
+    assert slots.leases[0] == 2
+    _finish_all(scheduler)
+    assert slots.leases.total() == 0
 
 
 # --------------------------------------------------------------------------- properties
@@ -847,8 +974,8 @@ def test_every_request_ends_whatever_the_budgets(
     lengths, num_pages, budget, max_num_seqs, outputs, cost
 ):
     """No request starves or deadlocks as long as each alone fits into the pages."""
-    slots = FakeSlots("x")
-    slots.special["x"] = Traits(token_cost=cost)
+    slots = _probing()
+    slots.special["y"] = Traits(token_cost=cost)
     scheduler = new_scheduler(
         slots,
         num_pages=num_pages,
@@ -857,20 +984,26 @@ def test_every_request_ends_whatever_the_budgets(
         max_num_batched_tokens=budget,
     )
     for number, length in enumerate(lengths):
-        scheduler.add(new_group(str(number), length, "x" if number % 2 else None))
+        request = new_group(str(number), length, (None, "y", "x")[number % 3]).request
+        request = replace(request, sampling=SamplingParams(outputs))
+        scheduler.add(RequestGroup.of(request, 0.0))
     ended: list[str] = []
     for _ in range(5000):
         if not scheduler.has_work:
             break
         most = scheduler.max_num_batched_tokens
         taken = [
-            num_tokens * (min(cost, most) if int(name) % 2 else 1)
+            num_tokens * (min(cost, most) if int(name) % 3 == 1 else 1)
             for name, num_tokens in run_step(scheduler).items()
         ]
         assert sum(taken) <= most
         assert 0 not in taken
+        for group in scheduler.refused:
+            scheduler.finish(group.sequences[0])
+            ended.append(group.request.id)
+        scheduler.refused.clear()
         for sequence in list(scheduler.running):
-            if sequence.num_output >= outputs:
+            if sequence.num_output >= outputs and sequence.main is None:
                 scheduler.finish(sequence)
                 ended.append(sequence.group.request.id)
     assert sorted(ended) == sorted(str(number) for number in range(len(lengths)))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from tests.oracle import tiny, xlora_oracle
 from tests.oracle.mixture import write_mixlora
 from tests.support.family_suite import change, edit, make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from polyadapt.adapters import reader
 from polyadapt.adapters.adapter import Delta
 from polyadapt.config import EngineConfig
 from polyadapt.offline.inspection import Inspection, inspect_adapter, inspect_files
+from polyadapt.offline.routing import trace_routing
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -41,15 +43,48 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "adapter_model.safetensors")
 
 
-def inspected(directory: Path, model_dir: Path) -> Inspection:
-    config = EngineConfig(
+def engine_config() -> EngineConfig:
+    return EngineConfig(
         model="tiny", device="cpu", kv_cache_bytes=1 << 20, max_adapter_bytes=1 << 22
     )
-    return inspect_adapter(directory, model_dir, config)
+
+
+def inspected(directory: Path, model_dir: Path) -> Inspection:
+    return inspect_adapter(directory, model_dir, engine_config())
 
 
 def codes(found: Inspection) -> list[str]:
     return [problem.code for problem in found.problems]
+
+
+def test_what_a_first_pass_weighs_costs_the_pass_and_is_no_dense_model(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    directory = xlora_oracle.make(model_dir, tmp_path / "x")
+    found = inspected(directory, model_dir)
+    assert (found.verdict, found.family, found.rank) == ("served", "xlora", 6)
+    assert found.num_tensors == 4 + 3 * 2 * 4 * 3
+    assert found.parity is None
+    assert "its parity with a dense model" in found.unchecked[0]
+    assert found.cost is not None
+    assert found.cost.compute_share > 0.6, "the base's layers run twice, its head once"
+    assert [option.name for option in found.traits.options] == [
+        "top_k", "global_scaling_weight", "frozen_after"
+    ]  # fmt: skip
+    assert inspect_files(directory).family == "xlora"
+
+
+def test_what_a_first_pass_weighs_is_shown_module_by_module(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    directory = xlora_oracle.make(model_dir, tmp_path / "x")
+    ids = tiny.prompt_ids(9, seed=1)
+    report = trace_routing(directory, model_dir, engine_config(), ids)
+    oracle = xlora_oracle.load(model_dir, directory)
+    expected = xlora_oracle.scalings_of(model_dir, oracle, ids).mean(0)  # [modules, experts]
+    assert [module.path for module in report.modules] == list(oracle.paths)
+    shares = torch.tensor([module.shares for module in report.modules])
+    torch.testing.assert_close(shares, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_an_adapter_is_served_as_its_weights_say(adapter_dir: Path, model_dir: Path) -> None:

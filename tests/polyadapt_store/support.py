@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from polyadapt_store.manifest import AdapterRecord, ValidationReport
+from polyadapt_store.manifest import PEFT_FORM, AdapterRecord, FileForm, ValidationReport
 from polyadapt_store.store import AdapterStore
 
 REPORT = ValidationReport(
@@ -28,8 +28,9 @@ def open_store(
     root: Path,
     validate: Callable[[Path], ValidationReport] = accept,
     failpoint: Callable[[str], None] = lambda name: None,
+    forms: Sequence[FileForm] = (PEFT_FORM,),
 ) -> AdapterStore:
-    return AdapterStore(root, validate, failpoint=failpoint)
+    return AdapterStore(root, validate, forms=forms, failpoint=failpoint)
 
 
 def upload(

@@ -14,6 +14,8 @@ from tests.support.safetensors_files import LYING_FILES, entry, file_bytes
 from polyadapt.errors import AdapterRejected
 from polyadapt_store.checkpoint import Checkpoint, TensorInfo, read_header
 from polyadapt_store.limits import StoreLimits
+from polyadapt_store.manifest import FileForm, weight_files
+from polyadapt_store.strict_json import without_trailing_commas
 
 HONEST = file_bytes(
     {
@@ -99,6 +101,83 @@ def test_a_closed_checkpoint_gives_nothing(honest: Path) -> None:
         pass
     with pytest.raises(ValueError, match="closed"):
         checkpoint.take("a")
+
+
+# --------------------------------------------------------------------------- several files
+@pytest.fixture
+def several(tmp_path: Path) -> dict[str, Path]:
+    paths = {}
+    for number, prefix in enumerate(["", "0/adapter_model.safetensors/", "x.safetensors/"]):
+        path = tmp_path / f"{number}"
+        path.write_bytes(file_bytes({"a": entry([1], 0, 4)}, struct.pack("<f", float(number))))
+        paths[prefix] = path
+    return paths
+
+
+def test_tensors_of_several_files_have_their_files_names_before_theirs(
+    several: dict[str, Path],
+) -> None:
+    with Checkpoint(several) as checkpoint:
+        assert set(checkpoint.header) == {f"{prefix}a" for prefix in several}
+        for number, prefix in enumerate(several):
+            assert struct.unpack("<f", checkpoint.take(f"{prefix}a").data) == (number,)
+            assert len(checkpoint.drained()) == 2 - number
+
+
+def test_a_part_counts_what_is_taken_from_it(several: dict[str, Path]) -> None:
+    with Checkpoint(several) as checkpoint:
+        part = checkpoint.below("0/adapter_model.safetensors/")
+        assert list(part.header) == part.drained() == ["a"]
+        assert struct.unpack("<f", part.take("a").data) == (1.0,)
+        assert part.drained() == []
+        assert checkpoint.drained() == ["a", "x.safetensors/a"]
+        with pytest.raises(KeyError, match="already taken"):
+            part.take("a")
+        with pytest.raises(KeyError, match="not in the checkpoint"):
+            part.take("b")
+
+
+def test_problems_of_several_files_come_together_and_name_them(several: dict[str, Path]) -> None:
+    several[""].write_bytes(b"nonsense")
+    several["x.safetensors/"].write_bytes(b"")
+    with pytest.raises(AdapterRejected) as caught:
+        Checkpoint(several)
+    assert [problem.where for problem in caught.value.problems] == ["0", "x.safetensors"]
+
+
+def test_the_limit_of_tensors_is_that_of_all_files(several: dict[str, Path]) -> None:
+    Checkpoint(several, StoreLimits(num_tensors=3))
+    with pytest.raises(AdapterRejected) as caught:
+        Checkpoint(several, StoreLimits(num_tensors=2))
+    assert [problem.code for problem in caught.value.problems] == ["too_many_tensors"]
+
+
+def test_files_of_an_adapter_are_those_of_its_forms(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    for name in ("adapter_model.safetensors", "0/adapter_model.safetensors", "0/x.safetensors",
+                 "adapter_config.json"):  # fmt: skip
+        (tmp_path / name).write_bytes(b"")
+    forms = (FileForm(("adapter_model.safetensors",), ("*/adapter_model.safetensors",)),)
+    assert weight_files(tmp_path, forms) == {
+        "": tmp_path / "adapter_model.safetensors",
+        "0/adapter_model.safetensors/": tmp_path / "0" / "adapter_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b'{"a": [1, 2, ], }', b'{"a": [1, 2 ] }'),
+        (b'{"a": ",}", "b": "\\",]", }', b'{"a": ",}", "b": "\\",]" }'),
+        (b'{"a": "\\\\",}', b'{"a": "\\\\"}'),
+        (b'[1,\n\t]', b'[1\n\t]'),
+        (b'{"a": 1,, }', b'{"a": 1, }'),
+        (b'{"open": ",}', b'{"open": ",}'),
+        (b"", b""),
+    ],
+)  # fmt: skip
+def test_commas_before_closing_brackets_are_taken_out(text: bytes, expected: bytes) -> None:
+    assert without_trailing_commas(text) == expected
 
 
 @pytest.mark.parametrize("name", LYING_FILES)

@@ -24,7 +24,15 @@ from polyadapt.errors import (
 )
 from polyadapt_store.blobs import BlobStore
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.manifest import FileEntry, ValidationReport, digest_of
+from polyadapt_store.manifest import (
+    PEFT_FORM,
+    AdapterRecord,
+    FileEntry,
+    FileForm,
+    ValidationReport,
+    digest_of,
+    list_names,
+)
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.store import AdapterStore
 
@@ -261,14 +269,70 @@ def test_files_without_effect_are_listed_and_not_stored(store: AdapterStore) -> 
     }
 
 
-def test_files_of_one_subfolder_are_stored(store: AdapterStore) -> None:
-    with store.stage() as staged:
-        for name in ("adapter_config.json", "adapter_model.safetensors", "0/adapter_config.json"):
+FORMS = (
+    PEFT_FORM,
+    FileForm(("whole.json", "whole.safetensors"), ("*/adapter_config.json", "*order.json")),
+)
+
+
+def publish_files(
+    opened: AdapterStore, files: dict[str, bytes], name: str = "poet"
+) -> tuple[AdapterRecord, bool]:
+    with opened.stage() as staged:
+        for path, content in files.items():
+            with staged.add_file(path) as writer:
+                writer.write(content)
+        return opened.publish(staged, name, "a")
+
+
+def test_files_of_every_form_are_stored_and_count_in_the_digest(tmp_path: Path) -> None:
+    files = {
+        "whole.json": b"{}",
+        "whole.safetensors": b"w",
+        "0/adapter_config.json": b"1",
+        "my-order.json": b"2",
+    }
+    with open_store(tmp_path, forms=FORMS) as opened:
+        record, _ = publish_files(opened, files | {"0/notes.json": b"3", "0/my-order.json": b"4"})
+        assert record.report.unused_files == ("0/notes.json", "0/my-order.json")
+        stored = {p.as_posix(): (opened.path(record.digest) / p).read_bytes()
+                  for p in map(Path, list_names(opened.path(record.digest)))}  # fmt: skip
+        assert stored == files
+        assert opened.verify(record.digest)
+        digests = {record.digest}
+        for path in files:
+            digests.add(publish_files(opened, files | {path: b"other"})[0].digest)
+        moved = {path.replace("0/", "1/"): content for path, content in files.items()}
+        digests.add(publish_files(opened, moved)[0].digest)
+        assert len(digests) == len(files) + 2
+        (opened.path(record.digest) / "0" / "adapter_config.json").write_bytes(b"x")
+        assert not opened.verify(record.digest)
+
+
+@pytest.mark.parametrize(
+    ("names", "missing"),
+    [
+        ([], {"adapter_config.json", "adapter_model.safetensors"}),
+        (["adapter_config.json", "whole.json"], {"adapter_model.safetensors"}),
+        (["whole.json"], {"whole.safetensors"}),
+        (["0/adapter_config.json"], {"adapter_config.json", "adapter_model.safetensors"}),
+        (["whole.json", "whole.safetensors"], set()),
+    ],
+)
+def test_what_is_missing_is_said_of_the_form_that_comes_closest(
+    names: list[str], missing: set[str], tmp_path: Path
+) -> None:
+    with open_store(tmp_path, forms=FORMS) as opened, opened.stage() as staged:
+        for name in names:
             with staged.add_file(name) as writer:
                 writer.write(b"{}")
-        record, _ = store.publish(staged, "poet", "a")
-    assert (store.path(record.digest) / "0" / "adapter_config.json").read_bytes() == b"{}"
-    assert store.verify(record.digest)
+        assert {problem.where for problem in staged.problems} == missing
+
+
+def test_weights_in_a_folder_that_no_form_has_are_refused(tmp_path: Path) -> None:
+    with open_store(tmp_path, forms=FORMS) as opened, opened.stage() as staged:
+        staged.add_file("0/adapter_model.safetensors")
+        assert staged.problems[0].code == "unknown_weights_file"
 
 
 def test_sizes_are_limited(tmp_path: Path) -> None:

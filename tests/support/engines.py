@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from polyadapt.adapters.registry import FILES
 from polyadapt.config import EngineConfig
 from polyadapt.engine.build import build_engine
 from polyadapt.engine.engine import Engine
@@ -26,7 +27,7 @@ from polyadapt.types import (
     Tokens,
 )
 from polyadapt_store.blobs import BlobStore, list_files
-from polyadapt_store.manifest import digest_of
+from polyadapt_store.manifest import digest_of, is_read, list_names
 
 # Small memories: the tests' models are tiny and several engines live at once.
 SMALL = {"kv_cache_bytes": 8 << 20, "max_adapter_bytes": 8 << 20, "max_num_seqs": 16}
@@ -36,8 +37,10 @@ def put_blob(blob_root: Path, adapter_dir: Path, name: str) -> AdapterId:
     """Store an adapter's directory as a blob and return its identity."""
     blobs = BlobStore(blob_root)
     staged = blobs.new_staging()
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(adapter_dir / file, staged / file)
+    for file in sorted(list_names(adapter_dir)):
+        if is_read(file, FILES):
+            (staged / file).parent.mkdir(exist_ok=True)
+            shutil.copy(adapter_dir / file, staged / file)
     digest = digest_of(list_files(staged))
     blobs.put(staged, digest)
     return AdapterId(name, 1, digest)

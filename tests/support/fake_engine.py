@@ -150,8 +150,12 @@ class FakeEngine:
         for applied in request.adapters:
             self._touch(applied.adapter.digest)
         served = tuple(
-            ServedAdapter(a.adapter, "device", 1.5, a.is_mandatory) for a in request.adapters
-        )
+            ServedAdapter(
+                a.adapter, "device", 1.5, a.is_mandatory,
+                is_approximate="frozen_after" in dict(a.options),
+            )
+            for a in request.adapters
+        )  # fmt: skip
         yield Started(request.id, served, self.num_cached_tokens)
         if request.kind == "embed":
             if self.failure is not None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import peft
 import torch
-from tests.oracle import mixture, papers, peft_oracle, routed
+from tests.oracle import mixture, papers, peft_oracle, routed, xlora_oracle
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -113,7 +113,10 @@ PAPERS: Mapping[str, tuple[Callable[[Path, Path], Path], Callable[..., nn.Module
     ),
 }
 
-NAMES = (*SAMPLES, *ROUTED, *PAPERS)
+# name -> what writes the files where a first pass weighs experts: (model_dir, directory, seed=...)
+PROBED: Mapping[str, Callable[..., Path]] = {"xlora": xlora_oracle.make}
+
+NAMES = (*SAMPLES, *ROUTED, *PAPERS, *PROBED)
 
 
 def oracle_logits(
@@ -129,6 +132,9 @@ def oracle_logits(
         with torch.no_grad():
             logits: torch.Tensor = model(input_ids=torch.tensor([list(ids)])).logits[0]
         return logits
+    if name in PROBED:
+        assert directory is not None
+        return xlora_oracle.logits(model_dir, xlora_oracle.load(model_dir, directory), ids)
     return peft_oracle.logits(model_dir, directory, ids)
 
 
@@ -138,6 +144,8 @@ def make_sample(name: str, model_dir: Path, directory: Path, seed: int = 1) -> P
         return ROUTED[name](peft_oracle.load_base(model_dir), directory, seed=seed)
     if name in PAPERS:
         return PAPERS[name][0](model_dir, directory)
+    if name in PROBED:
+        return PROBED[name](model_dir, directory, seed=seed)
     make, std = SAMPLES[name]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

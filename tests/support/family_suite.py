@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from polyadapt.adapters.adapter import AdapterPlan, Delta
 from polyadapt.adapters.packing import pack
-from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.adapters.registry import open_adapter
 from polyadapt.errors import AdapterRejected
 from polyadapt.ops import cells
 from polyadapt.ops.cells import Router
 from polyadapt_store.checkpoint import Checkpoint
+from polyadapt_store.manifest import weight_files
 
 IDS = torch.tensor([[3, 17, 5, 41, 8, 8, 29, 60, 2, 33, 12]])
 TOLERANCE = 2e-5  # of the largest logit, in float32
@@ -65,12 +66,13 @@ def make_checkpoint(
 
 def load(directory: Path, base: PreTrainedModel) -> tuple[AdapterPlan, dict[int, Delta]]:
     """Read the adapter as the server does."""
-    spec, config = base_spec(base), read_config(directory / "adapter_config.json")
-    family = family_of(config)
-    with Checkpoint(directory / "adapter_model.safetensors") as checkpoint:
+    spec, (family, config) = base_spec(base), open_adapter(directory)
+    with Checkpoint(weight_files(directory, family.files)) as checkpoint:
         plan = family.plan(config, checkpoint.header, spec)
+        probe = family.read_probe(config, checkpoint, spec)
         deltas = family.read(config, checkpoint, spec, ModelWeights(base))
-    packed = pack(deltas, spec, torch.float32, plan.traits)
+        assert not checkpoint.drained()
+    packed = pack(deltas, spec, torch.float32, plan.traits, probe)
     if family.name in PRUNING:
         assert packed.weights.numel() <= plan.num_elements, "the plan counts what is stored"
     else:

@@ -214,11 +214,16 @@ class Polyadapt:
         (choice,) = reply["choices"]
         served = tuple(
             Served(
-                s["name"], s["version"], s["digest"], s["tier"], s["load_ms"],
-                bool(s.get("mandatory")),
+                name=s["name"],
+                version=s["version"],
+                digest=s["digest"],
+                tier=s["tier"],
+                load_ms=s["load_ms"],
+                mandatory=bool(s.get("mandatory")),
+                is_approximate=bool(s.get("approximate")),
             )
             for s in reply["adapters"]
-        )  # fmt: skip
+        )
         run = reply.get("workflow")
         chosen = reply.get("choice")
         return Completion(

@@ -112,6 +112,8 @@ class Use:
 class Served:
     """An adapter that a reply was made with; `tier` is where it lay when the request began.
     Mandatory: the tenant's policy names it.
+
+    is_approximate: an option of the request had it compute less than it would by itself.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Served:
     tier: Tier
     load_ms: float
     mandatory: bool = False
+    is_approximate: bool = False
 
 
 @dataclass(frozen=True, slots=True)

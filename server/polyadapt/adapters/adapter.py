@@ -5,6 +5,7 @@ Knows no family, no file format and no device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, OptionValue
 from polyadapt_store.checkpoint import Checkpoint, TensorInfo
+from polyadapt_store.manifest import FileForm
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 OptionKind = Literal["flag", "count", "number", "word", "words"]
 
 _LISTED_WORDS = 16  # in a message
+
+# Options of every adapter whose experts a probe weighs.
+TOP_K, PROBE_SCALE, FROZEN_AFTER = "top_k", "global_scaling_weight", "frozen_after"
+MAX_PROBE_SCALE = 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,66 @@ class Option:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A network that weighs an adapter's experts token by token, from the base's final hidden
+    states: those of a first pass over the same tokens, in which every weight is `resting`.
+
+    z = W[n] f(.. f(W[1] h + b[1]) ..) + b[n], sizes[i - 1] to sizes[i], f being relu or nothing; z
+    is [modules, num_experts], module after module, of one module where all have the same weights.
+    w = softmax(z / temperature) over a module's experts, or z itself; of those the top_k largest,
+    of equal ones the first, the others 0; where has_top_softmax is set, softmax over those that are
+    not 0; and all of it times `scale`.
+    """
+
+    sizes: tuple[int, ...]
+    num_experts: int
+    has_bias: bool = True
+    has_relu: bool = True
+    has_softmax: bool = True
+    temperature: float = 1.0
+    top_k: int = 0  # 0: all
+    has_top_softmax: bool = False
+    scale: float = 1.0
+    resting: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """How many weights a token gets."""
+        return self.sizes[-1]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of W[1], b[1], W[2], ..., as they lie one behind the other."""
+        layers = (((num_out, num_in), (num_out,)) for num_in, num_out in pairwise(self.sizes))
+        return tuple(shape for pair in layers for shape in pair[: 1 + self.has_bias])
+
+    @property
+    def num_elements(self) -> int:
+        """Of all of them."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def options(self) -> tuple[Option, ...]:
+        """What a request may choose of it."""
+        top_k = Option(
+            TOP_K, "count", "how many experts a token keeps at a module, the weightiest",
+            default=self.top_k or self.num_experts, least=1, most=self.num_experts,
+        )  # fmt: skip
+        scale = Option(
+            PROBE_SCALE, "number", "what all experts are multiplied by",
+            default=float(self.scale), least=-MAX_PROBE_SCALE, most=MAX_PROBE_SCALE,
+        )  # fmt: skip
+        frozen_after = Option(
+            FROZEN_AFTER, "count",
+            "the weights stay what they are after so many generated tokens, which is approximate "
+            "and spares the first pass from there on",
+            most=1 << 31,
+        )  # fmt: skip
+        # Where all weigh the same in the first pass, nothing tells which are the top ones.
+        return (scale, frozen_after) if self.resting else (top_k, scale, frozen_after)
+
+
+@dataclass(frozen=True, slots=True)
 class Traits:
     """What the engine has to know of an adapter beside its numbers."""
 
@@ -92,6 +158,7 @@ class Traits:
     # A token takes as much of a step's budget of tokens as so many of the base: what has experts of
     # its own for a whole MLP computes that once for each that it chooses.
     token_cost: int = 1
+    probe: Probe | None = None  # what weighs its experts, where a first pass does
 
 
 ORDINARY = Traits()
@@ -255,15 +322,19 @@ class Family(Protocol):
     # Whether a request may scale it, by itself: "yes", "no", or "yes, except ..." for people.
     scaling: ClassVar[str]
     overrides: ClassVar[int]  # bits of cells.OVERRIDES that its own cells may have
+    files: ClassVar[tuple[FileForm, ...]]  # each a set of files that one adapter consists of
 
     def claims(self, config: Mapping[str, Any]) -> bool:
-        """Whether this family reads checkpoints with this adapter_config.json."""
+        """Whether this family reads adapters with this config: what adapter_config.json says and,
+        under its path, each further JSON file, such as config["0/adapter_config.json"].
+        """
 
     def plan(
         self, config: Mapping[str, Any], header: Mapping[str, TensorInfo], base: BaseSpec
     ) -> AdapterPlan:
         """Check the config and every tensor's name, shape and dtype; raises AdapterRejected with
-        all problems.
+        all problems. Names of tensors in other files than adapter_model.safetensors begin with
+        their file, such as "0/adapter_model.safetensors/"; see manifest.weight_files.
         """
 
     def read(
@@ -273,6 +344,13 @@ class Family(Protocol):
         base: BaseSpec,
         weights: BaseWeights,
     ) -> dict[int, Delta]:
-        """Return site id -> Delta; takes every tensor of the checkpoint; raises
+        """Return site id -> Delta; takes every tensor of the checkpoint but the probe's; raises
         AdapterRejected.
+        """
+
+    def read_probe(
+        self, config: Mapping[str, Any], checkpoint: Checkpoint, base: BaseSpec
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the tensors that `traits.probe` describes, in the order of its `shapes`, float32;
+        () without one. Called before `read`, and takes no tensor that `read` takes.
         """

@@ -10,12 +10,26 @@ from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
 from operator import itemgetter
 
-from polyadapt.adapters.adapter import Option, Traits
+from polyadapt.adapters.adapter import FROZEN_AFTER, PROBE_SCALE, TOP_K, Option, Traits
 from polyadapt.errors import InvalidRequest, PolicyConflict, UnsupportedField
 from polyadapt.types import AppliedAdapter, Options, OptionValue
 
 NEVER = 1 << 62  # behind every position
 _MAX_SHOWN = 200  # characters of a value in a message
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """How one request has an adapter's experts weighed; see adapter.Probe.
+
+    Positions from frozen_from on have the weights of the position before it: an approximation.
+    """
+
+    width: int
+    top_k: int  # 0: all
+    scale: float
+    resting: float  # every weight in the first pass
+    frozen_from: int = NEVER
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +49,25 @@ class GatedAdapter:
     is_invoked: bool = False
     is_kv_neutral: bool = False  # see Traits
     token_cost: int = 1  # see Traits
+    probing: Probing | None = None  # where a first pass weighs its experts
+    is_resting: bool = False  # this is what acts in that pass
 
     @property
     def is_gated(self) -> bool:
         """Whether it does less than to act on every row with every component."""
         return self.first > 0 or bool(self.weights)
+
+    @property
+    def is_approximate(self) -> bool:
+        """Whether the request chose less than what the adapter itself computes."""
+        return self.probing is not None and self.probing.frozen_from != NEVER
+
+
+def at_rest(lanes: Sequence[GatedAdapter]) -> tuple[GatedAdapter, ...]:
+    """What acts in the first pass of those that are weighed by it."""
+    return tuple(
+        replace(lane, is_resting=True) for lane in lanes if lane.probing and lane.probing.resting
+    )
 
 
 def arrange(
@@ -59,6 +87,7 @@ def arrange(
         for place, (applied, own) in enumerate(zip(adapters, traits, strict=True))
     ]
     _check_replaced(adapters, traits)
+    _check_probed(gated)
     order = sorted(
         range(len(gated)),
         key=lambda i: (
@@ -102,10 +131,11 @@ def _gate(
         place,
         first=_first(traits.invocation, prompt_ids),
         weights=_product(_of_rank(place, applied, traits), _of_words(traits, options)),
-        options=options,
+        options=tuple(option for option in options if option[0] != FROZEN_AFTER),
         is_invoked=bool(traits.invocation),
         is_kv_neutral=traits.is_kv_neutral,
         token_cost=traits.token_cost if applied.scale != 0.0 else 1,
+        probing=_probing(applied, traits, dict(options), len(prompt_ids)),
     )
 
 
@@ -223,6 +253,39 @@ def _read(option: Option, value: OptionValue) -> OptionValue | None:
 def _shown(value: OptionValue) -> str:
     text = repr(list(value) if isinstance(value, tuple) else value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _probing(
+    applied: AppliedAdapter, traits: Traits, options: dict[str, OptionValue], num_prompt: int
+) -> Probing | None:
+    """None where nothing is weighed: no experts, or all of them at scale 0."""
+    probe = traits.probe
+    if probe is None or applied.scale == 0.0:
+        return None
+    top_k, scale = options.get(TOP_K, probe.top_k), options.get(PROBE_SCALE, probe.scale)
+    frozen_after = options.get(FROZEN_AFTER)
+    assert isinstance(top_k, int)
+    assert isinstance(scale, float)
+    assert frozen_after is None or isinstance(frozen_after, int)
+    return Probing(
+        probe.width,
+        top_k,
+        scale,
+        resting=scale * probe.resting,
+        frozen_from=NEVER if frozen_after is None else num_prompt + frozen_after,
+    )
+
+
+def _check_probed(gated: Sequence[GatedAdapter]) -> None:
+    """Raise InvalidRequest for a first pass that two adapters would have different."""
+    probed = [lane for lane in gated if lane.probing is not None]
+    if len(probed) > 1 and (resting := at_rest(probed)):
+        names = " and ".join(f"'{lane.applied.adapter.name}'" for lane in probed)
+        raise InvalidRequest(
+            f"adapters {names} are weighed by a first pass, in which "
+            f"'{resting[0].applied.adapter.name}' acts itself; use them in requests of their own",
+            param="adapters",
+        )
 
 
 def _check_replaced(adapters: Sequence[AppliedAdapter], traits: Sequence[Traits]) -> None:

@@ -26,7 +26,7 @@ import torch
 from polyadapt import __version__
 from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.pace import Pace
-from polyadapt.adapters.packing import Layout, PackedAdapter
+from polyadapt.adapters.packing import Layout, PackedAdapter, num_behind
 from polyadapt.adapters.registry import FAMILIES
 from polyadapt.types import BaseSpec
 from polyadapt_store.blobs import BlobStore
@@ -209,8 +209,9 @@ class PackedCache:
             bytearray(start), dtype=torch.int64, count=3 * num_sites, offset=_HEAD.size
         ).view(num_sites, 3)
         cells, laid_out = self._layout.cells(*sites.unbind(1))
+        traits = msgspec.json.decode(start[checked - traits_size : checked], type=Traits)
         expected = begin + num_elements * self._dtype.itemsize
-        if laid_out != num_elements or status.st_size != expected:
+        if laid_out + num_behind(traits) != num_elements or status.st_size != expected:
             raise _BrokenError(f"it has {status.st_size} bytes, its header announces {expected}")
         weights = data[begin:]
         # Summed once in this process: files are replaced and removed, never changed. Either way the
@@ -226,7 +227,7 @@ class PackedCache:
             weights.view(self._dtype),
             cells,
             rank=rank,
-            traits=msgspec.json.decode(start[checked - traits_size : checked], type=Traits),
+            traits=traits,
         )
 
     def _checksum(self, data: memoryview) -> int:

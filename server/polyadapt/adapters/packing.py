@@ -5,7 +5,7 @@ The layout of a cell is given in ops/cells.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +30,7 @@ _ANYWHERE: dict[SiteKind, int] = {
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """weights [num_elements] in the arena's dtype; cells int64 [num_sites, 4] with offsets
-    from 0.
+    from 0. Behind the last cell lie the tensors of traits.probe.
     """
 
     weights: torch.Tensor
@@ -75,9 +75,14 @@ class Layout:
 
 
 def pack(
-    modules: Mapping[int, Delta], base: BaseSpec, dtype: torch.dtype, traits: Traits
+    modules: Mapping[int, Delta],
+    base: BaseSpec,
+    dtype: torch.dtype,
+    traits: Traits,
+    probe: Sequence[torch.Tensor] = (),
 ) -> PackedAdapter:
-    """Lay the modules end to end in site order, cast once to the arena's dtype.
+    """Lay the modules end to end in site order and the tensors of traits.probe behind them, cast
+    once to the arena's dtype.
 
     Raises ValueError for a part that its site has no place for, or whose shape is not the site's.
     """
@@ -92,6 +97,11 @@ def pack(
         ranks[site_id], parts[site_id] = module.a.shape[0], module.parts
         routings[site_id] = module.code
     cells, num_elements = Layout(base).cells(*map(torch.tensor, (ranks, parts, routings)))
+    if tuple(tuple(tensor.shape) for tensor in probe) != shapes_of(traits):
+        given = [tuple(tensor.shape) for tensor in probe]
+        raise ValueError(f"the probe has tensors of {given}, expected {shapes_of(traits)}")
+    blocks += probe
+    num_elements += num_behind(traits)
     # Filled block by block: one concatenation would need the bytes twice, and take every core.
     weights = torch.empty(num_elements, dtype=dtype)
     start = 0
@@ -101,6 +111,16 @@ def pack(
         start = stop
     rank = max((module.a.shape[0] for module in modules.values()), default=0)
     return PackedAdapter(weights, cells, rank, traits)
+
+
+def shapes_of(traits: Traits) -> tuple[tuple[int, ...], ...]:
+    """Of the tensors behind an adapter's cells."""
+    return () if traits.probe is None else traits.probe.shapes
+
+
+def num_behind(traits: Traits) -> int:
+    """How many elements lie behind an adapter's cells."""
+    return 0 if traits.probe is None else traits.probe.num_elements
 
 
 def _check(module: Delta, site: SiteSpec) -> None:

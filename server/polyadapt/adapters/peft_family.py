@@ -46,6 +46,7 @@ from polyadapt_store.checkpoint import (
     Checkpoint,
     TensorInfo,
 )
+from polyadapt_store.manifest import PEFT_FORM, FileForm
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -134,6 +135,7 @@ class PeftFamily(Generic[SettingsT]):
     summary: ClassVar[str]  # -> how it is served, for people
     scaling: ClassVar[str] = "yes"  # -> see Family; replaced parameters of the base apart
     overrides: ClassVar[int] = 0  # -> see Family
+    files: ClassVar[tuple[FileForm, ...]] = (PEFT_FORM,)  # -> see Family
     forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> by role
     shared_forms: ClassVar[Mapping[str, TensorForm]] = {}  # -> of tensors that no module owns
     # -> Config keys that `settings` reads, that only training reads, and that are refused if set.
@@ -286,6 +288,12 @@ class PeftFamily(Generic[SettingsT]):
         if problems:
             raise AdapterRejected(problems)
         return deltas
+
+    def read_probe(
+        self, config: Mapping[str, Any], checkpoint: Checkpoint, base: BaseSpec
+    ) -> tuple[torch.Tensor, ...]:
+        """See Family.read_probe: PEFT's own families have none."""
+        return ()
 
     # ------------------------------------------------------------------ the plan
     def _draft(

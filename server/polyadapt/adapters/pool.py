@@ -28,7 +28,7 @@ from polyadapt.adapters.eviction import EvictionOrder, Standing
 from polyadapt.adapters.host_copies import HostCopies
 from polyadapt.adapters.load_estimate import LoadEstimate
 from polyadapt.adapters.pace import Pace
-from polyadapt.adapters.packing import PackedAdapter
+from polyadapt.adapters.packing import PackedAdapter, num_behind
 from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError, Unavailable
 from polyadapt.ops import cells as layout
@@ -204,6 +204,13 @@ class AdapterPool:
         takes part in has products of its own.
         """
         return bool(self._is_heavy[slot])
+
+    def probe_weights(self, slot: int) -> torch.Tensor:
+        """The tensors of the resident adapter's probe, flat, as packing.pack laid them; a view."""
+        entry = self._by_slot[slot]
+        assert entry.extent is not None
+        stop = entry.extent.stop  # of an adapter that is being moved they come last
+        return self.weights[stop - num_behind(entry.traits) : stop]
 
     def are_on_device(self, adapters: Iterable[AppliedAdapter]) -> bool:
         """Whether a lease of all of them would be given now; changes nothing."""

@@ -4,6 +4,9 @@ family. Runs in the pool's reading threads, in turns.
 
 from __future__ import annotations
 
+import errno
+import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,11 +15,12 @@ from polyadapt.adapters.adapter import BaseWeights
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packed_cache import PackedCache
 from polyadapt.adapters.packing import PackedAdapter, pack
-from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.adapters.registry import FILES, open_adapter
 from polyadapt.errors import AdapterUnavailable, InvalidRequest
 from polyadapt.types import BaseSpec
 from polyadapt_store.blobs import BlobStore
 from polyadapt_store.checkpoint import Checkpoint, RawTensor
+from polyadapt_store.manifest import list_names, missing_files, weight_files
 
 
 class AdapterReader:
@@ -63,19 +67,22 @@ class AdapterReader:
 
     def _read(self, digest: str, directory: Path) -> PackedAdapter:
         try:
-            config = read_config(directory / "adapter_config.json")
-            checkpoint = _PacedCheckpoint(directory / "adapter_model.safetensors", self._pace)
+            if missing_files(list_names(directory), FILES):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+            family, config = open_adapter(directory)
+            files = weight_files(directory, family.files)
+            checkpoint = _PacedCheckpoint(files, self._pace)
         except OSError as error:
             raise AdapterUnavailable(
                 f"the stored files of {digest} cannot be read ({error.strerror}); upload it again"
             ) from error
         with checkpoint:
-            family = family_of(config)
             # Checked again: a store may outlive the base that it was filled for.
             plan = family.plan(config, checkpoint.header, self._base)
             self._check_size(plan.num_elements)
+            probe = family.read_probe(config, checkpoint, self._base)
             modules = family.read(config, checkpoint, self._base, self._weights)
-        return pack(modules, self._base, self._dtype, plan.traits)
+        return pack(modules, self._base, self._dtype, plan.traits, probe)
 
     def _check_size(self, num_elements: int) -> None:
         if self._max_elements is not None and num_elements > self._max_elements:
@@ -91,8 +98,8 @@ class AdapterReader:
 class _PacedCheckpoint(Checkpoint):
     """Gives way between two tensors."""
 
-    def __init__(self, path: Path, pace: Pace) -> None:
-        super().__init__(path)
+    def __init__(self, paths: Mapping[str, Path], pace: Pace) -> None:
+        super().__init__(paths)
         self._pace = pace
 
     def take(self, key: str) -> RawTensor:

@@ -43,9 +43,16 @@ from polyadapt.adapters.families.trainable_tokens import TrainableTokens
 from polyadapt.adapters.families.vblora import Vblora
 from polyadapt.adapters.families.vera import Vera
 from polyadapt.adapters.families.waveft import WaveFt
+from polyadapt.adapters.families.xlora import XLora
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
+from polyadapt_store.manifest import CONFIG_NAME, CONFIG_SUFFIX, FileForm, is_read, list_names
+from polyadapt_store.strict_json import (
+    StrictJsonError,
+    parse_object,
+    shown,
+    without_trailing_commas,
+)
 
 FAMILIES: tuple[Family, ...] = (
     Lora(),
@@ -84,6 +91,12 @@ FAMILIES: tuple[Family, ...] = (
     Vblora(),
     Vera(),
     WaveFt(),
+    XLora(),
+)
+
+# Every set of files that some family reads.
+FILES: tuple[FileForm, ...] = tuple(
+    dict.fromkeys(form for family in FAMILIES for form in family.files)
 )
 
 # PEFT's other types: why each is refused. huggingface/peft:src/peft/utils/peft_types.py, 0.21.2.
@@ -101,7 +114,6 @@ UNSERVED: Mapping[str, str] = {
     "POLY": "it mixes skills by a task id that no request carries",
     "LILY": "its router averages over all tokens of a batch, so a result depends on who else is in "
     "it",
-    "XLORA": "its classifier runs the model twice to weigh adapters that it names; not served yet",
     "ADAMSS": "it clusters rows of the base anew when it loads, and stores no cluster",
     "FROD": "it replaces W by a product in a basis that many modules share, recomputed from all of "
     "them",
@@ -118,27 +130,51 @@ UNSERVED: Mapping[str, str] = {
 }
 
 
+def open_adapter(
+    directory: Path, limits: StoreLimits | None = None
+) -> tuple[Family, dict[str, Any]]:
+    """Return the family of the adapter in `directory` and its config: see Family.claims.
+
+    Raises AdapterRejected with what is wrong, OSError for a file that cannot be read.
+    """
+    config = read_configs(directory, limits)
+    family = family_of(config)
+    files = (name for name in list_names(directory) if is_read(name, FILES))
+    foreign = {name for name in files if not is_read(name, family.files)}
+    return family, {key: value for key, value in config.items() if key not in foreign}
+
+
+def read_configs(directory: Path, limits: StoreLimits | None = None) -> dict[str, Any]:
+    """Return what the adapter_config.json of the directory says and, under its path, each further
+    JSON file that some family reads; raises like open_adapter, with the problems of all files.
+    """
+    config: dict[str, Any] = {}
+    files: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for name in sorted(list_names(directory)):
+        if not name.endswith(CONFIG_SUFFIX) or not is_read(name, FILES):
+            continue
+        try:
+            if name == CONFIG_NAME:
+                config = read_config(directory / name, limits)
+            else:
+                text = _read_text(directory / name, name, limits)
+                files[name] = _parse(without_trailing_commas(text), name, limits)
+        except AdapterRejected as error:
+            problems += error.problems
+    for key in sorted(files.keys() & config.keys()):
+        message = f"{CONFIG_NAME} holds the key {shown(key)}, which is the path of another file"
+        problems.append(Problem("duplicate_key", message, CONFIG_NAME))
+    if problems:
+        raise AdapterRejected(problems)
+    return config | files
+
+
 def read_config(path: Path, limits: StoreLimits | None = None) -> dict[str, Any]:
     """Return the adapter_config.json at `path`; raises AdapterRejected if it is no config
     we read.
     """
-    limits = limits or StoreLimits()
-    with path.open("rb") as file:
-        text = file.read(limits.config_bytes + 1)
-    if len(text) > limits.config_bytes:
-        raise AdapterRejected(
-            [
-                Problem(
-                    "config_too_large",
-                    f"{path.name} is larger than {limits.config_bytes} bytes",
-                    path.name,
-                )
-            ]
-        )
-    try:
-        return parse_object(text, where=path.name, max_depth=limits.json_depth)
-    except StrictJsonError as error:
-        raise AdapterRejected([error.problem]) from None
+    return _parse(_read_text(path, path.name, limits), path.name, limits)
 
 
 def family_of(config: Mapping[str, Any], families: Sequence[Family] = FAMILIES) -> Family:
@@ -169,3 +205,20 @@ def family_of(config: Mapping[str, Any], families: Sequence[Family] = FAMILIES) 
             )
         ]
     )
+
+
+def _read_text(path: Path, name: str, limits: StoreLimits | None) -> bytes:
+    max_bytes = (limits or StoreLimits()).config_bytes
+    with path.open("rb") as file:
+        text = file.read(max_bytes + 1)
+    if len(text) > max_bytes:
+        message = f"{name} is larger than {max_bytes} bytes"
+        raise AdapterRejected([Problem("config_too_large", message, name)])
+    return text
+
+
+def _parse(text: bytes, name: str, limits: StoreLimits | None) -> dict[str, Any]:
+    try:
+        return parse_object(text, where=name, max_depth=(limits or StoreLimits()).json_depth)
+    except StrictJsonError as error:
+        raise AdapterRejected([error.problem]) from None

@@ -13,19 +13,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import msgspec
 
 from polyadapt.adapters.adapter import AdapterPlan
-from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.adapters.registry import FILES, open_adapter
 from polyadapt.errors import AdapterRejected, Problem, Unavailable
 from polyadapt.types import BaseSpec
 from polyadapt_store.checkpoint import INTEGER_SIZES, ITEM_SIZES, Checkpoint
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME, ValidationReport
+from polyadapt_store.manifest import (
+    PEFT_FORM,
+    FileForm,
+    ValidationReport,
+    is_read,
+    list_names,
+    missing_files,
+    weight_files,
+)
 from polyadapt_store.strict_json import shown
 
 logger = logging.getLogger(__name__)
@@ -102,28 +111,27 @@ def validate(directory: Path, base: BaseSpec, limits: StoreLimits) -> Validation
     Raises AdapterRejected with every problem that could be found; a broken config or header hides
     later ones.
     """
-    expected, found = {CONFIG_NAME, WEIGHTS_NAME}, _files(directory)
-    problems = [
-        Problem(
-            "unread_file",
-            f"nothing reads {shown(name)}; send the adapter's two files alone",
-            shown(name),
+    names = list_names(directory)
+    missing = missing_files(names, FILES)
+    if missing:
+        raise AdapterRejected(
+            _unread_files(names, (PEFT_FORM,))
+            + [Problem("missing_file", f"{name} is missing", name) for name in missing]
         )
-        for name in sorted(found - expected)
-        if name.rpartition("/")[2] in expected  # the store holds no others
-    ] + [Problem("missing_file", f"{name} is missing", name) for name in sorted(expected - found)]
-    if not expected <= found:
-        raise AdapterRejected(problems)
-    config = family = None
+    problems: list[Problem] = []
+    family, config = None, dict[str, Any]()
     try:
-        config = read_config(directory / CONFIG_NAME, limits)
-        family = family_of(config)
+        family, config = open_adapter(directory, limits)
     except AdapterRejected as error:
         problems += error.problems
+    files = (PEFT_FORM,) if family is None else family.files
+    problems = _unread_files(names, files) + problems
+    missing = missing_files(names, files)
+    problems += [Problem("missing_file", f"{name} is missing", name) for name in missing]
     try:
-        with Checkpoint(directory / WEIGHTS_NAME, limits) as checkpoint:
+        with Checkpoint(weight_files(directory, files), limits) as checkpoint:
             plan = None
-            if config is not None and family is not None:
+            if family is not None and not missing:
                 try:
                     plan = family.plan(config, checkpoint.header, base)
                 except AdapterRejected as error:
@@ -135,6 +143,15 @@ def validate(directory: Path, base: BaseSpec, limits: StoreLimits) -> Validation
     if problems or plan is None or family is None:
         raise AdapterRejected(problems)
     return _report(plan, base, num_tensors)
+
+
+def _unread_files(names: Collection[str], files: Sequence[FileForm]) -> list[Problem]:
+    """What some family reads and this one does not; the store holds no other files."""
+    return [
+        Problem("unread_file", f"nothing reads {shown(name)}; leave it out", shown(name))
+        for name in sorted(names)
+        if is_read(name, FILES) and not is_read(name, files)
+    ]
 
 
 def _report(plan: AdapterPlan, base: BaseSpec, num_tensors: int) -> ValidationReport:
@@ -149,12 +166,6 @@ def _report(plan: AdapterPlan, base: BaseSpec, num_tensors: int) -> ValidationRe
         base_digest=base.digest,
         notes=plan.notes,
     )
-
-
-def _files(directory: Path) -> set[str]:
-    return {
-        path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()
-    }
 
 
 def _non_finite_tensors(checkpoint: Checkpoint) -> list[Problem]:
@@ -236,7 +247,7 @@ def main() -> None:
     """Read a job from standard input, write a verdict to standard output."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=_Job)
     directory = Path(job.directory)
-    _limit(job.limits, _size(directory / WEIGHTS_NAME))
+    _limit(job.limits, list(weight_files(directory, FILES).values()))
     try:
         verdict = _Verdict(report=validate(directory, job.base, job.limits))
     except AdapterRejected as error:
@@ -245,13 +256,13 @@ def main() -> None:
     sys.stdout.buffer.flush()
 
 
-def _limit(limits: StoreLimits, checkpoint_bytes: int) -> None:
-    """Give up what reading two files does not need, for good."""
-    memory = limits.validator_memory + checkpoint_bytes
+def _limit(limits: StoreLimits, weights: Sequence[Path]) -> None:
+    """Give up what reading the files does not need, for good."""
+    memory = limits.validator_memory + sum(map(_size, weights))
     for kind, value in (
         (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CPU, limits.validator_cpu_s),
-        (resource.RLIMIT_NOFILE, 16),
+        (resource.RLIMIT_NOFILE, 16 + len(weights)),
         (resource.RLIMIT_FSIZE, limits.verdict_bytes),
         (resource.RLIMIT_CORE, 0),
     ):

@@ -19,6 +19,7 @@ from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.engine.pooling import add_rows, mean_of
+from polyadapt.engine.probing import forget_used, weigh_experts
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
 from polyadapt.engine.runner import ModelRunner, StepLogits
 from polyadapt.engine.sampler import Sampled, sample, sample_rows, score
@@ -178,7 +179,7 @@ class Engine:
         ]
         return EngineStats(
             num_steps=self.counters["steps"],
-            num_running=len(self.scheduler.running),
+            num_running=sum(sequence.main is None for sequence in self.scheduler.running),
             num_waiting=len(self.scheduler.waiting),
             num_used_pages=pages.num_used,
             num_cached_pages=pages.num_cached,
@@ -212,7 +213,7 @@ class Engine:
     def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""
         try:
-            together = self.runner.run(batch)
+            together = self._compute(batch)
         except Exception:
             # Keys and values are written by position, so that running rows again is harmless.
             logger.exception("a step of %d sequences failed; running each alone", len(batch))
@@ -223,7 +224,7 @@ class Engine:
         results: list[torch.Tensor | None] = []
         for rows in batch:
             try:
-                alone = self.runner.run([rows])
+                alone = self._compute([rows])
             except Exception:
                 logger.exception("request %s failed alone", rows.sequence.group.request.id)
                 results.append(None)
@@ -231,6 +232,14 @@ class Engine:
                 _pool([rows], alone.hidden)
                 results += alone
         return results
+
+    def _compute(self, batch: list[ScheduledRows]) -> StepLogits:
+        """One forward, and what the rows of scouts say of their mains' experts."""
+        logits = self.runner.run(batch)
+        if logits.hidden is not None:
+            is_exact = self.runner.strategy.is_exact
+            weigh_experts(batch, logits.hidden, self.pool, is_exact=is_exact)
+        return logits
 
     def _draw(
         self, batch: list[ScheduledRows], outcomes: StepLogits | list[torch.Tensor | None]
@@ -240,18 +249,23 @@ class Engine:
         if not isinstance(outcomes, StepLogits):
             return drawn
         # Decode rows come first, so that the others seldom hide a plain one.
-        sequences = []
-        for rows, count in zip(batch, outcomes.counts, strict=True):
+        places = []
+        for place, (rows, count) in enumerate(zip(batch, outcomes.counts, strict=True)):
+            if count == 0:  # a scout, or a part of a prompt
+                continue
             if count != 1 or not rows.is_last_chunk:
                 break
-            sequences.append(rows.sequence)
+            places.append(place)
+        sequences = [batch[place].sequence for place in places]
         try:
-            drawn[: len(sequences)] = sample_rows(outcomes.table[: len(sequences)], sequences)
+            together = sample_rows(outcomes.table[: len(sequences)], sequences)
         except Exception:
             # One sequence at a time shows whose fault it is.
             logger.exception("sampling %d rows together failed; now each alone", len(sequences))
             self.counters["isolated_samplings"] += 1
-            return [None] * len(batch)
+            return drawn
+        for place, sampled in zip(places, together, strict=True):
+            drawn[place] = sampled
         self.counters["rows_drawn_together"] += len(batch) - drawn.count(None)
         return drawn
 
@@ -264,9 +278,12 @@ class Engine:
             group.is_started = True
             assert group.lanes is not None, "whoever has rows has its adapters settled"
             lanes = sorted(group.lanes, key=lambda lane: lane.place)  # as the caller wrote them
-            served = tuple(self._served(lane.applied) for lane in lanes)
+            served = tuple(
+                replace(self._served(lane.applied), is_approximate=lane.is_approximate)
+                for lane in lanes
+            )
             # None of its rows has run yet: what counts as computed was found in the cache.
-            num_cached = rows.sequence.num_computed
+            num_cached = rows.sequence.leader.num_computed
             self._events.append(Started(group.request.id, served, num_cached))
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
 
@@ -298,13 +315,15 @@ class Engine:
         try:
             if is_scored and not rows.drafts:
                 self._score_prompt(sequence, logits)
-            if is_last_chunk and not sequence.is_companion:
+            if is_last_chunk and sequence.main is None:
                 choice = self._choose(rows, logits, sampled)
         except Exception:
             logger.exception("request %s failed while it was sampled", group.request.id)
             self._fail(group, InternalError("sampling this request failed; see the server log"))
             return
         sequence.num_computed += rows.num_tokens - len(rows.drafts)
+        if sequence.scout is not None:
+            forget_used(sequence)
         if choice is None:
             return
         self._announce_scores(sequence)

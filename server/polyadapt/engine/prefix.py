@@ -44,6 +44,7 @@ class PageKeys:
         """What joins the chain of keys at which page: the page that holds the first position that
         an adapter acts on differs from then on, and those before it are as without the adapter.
 
+        So it is from where on an adapter's experts keep their weights.
         The position itself counts: where the last occurrence of the invocation is depends on tokens
         behind the page.
         """
@@ -52,6 +53,11 @@ class PageKeys:
             if _counts(lane) and lane.is_invoked and lane.first != NEVER:
                 identity = (*_identity(lane), lane.first)
                 found.setdefault(lane.first // self._page_size, []).append(identity)
+            if _counts(lane) and lane.is_approximate and not lane.is_resting:
+                assert lane.probing is not None
+                start = lane.probing.frozen_from
+                identity = (*_identity(lane), "frozen", start)
+                found.setdefault(start // self._page_size, []).append(identity)
         return {number: encode(tuple(joined)) for number, joined in found.items()}
 
     def turn(self, parent: bytes, joined: bytes) -> bytes:
@@ -70,7 +76,8 @@ def _counts(lane: GatedAdapter) -> bool:
 
 def _identity(lane: GatedAdapter) -> tuple[object, ...]:
     rank = lane.applied.rank if lane.weights else None  # all components, however that was said
-    return (lane.applied.adapter.digest, float(lane.applied.scale), rank, lane.options)
+    identity = (lane.applied.adapter.digest, float(lane.applied.scale), rank, lane.options)
+    return (*identity, "resting") if lane.is_resting else identity
 
 
 def encode(value: object) -> bytes:

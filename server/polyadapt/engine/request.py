@@ -9,8 +9,11 @@ import enum
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from polyadapt.adapters.gates import GatedAdapter
+import numpy as np
+
+from polyadapt.adapters.gates import NEVER, GatedAdapter, at_rest
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
+from polyadapt.engine.token_table import TokenTable
 from polyadapt.errors import PolyadaptError
 from polyadapt.types import AppliedAdapter, Request, TokenLogprob
 
@@ -32,7 +35,11 @@ class Sequence:
 
     num_computed tokens have keys and values in `pages`; the rest of token_ids is still to be run.
     The first num_shareable of the pages are full and lie under their keys in the prefix cache.
-    `companions` are sequences coupled to this one: they are admitted, preempted and freed with it.
+
+    Where a first pass weighs an adapter's experts there are two, with one list of tokens: the
+    `scout` makes that pass, samples nothing and runs no token from `horizon` on; its hidden states
+    fill `expert_weights` of its `main`, whose token may run in any step after the scout's. Both are
+    admitted, preempted and freed as one; the scout leaves as soon as it has nothing left to run.
     """
 
     group: RequestGroup
@@ -41,12 +48,17 @@ class Sequence:
     num_prompt: int
     num_computed: int = 0
     pages: list[int] = field(default_factory=list)
-    slots: tuple[int, ...] = ()  # device slots of the group's adapters while running
+    slots: tuple[int, ...] = ()  # device slots of its adapters while running
+    lanes: tuple[GatedAdapter, ...] = ()  # beside `slots`, once settled
     state: SequenceState = SequenceState.WAITING
-    companions: tuple[Sequence, ...] = ()
-    is_companion: bool = False
+    scout: Sequence | None = None
+    main: Sequence | None = None
+    horizon: int | None = None  # None: it runs every token
+    expert_weights: dict[int, TokenTable] = field(default_factory=dict)  # by lane
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of prompt tokens 1..
     is_scored: bool = False  # the prompt's logprobs are complete
+    root_key: bytes | None = None  # what every page's key hangs on, once it is asked for
+    key_turns: dict[int, bytes] = field(default_factory=dict)  # see PageKeys.turns
     page_keys: list[bytes] = field(default_factory=list)  # of the first full pages of token_ids
     num_shareable: int = 0
     lookup: PromptLookup | None = None  # where its drafts come from, once it speculates
@@ -54,20 +66,26 @@ class Sequence:
     hidden_sum: np.ndarray | None = None  # of an embedded one's computed rows, float64 [width]
 
     @property
+    def leader(self) -> Sequence:
+        """The one that stands for both in the queue: itself, or its main."""
+        return self.main or self
+
+    @property
     def unit(self) -> tuple[Sequence, ...]:
-        """The sequence and its companions: what is admitted and preempted as one."""
-        return (self, *self.companions)
+        """What is admitted and preempted as one, the leader first."""
+        leader = self.leader
+        return (leader,) if leader.scout is None else (leader, leader.scout)
 
     @property
     def wants_hidden(self) -> bool:
         """Whether the final hidden states of its rows are used."""
-        return self.is_companion or self.is_embedded
+        return self.main is not None or self.is_embedded
 
     @property
     def needs_every_row(self) -> bool:
         """Whether every row of its prompt has to run, whatever the prefix cache holds."""
         is_scored = self.group.request.sampling.num_prompt_logprobs is not None
-        return self.is_embedded or (is_scored and not self.is_scored)
+        return self.is_embedded or (is_scored and not self.leader.is_scored)
 
     @property
     def num_output(self) -> int:
@@ -76,8 +94,45 @@ class Sequence:
 
     @property
     def num_pending(self) -> int:
-        """Tokens that have no keys and values yet; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        """Tokens that are still to be run; 1 while decoding."""
+        num_tokens = len(self.token_ids)
+        if self.horizon is not None:
+            num_tokens = min(num_tokens, self.horizon)
+        return num_tokens - self.num_computed
+
+    @property
+    def num_runnable(self) -> int:
+        """Those of the pending tokens that the next step may run: a scout's come first."""
+        scout = self.scout
+        if scout is None or scout.is_complete:
+            return self.num_pending
+        return max(min(self.num_pending, scout.num_computed - self.num_computed), 0)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it never runs another token unless it starts over."""
+        is_ahead = self.horizon is not None and self.num_computed >= self.horizon
+        return is_ahead or self.state is SequenceState.DONE
+
+    def weights_at(self, lane_id: int, start: int, stop: int) -> np.ndarray:
+        """What weighs the experts of a lane at these positions, float32 [stop - start, width]."""
+        lane = self.lanes[lane_id]
+        assert lane.probing is not None
+        if lane.is_resting:
+            return np.full((stop - start, lane.probing.width), lane.probing.resting, np.float32)
+        return self.expert_weights[lane_id].at(start, stop, lane.probing.frozen_from - 1)
+
+    def couple(self, lanes: tuple[GatedAdapter, ...], horizon: int | None) -> None:
+        """Give it a scout that runs with `lanes` alone."""
+        scout = Sequence(self.group, self.index, self.token_ids, self.num_prompt)
+        scout.lanes, scout.main, scout.horizon = lanes, self, horizon
+        self.scout = scout
+
+    def forget(self) -> None:
+        """Be as before its adapters were settled."""
+        self.lanes, self.scout = (), None
+        self.root_key, self.key_turns = None, {}
+        self.page_keys.clear()
 
 
 @dataclass(slots=True, eq=False)
@@ -95,12 +150,11 @@ class RequestGroup:
     lanes: tuple[GatedAdapter, ...] | None = None  # beside `adapters`; None: not settled yet
     is_gated: bool = False  # whether any of them is
     token_cost: int = 1  # what a token takes of a step's budget, with its costliest adapter
+    is_probed: bool = False  # whether any has its experts weighed in a first pass
     has_turned: bool = False  # from its own adapters to those of when_cold
     refusal: PolyadaptError | None = None  # why it cannot be served, found before its first row
     sequences: list[Sequence] = field(default_factory=list)
     is_started: bool = False
-    root_key: bytes | None = None  # what every page's key of the request hangs on, once admitted
-    key_turns: dict[int, bytes] = field(default_factory=dict)  # see PageKeys.turns
     order: int = 0  # of arrival; given by the scheduler
     num_overtaken: int = 0  # admissions before it, or at its cost, of requests that came later
     was_too_heavy: bool = False  # it waited for others' heavy adapters to end
@@ -132,8 +186,9 @@ class RequestGroup:
     def reopen(self, adapters: tuple[AppliedAdapter, ...], has_turned: bool) -> None:
         """Undo what was decided for an admission that did not come about."""
         self.adapters, self.has_turned = adapters, has_turned
-        self.lanes, self.is_gated, self.token_cost = None, False, 1
-        self.root_key, self.key_turns = None, {}
+        self.lanes, self.is_gated, self.is_probed, self.token_cost = None, False, False, 1
+        for sequence in self.sequences:
+            sequence.forget()
 
     def settle(self, lanes: tuple[GatedAdapter, ...]) -> None:
         """Fix the adapters, which are `lanes` in another order, for all of its sequences."""
@@ -141,6 +196,13 @@ class RequestGroup:
         self.adapters = tuple(lane.applied for lane in lanes)
         self.is_gated = any(lane.is_gated for lane in lanes)
         self.token_cost = max((lane.token_cost for lane in lanes), default=1)
+        probed = [lane.probing for lane in lanes if lane.probing is not None]
+        self.is_probed = bool(probed)
+        horizon = max((probing.frozen_from for probing in probed), default=0)
+        for sequence in self.sequences:
+            sequence.lanes = lanes
+            if probed:
+                sequence.couple(at_rest(lanes), None if horizon == NEVER else horizon)
 
     @classmethod
     def of(cls, request: Request, arrived: float) -> RequestGroup:

@@ -128,10 +128,12 @@ class ModelRunner:
         idle = _idle_rows(sequences, lengths)
         # A sequence keeps its scales and weights once it runs; its slots may change.
         planned = (sequences, slots, idle, lengths.tobytes(), num_outputs.tobytes())
+        is_probed = any(sequence.group.is_probed for sequence in sequences)
         if planned != self._planned:
             limit = self.strategy.adapter_gemm_rows
-            self._plans = _plans(sequences, lengths, num_outputs, idle, limit)
-            self._planned = planned
+            self._plans = _plans(sequences, lengths, num_outputs, idle, limit, is_probed=is_probed)
+            # What weighs experts is another in every step.
+            self._planned = () if is_probed else planned
         tokens, outputs = self._plans
         self.tokens.load(tokens)
         self.outputs.load(outputs)
@@ -234,7 +236,7 @@ def _idle_rows(sequences: Seq[Sequence], lengths: np.ndarray) -> _Idle:
     found: _Idle = {}
     for i in [i for i, sequence in enumerate(sequences) if sequence.group.is_gated]:
         length, position = int(lengths[i]), sequences[i].num_computed
-        lanes = sequences[i].group.lanes or ()
+        lanes = sequences[i].lanes
         found[i] = tuple(min(max(lane.first - position, 0), length) for lane in lanes)
     return found
 
@@ -245,11 +247,15 @@ def _plans(
     num_outputs: np.ndarray,
     idle: _Idle,
     gemm_rows: int,
+    *,
+    is_probed: bool = False,
 ) -> tuple[BatchPlan, BatchPlan]:
     """The plans of tokens and of outputs; lengths and num_outputs are int64 [sequences], and a
-    sequence's outputs are its last rows.
+    sequence's outputs are its last rows. is_probed: whether tables weigh the experts of any.
     """
     ends, out_ends = np.cumsum(lengths), np.cumsum(num_outputs)
+    # Positions behind the last row of each sequence.
+    stops = lengths + [of.num_computed for of in sequences] if is_probed else None
     num_rows, num_kept = int(ends[-1]), int(out_ends[-1])
     token_lanes, output_lanes = _Lanes(num_rows), _Lanes(max(num_kept, 1))
     for lane_id in range(max(len(sequence.slots) for sequence in sequences)):
@@ -259,8 +265,10 @@ def _plans(
         if idle:
             active = active - np.array([idle[i][lane_id] if i in idle else 0 for i in members])
         served = [sequences[i] for i in members]
-        token_lanes.add(lane_id, served, ends[at], active)
-        output_lanes.add(lane_id, served, out_ends[at], np.minimum(num_outputs[at], active))
+        own_stops = None if stops is None else stops[at]
+        token_lanes.add(lane_id, served, ends[at], active, own_stops)
+        num_own = np.minimum(num_outputs[at], active)
+        output_lanes.add(lane_id, served, out_ends[at], num_own, own_stops)
     tokens = token_lanes.plan(gemm_rows)
     # Where every row has one output both row spaces are the same.
     is_same = num_kept == num_rows == len(sequences) and bool((num_outputs == 1).all())
@@ -274,35 +282,69 @@ class _Lanes:
         self._num_rows = num_rows
         self._runs: list[Runs] = []
         self._gates: list[np.ndarray | None] = []
+        self._tables: list[np.ndarray | None] = []
 
     def add(
-        self, lane_id: int, served: list[Sequence], ends: np.ndarray, lengths: np.ndarray
+        self,
+        lane_id: int,
+        served: list[Sequence],
+        ends: np.ndarray,
+        lengths: np.ndarray,
+        stops: np.ndarray | None,
     ) -> None:
-        """Add a lane: of each sequence the `lengths` rows before `ends`, int64 [sequences]."""
+        """Add a lane: of each sequence the `lengths` rows before `ends`, int64 [sequences], which
+        are the tokens before the positions `stops`; None: no table weighs anybody's experts.
+        """
         if not lengths.all():
             kept = lengths > 0
             served = [of for of, is_kept in zip(served, kept.tolist(), strict=True) if is_kept]
             ends, lengths = ends[kept], lengths[kept]
+            stops = None if stops is None else stops[kept]
         slots = np.array([of.slots[lane_id] for of in served], np.int64)
-        scales = np.array([of.group.adapters[lane_id].scale for of in served], np.float64)
+        scales = np.array([of.lanes[lane_id].applied.scale for of in served], np.float64)
         self._runs.append(Runs(ends - lengths, lengths, slots, scales))
         self._gates.append(self._gate(lane_id, served, ends, lengths))
+        table = None if stops is None else self._table(lane_id, served, ends, lengths, stops)
+        self._tables.append(table)
 
     def plan(self, gemm_rows: int) -> BatchPlan:
         """The plan of all of them."""
-        return plan_of(self._runs, self._num_rows, self._gates, gemm_rows)
+        return plan_of(self._runs, self._num_rows, self._gates, gemm_rows, self._tables)
 
     def _gate(
         self, lane_id: int, served: list[Sequence], ends: np.ndarray, lengths: np.ndarray
     ) -> np.ndarray | None:
         """float32 [rows, widest], ones where nobody has weights; None where nobody has any."""
-        weights = [of.group.lanes[lane_id].weights if of.group.lanes else () for of in served]
+        weights = [of.lanes[lane_id].weights for of in served]
         width = max(map(len, weights), default=0)
         if width == 0:
             return None
         table = np.ones((self._num_rows, width), np.float32)
         for own, end, length in zip(weights, ends.tolist(), lengths.tolist(), strict=True):
             table[end - length : end, : len(own)] = own
+        return table
+
+    def _table(
+        self,
+        lane_id: int,
+        served: list[Sequence],
+        ends: np.ndarray,
+        lengths: np.ndarray,
+        stops: np.ndarray,
+    ) -> np.ndarray | None:
+        """float32 [rows, widest], zeros where nobody is weighed; None where nobody is anywhere."""
+        spans = zip(served, ends.tolist(), lengths.tolist(), stops.tolist(), strict=True)
+        given = [
+            (end - length, end, of.weights_at(lane_id, stop - length, stop))
+            for of, end, length, stop in spans
+            if of.lanes[lane_id].probing is not None
+        ]
+        width = max((weights.shape[1] for _, _, weights in given), default=0)
+        if width == 0:
+            return None
+        table = np.zeros((self._num_rows, width), np.float32)
+        for start, end, weights in given:
+            table[start:end, : weights.shape[1]] = weights
         return table
 
 
@@ -325,7 +367,8 @@ def _wanted(
     """Indices int64 of the rows that need logits, and how many they are per sequence."""
     # Behind its prompt a sequence's only pending token is sampled from, and nothing is scored.
     if len(decodes) == len(batch) and all(
-        len(of.token_ids) - 1 == of.num_computed >= of.num_prompt for of in decodes
+        len(of.token_ids) - 1 == of.num_computed >= of.num_prompt and of.main is None
+        for of in decodes
     ):
         return starts, [1] * len(batch)
     wanted = [_wanted_rows(rows) for rows in batch]
@@ -335,6 +378,8 @@ def _wanted(
 
 def _wanted_rows(rows: ScheduledRows) -> np.ndarray:
     """Which of the sequence's rows, counted from 0, need logits."""
+    if rows.sequence.main is not None:  # of a scout the hidden states are read
+        return np.arange(0)
     sequence = rows.sequence
     if sequence.is_embedded:
         return np.arange(0)

@@ -11,6 +11,10 @@ What is written is what num_computed counts.
 The budget of a step is in tokens of the base. A token of a request whose adapters make it costlier
 (Traits.token_cost) takes as many; so many sequences run that each could have one in every step.
 
+A request whose adapter needs a first pass is two sequences with one list of tokens, see Sequence:
+the scout runs up to the newest token, its main as far as the scout had come before the step. In the
+queue the main stands for both.
+
 Nobody waits for ever:
 - A request that sequences of later ones were preferred to MAX_OVERTAKEN times ranks before all
   others from then on, and while it waits nobody behind it is admitted. Until then only those and
@@ -157,12 +161,20 @@ class Scheduler:
             if num_computed // page_size != sequence.num_shareable:
                 self._publish(sequence)
             num_pending = len(sequence.token_ids) - num_computed
+            if sequence.main is not None and sequence.is_complete:
+                self._leave(sequence)
+                sequence.state = SequenceState.DONE
+                continue
+            if sequence.scout is not None:
+                num_pending = sequence.num_runnable
             if num_pending > 1:
                 num_prompts += 1
                 continue
+            if num_pending == 0:  # its scout comes first, or it is a scout that waits for its main
+                continue
             num_decodes += 1
-            # For 15 of 16 tokens there is room; nothing is pending of a companion that waits.
-            if num_pending and budget > 0 and num_computed < len(sequence.pages) * page_size:
+            # For 15 of 16 tokens there is room.
+            if budget > 0 and num_computed < len(sequence.pages) * page_size:
                 picked[sequence] = 1
                 budget -= sequence.group.token_cost
             else:
@@ -174,7 +186,8 @@ class Scheduler:
                 share = _share(sequence, budget, num_prompt_tokens)
                 budget -= self._continue(sequence, share, picked)
         # Whoever was just preempted would come straight back and be preempted again.
-        if len(picked) == len(self.running) and self.counters["preemptions"] == num_before:
+        has_served_all = len(picked) == num_decodes + num_prompts
+        if has_served_all and self.counters["preemptions"] == num_before:
             budget = self._admit(budget, num_prompt_tokens, picked)
         if len(picked) > num_picked:
             budget = self._give_rest(budget, picked)
@@ -191,7 +204,7 @@ class Scheduler:
         return rows
 
     def finish(self, sequence: Sequence) -> None:
-        """End the sequence and its companions wherever they are; frees pages and leases."""
+        """End the sequence and its scout wherever they are; frees pages and leases."""
         for member in sequence.unit:
             if member.state is SequenceState.RUNNING:
                 self._leave(member)
@@ -203,7 +216,7 @@ class Scheduler:
         """Count nothing of the group's running sequences as computed, and let nobody find their
         pages.
         """
-        for sequence in group.sequences:
+        for sequence in (member for leader in group.sequences for member in leader.unit):
             self.pages.forget(sequence.pages)
             sequence.num_computed = sequence.num_shareable = 0
 
@@ -218,12 +231,15 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert the book-keeping: states, and pages owned by running sequences alone."""
         assert all(s.state is SequenceState.WAITING and not s.pages for s in self.waiting)
+        assert all(s.main is None for s in self.waiting), "a scout is no leader"
         assert all(s.state is SequenceState.RUNNING for s in self.running)
         self.pages.check_integrity([sequence.pages for sequence in self.running])
         slots = [slot for sequence in self.running for slot in sequence.slots]
         assert self._heavy == Counter(slot for slot in slots if self.adapters.is_heavy(slot))
         assert len(self._heavy) <= self.max_heavy_adapters
         for sequence in self.running:
+            assert sequence.leader.state is SequenceState.RUNNING, "half a unit runs"
+            assert all(member.token_ids is sequence.token_ids for member in sequence.unit)
             num_full = sequence.num_computed // self.pages.page_size
             assert sequence.num_shareable <= num_full, "a page is shared before it is written"
             private = sequence.pages[sequence.num_shareable :]
@@ -231,14 +247,15 @@ class Scheduler:
 
     def _prompts(self) -> list[Sequence]:
         """Running prompts in the order of their shares: the first admitted, the rest by rank."""
-        prompts = [sequence for sequence in self.running if sequence.num_pending > 1]
+        prompts = [sequence for sequence in self.running if sequence.num_runnable > 1]
         for sequence in prompts:  # somebody else may have computed what comes next meanwhile
-            self.counters["prefix_hit_tokens"] += self._take_cached(sequence)
+            gained = self._take_cached(sequence)
+            self.counters["prefix_hit_tokens"] += gained if sequence.main is None else 0
         return prompts[:1] + sorted(prompts[1:], key=_rank)
 
     def _continue(self, sequence: Sequence, num_tokens: int, picked: dict[Sequence, int]) -> int:
         """Schedule a running sequence's next rows, at most num_tokens; returns their cost."""
-        num_tokens = min(sequence.num_pending, num_tokens)
+        num_tokens = min(sequence.num_runnable, num_tokens)
         if num_tokens <= 0 or sequence.state is not _RUNNING:
             return 0
         while not self.pages.extend(sequence.pages, sequence.num_computed + num_tokens):
@@ -252,10 +269,9 @@ class Scheduler:
         """Admit from the queue while rows, tokens and pages last; returns the tokens left."""
         entered: list[int] = []  # orders of arrival
         loading: set[int] = set()
-        # A companion is admitted by its leader and never on its own.
-        for leader in [sequence for sequence in self.waiting if not sequence.is_companion]:
-            unit, group = leader.unit, leader.group
-            if budget < len(unit) or len(self.running) + len(unit) > self.max_num_seqs:
+        for leader in self.waiting.copy():
+            group = leader.group
+            if budget < 1 or not self._has_seats(leader.unit):
                 break
             if group.refusal is not None:
                 continue
@@ -278,32 +294,36 @@ class Scheduler:
                 slots = self._settle(group, slots)
                 if slots is None:
                     continue
-            self._take_cached(leader)
-            share = budget // len(unit)
-            counts = [_share(member, share, num_prompt_tokens) for member in unit]
+            unit = leader.unit  # of two only now, if its adapters turned out to need a scout
+            for member in unit:
+                self._take_cached(member)
+            first = unit[-1]  # a scout runs before its main
+            num_tokens = _share(first, budget, num_prompt_tokens)
             # A costly token may be more than is left of this step.
-            has_rows = 0 not in counts and self._has_rows(unit)
-            if not (has_rows and self._has_room(unit, counts)):
+            has_rows = num_tokens > 0 and self._has_rows(unit) and self._has_seats(unit)
+            if not (has_rows and self._has_room(unit, num_tokens)):
                 self.adapters.release(slots)
-                self._give_back(leader)
+                for member in unit:
+                    self._give_back(member)
                 # What is on the device may be another then, for those who do not wait for theirs.
                 if undecided is not None and group.request.when_cold.wait_ms is not None:
                     group.reopen(*undecided)
-                    leader.page_keys.clear()
                 break
             if undecided is not None and group.has_turned:
                 self.left_cold += group.request.adapters
                 name = "fallback" if group.adapters else "base"
                 self.counters[f"cold_turned_to_{name}"] += 1
-            if self._is_cacheable(leader) and not leader.is_embedded:
+            if self.page_keys is not None and not leader.is_embedded:
                 self.counters["prefix_query_tokens"] += len(leader.token_ids)
                 self.counters["prefix_hit_tokens"] += leader.num_computed
             entered.append(group.order)
-            for member, num_tokens in zip(unit, counts, strict=True):
-                self._enter(member, slots if member is leader else self._lease(member))
-                self.pages.extend(member.pages, member.num_computed + num_tokens)
-                picked[member] = num_tokens
-                budget -= num_tokens * group.token_cost
+            self.waiting.remove(leader)
+            self._enter(leader, slots)
+            if leader.scout is not None:
+                self._enter(leader.scout, self._lease(leader.scout))
+            self.pages.extend(first.pages, first.num_computed + num_tokens)
+            picked[first] = num_tokens
+            budget -= num_tokens * group.token_cost
         if entered:
             # Whoever waits for a read under way has lost nothing to those who went on.
             passed = [group for group in self.waiting_groups() if group.order not in loading]
@@ -325,10 +345,10 @@ class Scheduler:
     def _give_rest(self, budget: int, picked: dict[Sequence, int]) -> int:
         """Give prompts that left tokens to others what nobody took; returns what is still left."""
         for sequence, num_tokens in picked.items():
-            if sequence.state is not SequenceState.RUNNING or num_tokens == sequence.num_pending:
+            if sequence.state is not SequenceState.RUNNING or num_tokens == sequence.num_runnable:
                 continue
             cost = sequence.group.token_cost
-            more = min(budget // cost, sequence.num_pending - num_tokens)
+            more = min(budget // cost, sequence.num_runnable - num_tokens)
             num_known = sequence.num_computed + num_tokens + more
             if more > 0 and self._can_spare(self.pages.num_needed(num_known) - len(sequence.pages)):
                 self.pages.extend(sequence.pages, num_known)
@@ -359,7 +379,7 @@ class Scheduler:
         """Whether guesses may follow a decode row: behind its prompt and alone."""
         sequence = rows.sequence
         is_decoding = rows.is_last_chunk and sequence.num_output > 0
-        is_single = not (sequence.companions or sequence.is_companion)
+        is_single = len(sequence.unit) == 1
         return is_decoding and is_single and self._num_drafts(sequence) > 0
 
     def _num_drafts(self, sequence: Sequence) -> int:
@@ -392,12 +412,18 @@ class Scheduler:
         own = sum(member.group.token_cost for member in unit)
         return running + own <= self.max_num_batched_tokens
 
-    def _has_room(self, unit: tuple[Sequence, ...], counts: list[int]) -> bool:
-        """Whether the first rows fit and every running sequence can still grow by one page."""
+    def _has_seats(self, unit: tuple[Sequence, ...]) -> bool:
+        """Whether so many more may run."""
+        return len(self.running) + len(unit) <= self.max_num_seqs
+
+    def _has_room(self, unit: tuple[Sequence, ...], num_tokens: int) -> bool:
+        """Whether so many rows of each member fit, though only the first one gets them now, and
+        every running sequence can still grow by one page.
+        """
         return self._can_spare(
             sum(
-                self.pages.num_needed(member.num_computed + count) - len(member.pages)
-                for member, count in zip(unit, counts, strict=True)
+                self.pages.num_needed(member.num_computed + num_tokens) - len(member.pages)
+                for member in unit
             )
         )
 
@@ -405,9 +431,9 @@ class Scheduler:
         """Whether every running sequence could still grow by one page without them."""
         return self.pages.num_free >= num_pages + len(self.running)
 
-    def _lease(self, member: Sequence) -> tuple[int, ...]:
-        slots = self.adapters.acquire(member.group.adapters)
-        assert slots is not None, "the leader's lease keeps its companions' adapters on the device"
+    def _lease(self, scout: Sequence) -> tuple[int, ...]:
+        slots = self.adapters.acquire(tuple(lane.applied for lane in scout.lanes))
+        assert slots is not None, "its main's lease keeps its adapters on the device"
         return slots
 
     def _acquire(self, group: RequestGroup) -> tuple[int, ...] | None:
@@ -433,12 +459,13 @@ class Scheduler:
         try:
             self._check_heavy(slots)
             lanes = arrange(group.adapters, traits, group.request.prompt_ids)
+            group.settle(lanes)
+            self._check_fits(group.sequences[0].unit)
         except InvalidRequest as error:
             self.adapters.release(slots)
             group.refusal = error
             self.refused.append(group)
             return None
-        group.settle(lanes)
         # Whatever a token takes, it gets it in a step of its own.
         group.token_cost = min(group.token_cost, self.max_num_batched_tokens)
         return tuple(slots[lane.place] for lane in lanes)
@@ -468,33 +495,53 @@ class Scheduler:
                 param="adapters",
             )
 
+    def _check_fits(self, unit: tuple[Sequence, ...]) -> None:
+        """Raise InvalidRequest for a unit that could not run to its end even alone; a sequence
+        alone always can.
+        """
+        if len(unit) == 1:
+            return
+        if len(unit) > self.max_num_seqs:
+            raise InvalidRequest(
+                f"the adapter is served in {len(unit)} passes at once and --max-num-seqs is "
+                f"{self.max_num_seqs}; raise it",
+                param="model",
+            )
+        leader = unit[0]
+        most = leader.num_prompt + leader.group.request.sampling.max_tokens
+        most = min(most, self.max_model_len or most)
+        needed = sum(
+            self.pages.num_needed(most if s.horizon is None else min(most, s.horizon)) for s in unit
+        )
+        if needed > self.pages.num_pages:
+            raise InvalidRequest(
+                f"the adapter is served in {len(unit)} passes, whose {most} tokens each need "
+                f"{needed} pages of KV memory of {self.pages.num_pages}; lower max_tokens, shorten "
+                "the prompt or raise --kv-cache-bytes",
+                param="max_tokens",
+            )
+
     def _enter(self, sequence: Sequence, slots: tuple[int, ...]) -> None:
-        self.waiting.remove(sequence)
         self._heavy.update(slot for slot in slots if self.adapters.is_heavy(slot))
         sequence.slots = slots
         sequence.state = SequenceState.RUNNING
         self.running.append(sequence)
 
     # ------------------------------------------------------------------ the prefix cache
-    def _is_cacheable(self, sequence: Sequence) -> bool:
-        """Whether its pages may be shared.
-
-        Not with companions: coupled sequences advance in step, so one must not be ahead of the
-        others by what it found, and what one computes may depend on another's results, of which
-        its keys know nothing.
-        """
-        return self.page_keys is not None and not (sequence.companions or sequence.is_companion)
-
     def _take_cached(self, sequence: Sequence) -> int:
         """Go on behind the cached pages that continue what the sequence has computed; return by
         how many tokens. Its newest token is never among them: the next one is sampled from its row.
+        Nor is, of a scout, any token that its main has still to run, or the last that it runs.
         """
-        if sequence.needs_every_row or not self._is_cacheable(sequence):
+        if self.page_keys is None or sequence.leader.needs_every_row:
             return 0
         size = self.pages.page_size
-        first = sequence.num_computed // size
+        first, limit = sequence.num_computed // size, len(sequence.token_ids) - 1
+        if sequence.main is not None:
+            limit = min(limit, sequence.main.num_computed)
+            limit = limit if sequence.horizon is None else min(limit, sequence.horizon - 1)
         found: list[int] = []
-        for number in range(first, (len(sequence.token_ids) - 1) // size):
+        for number in range(first, limit // size):
             page = self.pages.find(self._key(sequence, number))
             if page is None:
                 break
@@ -513,7 +560,7 @@ class Scheduler:
     def _publish(self, sequence: Sequence) -> None:
         """Let others find the sequence's full pages, as far as they are written."""
         num_full = sequence.num_computed // self.pages.page_size
-        if num_full == sequence.num_shareable or not self._is_cacheable(sequence):
+        if num_full == sequence.num_shareable or self.page_keys is None:
             return
         for number in range(sequence.num_shareable, num_full):
             key = self._key(sequence, number)
@@ -523,16 +570,16 @@ class Scheduler:
     def _key(self, sequence: Sequence, number: int) -> bytes:
         """The key of the sequence's page `number`; its adapters are on the device."""
         assert self.page_keys is not None
-        group, keys, size = sequence.group, sequence.page_keys, self.pages.page_size
-        if group.root_key is None:
-            assert group.lanes is not None, "pages are looked for once the adapters are settled"
-            group.root_key = self.page_keys.root(group.request.cache_salt, group.lanes)
-            group.key_turns = self.page_keys.turns(group.lanes)
+        keys, size = sequence.page_keys, self.pages.page_size
+        if sequence.root_key is None:
+            salt = sequence.group.request.cache_salt
+            sequence.root_key = self.page_keys.root(salt, sequence.lanes)
+            sequence.key_turns = self.page_keys.turns(sequence.lanes)
         while len(keys) <= number:
             start = len(keys) * size
-            parent = keys[-1] if keys else group.root_key
-            if len(keys) in group.key_turns:
-                parent = self.page_keys.turn(parent, group.key_turns[len(keys)])
+            parent = keys[-1] if keys else sequence.root_key
+            if len(keys) in sequence.key_turns:
+                parent = self.page_keys.turn(parent, sequence.key_turns[len(keys)])
             keys.append(self.page_keys.page(parent, sequence.token_ids[start : start + size]))
         return keys[number]
 
@@ -540,6 +587,7 @@ class Scheduler:
         """Release the sequence's pages: it starts over."""
         self.pages.release(sequence.pages)
         sequence.num_computed = sequence.num_shareable = 0
+        sequence.expert_weights.clear()
 
     def _leave(self, sequence: Sequence) -> None:
         self._publish(sequence)
@@ -556,13 +604,13 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Send the whole unit that holds `sequence` back to the queue."""
-        leader = next(s for s in self.running if sequence in s.unit)
+        leader = sequence.leader
         for member in leader.unit:
             if member.state is SequenceState.RUNNING:
                 self._leave(member)
-                member.state = SequenceState.WAITING
-                insort(self.waiting, member, key=_rank)
-                self.counters["preemptions"] += 1
+            member.state = SequenceState.WAITING
+        insort(self.waiting, leader, key=_rank)
+        self.counters["preemptions"] += 1
         # Its pages serve those that stay: if one of them came later, it was overtaken.
         newest = max((other.group.order for other in self.running), default=0)
         self._count_overtakings([newest], [leader.group])
@@ -587,5 +635,5 @@ def _share(sequence: Sequence, budget: int, num_prompt_tokens: int) -> int:
     not need comes back to it.
     """
     cost = sequence.group.token_cost
-    part = budget if sequence.num_pending * cost <= num_prompt_tokens else -(-budget // 2)
-    return min(sequence.num_pending, max(part // cost, min(budget // cost, 1)))
+    part = budget if sequence.num_runnable * cost <= num_prompt_tokens else -(-budget // 2)
+    return min(sequence.num_runnable, max(part // cost, min(budget // cost, 1)))

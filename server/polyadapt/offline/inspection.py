@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from polyadapt.adapters.adapter import AdapterPlan, Delta, Family, Traits
-from polyadapt.adapters.registry import family_of, read_config
+from polyadapt.adapters.registry import open_adapter
 from polyadapt.adapters.validator import validate
 from polyadapt.config import EngineConfig
 from polyadapt.errors import AdapterRejected, PolyadaptError, Problem
@@ -23,7 +23,7 @@ from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, SiteSpec, TokenLogprob
 from polyadapt_store.checkpoint import Checkpoint
 from polyadapt_store.limits import StoreLimits
-from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME
+from polyadapt_store.manifest import PEFT_FORM, WEIGHTS_NAME, weight_files
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,7 @@ def inspect_files(directory: Path) -> Inspection:
         found,
         problems=_with_hints(problems, directory),
         unchecked=(unchecked,),
-        num_tensors=_num_tensors(directory),
+        num_tensors=_num_tensors(directory, family),
     )
 
 
@@ -150,7 +150,7 @@ async def _inspect(
     from polyadapt.offline.served import ServedModel
 
     found, family = _open(directory)
-    found = replace(found, model=config.model, num_tensors=_num_tensors(directory))
+    found = replace(found, model=config.model, num_tensors=_num_tensors(directory, family))
     served = ServedModel(config, model_dir, scratch / "blobs")
     await served.start()
     try:
@@ -195,7 +195,8 @@ def _with_dense(
     from polyadapt.offline.dense import NotDenseError, load_dense, logits_of, write_into
 
     model = load_dense(model_dir)
-    found = replace(found, cost=_cost(deltas, base, sum(p.numel() for p in model.parameters())))
+    cost = _cost(deltas, base, sum(p.numel() for p in model.parameters()))
+    found = replace(found, cost=_with_first_pass(cost, base, found.traits))
     plain = logits_of(model, token_ids).log_softmax(-1)
     parity = Parity(0.0, 0.0, 0.0, len(token_ids), tuple(rank for rank in scores if rank))
     for number, (rank, served) in enumerate(scores.items()):
@@ -258,15 +259,19 @@ def _open(directory: Path) -> tuple[Inspection, Family | None]:
     }
     found = Inspection(str(directory), files)
     try:
-        family = family_of(read_config(directory / CONFIG_NAME))
+        family, _ = open_adapter(directory)
     except (AdapterRejected, OSError):
         return found, None  # validate says what is wrong
     return replace(found, family=family.name, summary=family.summary), family
 
 
-def _num_tensors(directory: Path) -> int | None:
+def _num_tensors(directory: Path, family: Family | None) -> int | None:
+    files = (PEFT_FORM,) if family is None else family.files
+    paths = weight_files(directory, files)
+    if not paths:
+        return None
     try:
-        with Checkpoint(directory / WEIGHTS_NAME) as checkpoint:
+        with Checkpoint(paths) as checkpoint:
             return len(checkpoint.header)
     except (AdapterRejected, OSError):
         return None
@@ -275,8 +280,8 @@ def _num_tensors(directory: Path) -> int | None:
 def _read(
     directory: Path, family: Family, base: BaseSpec, weights: Any
 ) -> tuple[AdapterPlan, dict[int, Delta]]:
-    config = read_config(directory / CONFIG_NAME)
-    with Checkpoint(directory / WEIGHTS_NAME) as checkpoint:
+    _, config = open_adapter(directory)
+    with Checkpoint(weight_files(directory, family.files)) as checkpoint:
         plan = family.plan(config, checkpoint.header, base)
         return plan, family.read(config, checkpoint, base, weights)
 
@@ -330,6 +335,20 @@ def _cost(deltas: Mapping[int, Delta], base: BaseSpec, num_base_elements: int) -
         num_multiply_adds=num_multiply_adds,
         num_base_multiply_adds=sum(site.in_features * site.out_features for site in linears),
         slow_parts=slow,
+    )
+
+
+def _with_first_pass(cost: Cost, base: BaseSpec, traits: Traits | None) -> Cost:
+    """Add what weighs the experts, where a pass over the base without its head does."""
+    if traits is None or traits.probe is None:
+        return cost
+    head = next(s for s in base.sites if s.path == base.head_path)
+    num_first = cost.num_base_multiply_adds - head.in_features * head.out_features
+    num_probe = traits.probe.num_elements
+    return replace(
+        cost,
+        num_elements=cost.num_elements + num_probe,
+        num_multiply_adds=cost.num_multiply_adds + num_first + num_probe,
     )
 
 

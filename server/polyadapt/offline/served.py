@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from polyadapt.adapters.registry import FILES
 from polyadapt.config import EngineConfig
 from polyadapt.engine.build import build_engine
 from polyadapt.engine.engine import Engine
@@ -22,9 +23,7 @@ from polyadapt.types import (
     Tokens,
 )
 from polyadapt_store.blobs import BlobStore, list_files
-from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME, digest_of
-
-_STORED = (CONFIG_NAME, WEIGHTS_NAME)
+from polyadapt_store.manifest import digest_of, is_read, list_names
 
 
 class ServedModel:
@@ -33,8 +32,9 @@ class ServedModel:
     """
 
     def __init__(self, config: EngineConfig, model_dir: Path, blob_root: Path) -> None:
+        # One request, which an adapter may need two passes for.
         self._config = config.model_copy(
-            update={"dtype": "float32", "max_num_seqs": 1, "prefix_cache": False}
+            update={"dtype": "float32", "max_num_seqs": 2, "prefix_cache": False}
         )
         self._model_dir = model_dir
         self._blobs = BlobStore(blob_root)
@@ -53,11 +53,10 @@ class ServedModel:
     def put(self, directory: Path) -> AdapterId:
         """Store an adapter's files and return its identity."""
         staged = self._blobs.new_staging()
-        for path in sorted(directory.rglob("*")):
-            if path.is_file() and path.name in _STORED:
-                target = staged / path.relative_to(directory)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+        for name in sorted(list_names(directory)):
+            if is_read(name, FILES):
+                (staged / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(directory / name, staged / name)
         digest = digest_of(list_files(staged))
         self._blobs.put(staged, digest)
         return AdapterId(directory.name, 1, digest)

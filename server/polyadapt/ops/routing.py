@@ -28,13 +28,13 @@ def weigh(
         values = scores.sigmoid().repeat_interleave(repeats, 1)
         if bias is not None:
             values = values + bias.float()
-        kept = _largest(values, routing.top_k)
+        kept = largest(values, routing.top_k)
         values = torch.where(kept, values, 0.0)
         total = values.sum(1, keepdim=True)
         return values / torch.where(total.abs() < _TINY, _TINY, total)
     if routing.router is Router.MAGNITUDE:
         values = scores.abs()
-        kept = _largest(values, routing.top_k)
+        kept = largest(values, routing.top_k)
         weights = torch.where(kept, values / routing.value, -torch.inf).softmax(1)
         return weights.repeat_interleave(repeats, 1)
     return choose(scores, routing).repeat_interleave(repeats, 1)
@@ -48,7 +48,7 @@ def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
     if routing.router is Router.EXPERTS and routing.value > 0:
         is_kept = _mass(weights, routing.value)
     else:
-        is_kept = _largest(weights, routing.top_k)
+        is_kept = largest(weights, routing.top_k)
     kept = torch.where(is_kept, weights, 0.0)
     return kept / kept.sum(1, keepdim=True) if routing.renormalise else kept
 
@@ -72,7 +72,7 @@ def _mass(values: torch.Tensor, mass: float) -> torch.Tensor:
     return torch.zeros_like(values, dtype=torch.bool).scatter_(1, order, before <= mass)
 
 
-def _largest(values: torch.Tensor, top_k: int) -> torch.Tensor:
+def largest(values: torch.Tensor, top_k: int) -> torch.Tensor:
     """Bool [n, m]: the top_k largest of each row, those with the lower index first; 0: all."""
     if not 0 < top_k < values.shape[1]:
         return torch.ones_like(values, dtype=torch.bool)

@@ -37,6 +37,7 @@ from polyadapt.ops import cells
 from polyadapt.ops.cells import Router, Routing
 from polyadapt.types import BaseSpec
 from polyadapt_store.checkpoint import Checkpoint, TensorInfo
+from polyadapt_store.manifest import PEFT_FORM, FileForm
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -128,6 +129,7 @@ class Arrow:
     )
     scaling: ClassVar[str] = "yes"
     overrides: ClassVar[int] = 0
+    files: ClassVar[tuple[FileForm, ...]] = (PEFT_FORM,)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """Whether the config is that of a directory which `polyadapt convert --from arrow` made."""
@@ -138,6 +140,12 @@ class Arrow:
     ) -> AdapterPlan:
         """See Family.plan."""
         return self._draft(config, header, base).plan
+
+    def read_probe(
+        self, config: Mapping[str, Any], checkpoint: Checkpoint, base: BaseSpec
+    ) -> tuple[torch.Tensor, ...]:
+        """See Family.read_probe: each row's own input is what weighs it."""
+        return ()
 
     def read(
         self,

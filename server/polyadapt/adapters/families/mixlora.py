@@ -35,6 +35,7 @@ from polyadapt.errors import AdapterRejected, Problem
 from polyadapt.ops import cells
 from polyadapt.types import BaseSpec, MlpSpec, SiteSpec
 from polyadapt_store.checkpoint import INTEGER_SIZES, ITEM_SIZES, Checkpoint, TensorInfo
+from polyadapt_store.manifest import PEFT_FORM, FileForm
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ class MixLora:
     )
     scaling: ClassVar[str] = "no"
     overrides: ClassVar[int] = 0
+    files: ClassVar[tuple[FileForm, ...]] = (PEFT_FORM,)
 
     def claims(self, config: Mapping[str, Any]) -> bool:
         """See Family.claims."""
@@ -148,6 +150,12 @@ class MixLora:
     ) -> AdapterPlan:
         """See Family.plan."""
         return _draft(config, header, base).plan
+
+    def read_probe(
+        self, config: Mapping[str, Any], checkpoint: Checkpoint, base: BaseSpec
+    ) -> tuple[torch.Tensor, ...]:
+        """See Family.read_probe."""
+        return ()
 
     def read(
         self,

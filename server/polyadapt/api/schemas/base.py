@@ -89,6 +89,11 @@ class ServedObject(Reply):
     mandatory: Literal[True] | None = Field(
         None, exclude_if=is_none, description="the policy of the caller's tenant names it"
     )
+    approximate: Literal[True] | None = Field(
+        None,
+        exclude_if=is_none,
+        description="the request chose not to be served with what the adapter itself computes",
+    )
 
     @classmethod
     def of(cls, served: ServedAdapter) -> ServedObject:
@@ -101,6 +106,7 @@ class ServedObject(Reply):
             tier=served.tier,
             load_ms=round(served.load_ms, 3),
             mandatory=True if served.is_mandatory else None,
+            approximate=True if served.is_approximate else None,
         )
 
 

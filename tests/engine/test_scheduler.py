@@ -329,6 +329,22 @@ def test_a_request_heavier_than_any_step_is_refused_and_one_of_the_limit_waits()
     assert slots.leases[2] == 0
 
 
+def test_a_request_that_its_policy_makes_too_heavy_is_told_so():
+    _, scheduler = heavy_scheduler(1)
+    one, other = (AppliedAdapter(AdapterId(d, 1, d)) for d in ("h1", "h2"))
+    for name, adapters in (
+        ("policy_conflict", (one, replace(other, is_mandatory=True))),
+        ("invalid_request", (one, other)),
+    ):
+        group = RequestGroup.of(replace(new_group(name, 3).request, adapters=adapters), 0.0)
+        scheduler.add(group)
+        run_step(scheduler)
+        assert group.refusal is not None
+        assert (group.refusal.code, group.refusal.param) == (name, "adapters")
+        assert ("'h2' is mandatory" in group.refusal.message) == (name == "policy_conflict")
+        scheduler.finish(group.sequences[0])
+
+
 def test_a_preempted_heavy_sequence_makes_room_for_another():
     _, scheduler = heavy_scheduler(1)
     scheduler.add(new_group("h1", 3, "h1"))

@@ -40,7 +40,7 @@ from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
-from polyadapt.errors import InvalidRequest
+from polyadapt.errors import InvalidRequest, PolicyConflict
 from polyadapt.types import AppliedAdapter
 
 # As often may requests that came later be preferred to one, for their priority or because its
@@ -457,7 +457,7 @@ class Scheduler:
         """
         traits = [self.adapters.traits(slot) for slot in slots]
         try:
-            self._check_heavy(slots)
+            self._check_heavy(group, slots)
             lanes = arrange(group.adapters, traits, group.request.prompt_ids)
             group.settle(lanes)
             self._check_fits(group.sequences[0].unit)
@@ -484,16 +484,25 @@ class Scheduler:
         group.was_too_heavy = True
         return True
 
-    def _check_heavy(self, slots: tuple[int, ...]) -> None:
-        """Raise InvalidRequest if one request's adapters are heavier than any step may be."""
-        num_heavy = sum(self.adapters.is_heavy(slot) for slot in slots)
-        if num_heavy > self.max_heavy_adapters:
-            raise InvalidRequest(
-                f"{num_heavy} of the request's {len(slots)} adapters hold dense matrices, each a "
-                f"product of its own in every step; --max-heavy-adapters is "
-                f"{self.max_heavy_adapters}: name fewer or raise it",
-                param="adapters",
+    def _check_heavy(self, group: RequestGroup, slots: tuple[int, ...]) -> None:
+        """Raise InvalidRequest if one request's adapters are heavier than any step may be; where
+        one of the heavy ones is mandatory, PolicyConflict.
+        """
+        pairs = zip(group.adapters, slots, strict=True)
+        heavy = [applied for applied, slot in pairs if self.adapters.is_heavy(slot)]
+        if len(heavy) <= self.max_heavy_adapters:
+            return
+        message = (
+            f"{len(heavy)} of the request's {len(slots)} adapters hold dense matrices, each a "
+            f"product of its own in every step; --max-heavy-adapters is {self.max_heavy_adapters}: "
+            "name fewer or raise it"
+        )
+        mandatory = [applied.adapter.name for applied in heavy if applied.is_mandatory]
+        if mandatory:
+            raise PolicyConflict(
+                f"{message}; '{mandatory[0]}' is mandatory by policy", param="adapters"
             )
+        raise InvalidRequest(message, param="adapters")
 
     def _check_fits(self, unit: tuple[Sequence, ...]) -> None:
         """Raise InvalidRequest for a unit that could not run to its end even alone; a sequence

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from polyadapt.types import AdapterId
+from polyadapt.types import AdapterId, OptionValue
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -30,6 +30,26 @@ class FileEntry:
     name: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedOption:
+    """One thing that a request may choose of an adapter by name; `expected` says its values."""
+
+    name: str
+    kind: str
+    summary: str
+    expected: str
+    default: OptionValue | None = None  # what stands where a request says nothing
+
+
+@dataclass(frozen=True, slots=True)
+class ReportedTraits:
+    """What whoever asks for an adapter has to know of it beside its scale."""
+
+    ranks: tuple[int, int] | None = None  # the least and the most that a request may choose
+    invocation_tokens: tuple[int, ...] = ()  # it acts from their last occurrence on; (): always
+    options: tuple[OfferedOption, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +122,7 @@ class ValidationReport:
     base_digest: str
     notes: tuple[str, ...] = ()
     unused_files: tuple[str, ...] = ()  # uploaded, without effect on serving, not stored
+    traits: ReportedTraits | None = None  # None: validated before they were recorded
 
 
 @dataclass(frozen=True, slots=True)

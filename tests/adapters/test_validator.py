@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from tests.support.safetensors_files import LYING_FILES, entry, file_bytes
 
@@ -21,6 +22,7 @@ from polyadapt.adapters.validator import MAX_PROBLEMS, run_validator, validate
 from polyadapt.errors import AdapterRejected, Unavailable
 from polyadapt.types import BaseSpec, SiteSpec
 from polyadapt_store.limits import StoreLimits
+from polyadapt_store.manifest import ReportedTraits
 
 BASE = BaseSpec(
     name="tiny",
@@ -86,6 +88,31 @@ def test_a_good_adapter_is_reported(tmp_path: Path) -> None:
     assert (report.family, report.rank, report.target_modules) == ("lora", 2, ("q",))
     assert (report.num_elements, report.num_tensors, report.is_scalable) == (16, 2, True)
     assert (report.base_model, report.base_digest) == (BASE.name, BASE.digest)
+
+
+def test_what_a_request_may_choose_is_reported(tmp_path: Path) -> None:
+    def traits_of(name: str, tensors: bytes, config: dict[str, Any]) -> ReportedTraits | None:
+        (tmp_path / name).mkdir()
+        report = validate(write(tmp_path / name, tensors, config), BASE, StoreLimits())
+        assert msgspec.json.decode(msgspec.json.encode(report), type=type(report)) == report
+        return report.traits
+
+    assert traits_of("plain", weights(), CONFIG) == ReportedTraits()
+    nested = CONFIG | {"nested": True, "rank_min": 1, "rank_max": 2, "scale": "alpha/b"}
+    assert traits_of("nested", weights(), nested) == ReportedTraits(ranks=(1, 2))
+    invoked = CONFIG | {"alora_invocation_tokens": [3, 1]}
+    expected = ReportedTraits(invocation_tokens=(3, 1))
+    assert traits_of("invoked", weights(), invoked) == expected
+    tasks = {"peft_type": "GS_LORA", "tasks": [{"name": "a", "r": 2}], "target_modules": ["q"]}
+    header = {
+        f"{PREFIX}.tasks.0.lora_A": entry([2, 4], 0, 32, "F32"),
+        f"{PREFIX}.tasks.0.lora_B": entry([4, 2], 32, 64, "F32"),
+    }
+    found = traits_of("tasks", file_bytes(header, ONES["F32"] * 16), tasks)
+    assert found is not None
+    (option,) = found.options
+    assert (option.kind, option.default) == ("words", ("a",))
+    assert "'a'" in option.expected
 
 
 def test_problems_of_config_header_and_numbers_come_together(tmp_path: Path) -> None:

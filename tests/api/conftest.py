@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import uvicorn
 from fastapi import FastAPI
@@ -22,7 +23,7 @@ from polyadapt.api.routing import ScopedRoute
 from polyadapt.app import StartupAdapter, build_app
 from polyadapt.config import Config, load_config
 from polyadapt.errors import AdapterRejected, Problem
-from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.manifest import ReportedTraits, ValidationReport
 from polyadapt_store.store import AdapterStore
 
 REPORT = ValidationReport(
@@ -48,6 +49,8 @@ def judge(directory: Path) -> ValidationReport:
     config = json.loads((directory / "adapter_config.json").read_text())
     if config.get("reject"):
         raise AdapterRejected([Problem("bad_key", f"no {key}", key) for key in config["reject"]])
+    if "traits" in config:
+        return replace(REPORT, traits=msgspec.convert(config["traits"], ReportedTraits))
     return REPORT
 
 

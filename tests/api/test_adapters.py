@@ -42,6 +42,28 @@ async def test_an_upload_answers_with_the_adapter(server: Server) -> None:
     assert [adapter.digest for adapter in server.engine.prepared] == [body.digest]
 
 
+async def test_an_adapter_says_what_a_request_may_choose_of_it(server: Server) -> None:
+    option = {"name": "tasks", "kind": "words", "summary": "which tasks", "expected": "a list"}
+    traits = {
+        "ranks": [1, 8],
+        "invocation_tokens": [5, 7],
+        "options": [{**option, "default": ["a", "b"]}, {**option, "name": "k", "default": 2}],
+    }
+    await upload(server, files=peft_files(traits=traits))
+    await upload(server, "unknown")
+    await upload(server, "plain", files=peft_files("c", traits={}))
+    found = {}
+    for name in ("poet", "unknown", "plain"):
+        body = (await server.client.get(f"/v1/adapters/{name}")).json()
+        AdapterObject.model_validate(body, extra="forbid")
+        found[name] = body["traits"]
+    assert found["poet"] == {**traits, "ranks": {"least": 1, "most": 8}}
+    assert found["unknown"] is None
+    assert found["plain"] == {"ranks": None, "invocation_tokens": [], "options": []}
+    listed = (await server.client.get("/v1/adapters")).json()["data"]
+    assert {adapter["name"]: adapter["traits"] for adapter in listed} == found
+
+
 async def test_the_same_bytes_make_no_new_version(server: Server) -> None:
     first, again = await upload(server), await upload(server)
     assert (first.status_code, again.status_code) == (201, 200)

@@ -23,7 +23,9 @@ from polyadapt_client import (  # noqa: E402
     AdapterRejected,
     ApiError,
     NotFound,
+    Option,
     Polyadapt,
+    Traits,
     Unavailable,
     Use,
     WorkflowRun,
@@ -113,6 +115,15 @@ def test_a_directory_is_uploaded_one_folder_deep(client: Polyadapt, tmp_path: Pa
     made = client.upload("poet", tmp_path)
     assert set(made.report.unused_files) == {"README.md", "sub/notes.txt"}
     assert made.digest == client.upload("poet", FILES).digest
+
+
+def test_what_a_request_may_choose_of_an_adapter_is_read(client: Polyadapt) -> None:
+    option = {"name": "k", "kind": "count", "summary": "how many", "expected": "1 to 3"}
+    traits = {"ranks": [2, 8], "invocation_tokens": [5], "options": [{**option, "default": 2}]}
+    files = {name: content for _, (name, content) in peft_files("nested", traits=traits)}
+    made = client.upload("nested", files)
+    assert made.traits == Traits((2, 8), (5,), (Option(**option, default=2),))
+    assert client.upload("poet", FILES).traits is None
 
 
 def test_an_empty_directory_is_not_sent(client: Polyadapt, tmp_path: Path) -> None:

@@ -32,6 +32,39 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """One thing that a request may choose in `Use.options`; without it `default` stands."""
+
+    name: str
+    kind: str
+    summary: str
+    expected: str
+    default: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a request may choose of an adapter, and the tokens from which on it acts."""
+
+    ranks: tuple[int, int] | None  # least and most; None: it has one rank
+    invocation_tokens: tuple[int, ...]  # empty: it acts everywhere
+    options: tuple[Option, ...]
+
+    @classmethod
+    def of(cls, body: Mapping[str, Any]) -> Traits:
+        """Read the API's object; raises KeyError if a field is missing."""
+        ranks = body["ranks"]
+        return cls(
+            ranks=None if ranks is None else (ranks["least"], ranks["most"]),
+            invocation_tokens=tuple(body["invocation_tokens"]),
+            options=tuple(
+                Option(one["name"], one["kind"], one["summary"], one["expected"], one["default"])
+                for one in body["options"]
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of one adapter."""
 
@@ -51,11 +84,12 @@ class Adapter:
     created: int
     description: str
     tags: tuple[str, ...]
+    traits: Traits | None = None  # None: the server does not know them
 
     @classmethod
     def of(cls, body: Mapping[str, Any]) -> Adapter:
         """Read the API's adapter object; raises KeyError if a field is missing."""
-        report, residency = body["report"], body["residency"]
+        report, residency, traits = body["report"], body["residency"], body.get("traits")
         return cls(
             id=body["id"],
             name=body["name"],
@@ -85,6 +119,7 @@ class Adapter:
             created=body["created"],
             description=body["description"],
             tags=tuple(body["tags"]),
+            traits=None if traits is None else Traits.of(traits),
         )
 
 

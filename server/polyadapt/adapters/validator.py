@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from polyadapt.adapters.adapter import AdapterPlan
+from polyadapt.adapters.adapter import AdapterPlan, Traits
 from polyadapt.adapters.registry import FILES, open_adapter
 from polyadapt.errors import AdapterRejected, Problem, Unavailable
 from polyadapt.types import BaseSpec
@@ -29,6 +29,8 @@ from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import (
     PEFT_FORM,
     FileForm,
+    OfferedOption,
+    ReportedTraits,
     ValidationReport,
     is_read,
     list_names,
@@ -165,6 +167,18 @@ def _report(plan: AdapterPlan, base: BaseSpec, num_tensors: int) -> ValidationRe
         base_model=base.name,
         base_digest=base.digest,
         notes=plan.notes,
+        traits=_reported(plan.traits),
+    )
+
+
+def _reported(traits: Traits) -> ReportedTraits:
+    return ReportedTraits(
+        ranks=(traits.min_nested_rank, traits.nested_rank) if traits.nested_rank else None,
+        invocation_tokens=traits.invocation,
+        options=tuple(
+            OfferedOption(option.name, option.kind, option.summary, option.expected, option.default)
+            for option in traits.options
+        ),
     )
 
 

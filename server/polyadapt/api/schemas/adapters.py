@@ -9,7 +9,7 @@ from pydantic import Field
 from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
 from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
-from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.manifest import AdapterRecord, ReportedTraits
 
 
 class ReportObject(Reply):
@@ -21,6 +21,57 @@ class ReportObject(Reply):
     base_digest: str
     notes: list[str]
     unused_files: list[str]
+
+
+class RanksObject(Reply):
+    """The ranks that a request may choose, both included."""
+
+    least: int
+    most: int
+
+
+class OptionObject(Reply):
+    """One thing that a request may choose in `options`; without it `default` stands."""
+
+    name: str
+    kind: str
+    summary: str
+    expected: str
+    default: str | bool | int | float | list[str] | None
+
+
+class TraitsObject(Reply):
+    """What a request may choose of the adapter, and from which tokens on it acts."""
+
+    ranks: RanksObject | None = Field(description="null: it has one rank")
+    invocation_tokens: list[int] = Field(
+        description="it acts from the last occurrence of these tokens in the prompt on, and where "
+        "they do not occur not at all; empty: everywhere"
+    )
+    options: list[OptionObject]
+
+    @classmethod
+    def of(cls, traits: ReportedTraits) -> TraitsObject:
+        """Return the wire form."""
+        ranks = None
+        if traits.ranks is not None:
+            ranks = RanksObject(least=traits.ranks[0], most=traits.ranks[1])
+        return cls(
+            ranks=ranks,
+            invocation_tokens=list(traits.invocation_tokens),
+            options=[
+                OptionObject(
+                    name=option.name,
+                    kind=option.kind,
+                    summary=option.summary,
+                    expected=option.expected,
+                    default=list(option.default)
+                    if isinstance(option.default, tuple)
+                    else option.default,
+                )
+                for option in traits.options
+            ],
+        )
 
 
 class ResidencyObject(Reply):
@@ -46,6 +97,7 @@ class AdapterObject(Reply):
     target_modules: list[str]
     bytes: int
     status: Literal["validating", "ready", "rejected", "revoked"]
+    traits: TraitsObject | None = Field(description="null: uploaded before they were recorded")
     report: ReportObject
     residency: ResidencyObject
     tenant: str
@@ -69,6 +121,7 @@ class AdapterObject(Reply):
             target_modules=list(record.target_modules),
             bytes=record.nbytes,
             status=record.status,
+            traits=None if report.traits is None else TraitsObject.of(report.traits),
             report=ReportObject(
                 num_tensors=report.num_tensors,
                 num_elements=report.num_elements,

@@ -40,6 +40,19 @@ def test_adapters_are_read_as_pairs() -> None:
     assert load_config({"adapters": ["c=/z"]}, environ={}).adapters == {"c": Path("/z")}
 
 
+def test_prefix_pools_are_read_from_every_source(tmp_path: Path) -> None:
+    expected = {"legal": ("a", "b"), "rest": ("c",)}
+    assert load_config(environ={}).prefix_pools == {}
+    for config in (
+        load_config(environ={"POLYADAPT_PREFIX_POOLS": "legal=a+b,rest=c"}),
+        load_config({"prefix_pools": ["legal=a+b", "rest=c"]}, environ={}),
+    ):
+        assert config.prefix_pools == expected
+    file = tmp_path / "config.yaml"
+    file.write_text("prefix_pools: {legal: [a, b], rest: [c]}")
+    assert load_config(environ={}, file=file).prefix_pools == expected
+
+
 def test_home_follows_the_variables_in_order() -> None:
     both = {"POLYADAPT_HOME": "/own", "XDG_CACHE_HOME": "/cache"}
     assert default_home(both) == Path("/own")
@@ -58,6 +71,10 @@ def test_home_follows_the_variables_in_order() -> None:
         ({"device": "tpu"}, {}, ["device", "tpu"]),
         ({"adapters": ["nameless"]}, {}, ["adapters", "NAME=DIR"]),
         ({"adapters": ["a=/x", "a=/y"]}, {}, ["adapters", "twice"]),
+        ({"prefix_pools": ["legal"]}, {}, ["prefix_pools", "POOL=TENANT+TENANT"]),
+        ({"prefix_pools": ["p=a", "p=b"]}, {}, ["prefix_pools", "each pool once"]),
+        ({"prefix_pools": ["p=a+b", "q=b"]}, {}, ["prefix_pools", "'b'", "one pool"]),
+        ({"prefix_pools": ["p=a+"]}, {}, ["prefix_pools", "empty"]),
         ({"kv_cache_bytes": "much"}, {}, ["kv_cache_bytes"]),
         ({"min_priority": 1}, {}, ["min_priority", "0"]),  # it would refuse who asks for nothing
     ],

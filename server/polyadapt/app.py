@@ -84,14 +84,13 @@ def build_app(
     authenticator.check_exposure()
     directory = AdapterDirectory(store, engine)
     lifecycle = Lifecycle()
-    text = TextService(engine, directory, tokenizer, config.limits)
+    text = TextService(engine, directory, tokenizer, config.limits, config.prefix_pools)
     embedder = Embedder(engine, config.limits)
 
     def is_ready() -> bool:
         return lifecycle.is_open and engine.is_ready
 
     metrics = Metrics(engine, directory, is_ready=is_ready)
-    text = TextService(engine, directory, tokenizer, config.limits)
     library = WorkflowLibrary(store.workflows, directory)
     services = Services(
         config=config,

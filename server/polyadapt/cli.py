@@ -108,6 +108,12 @@ def serve(
             help="Keep KV pages for requests that begin alike.  [default: prefix-cache]",
         ),
     ] = None,
+    prefix_pool: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="POOL=TENANT+TENANT", help="Tenants that share KV pages for what begins alike."
+        ),
+    ] = None,
     max_adapter_bytes: Annotated[
         str | None, typer.Option(help="Device memory for adapters, such as 1GiB.")
     ] = None,
@@ -150,6 +156,7 @@ def serve(
     file = given.pop("config")
     given["adapters"] = given.pop("adapter") or None
     given["allowed_hosts"] = given.pop("allowed_host") or None
+    given["prefix_pools"] = given.pop("prefix_pool") or None
     given["adapter_roots"] = given.pop("adapter_root") or None
     with _one_clear_line():
         settings = load_config(given, file=file)

@@ -130,6 +130,7 @@ class Config(BaseSettings):
     home: Path = Field(default_factory=lambda: default_home(os.environ))
     adapters: dict[str, Path] = Field(default_factory=dict)  # name -> PEFT directory
     demo: bool = False  # register the packaged demo adapters at start
+    prefix_pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # of tenants; else none
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     store: StoreConfig = StoreConfig()
@@ -158,6 +159,31 @@ class Config(BaseSettings):
         if len(set(names)) != len(names):
             raise ValueError("one adapter name is given twice")
         return {name: path for name, _, path in pairs}
+
+    @field_validator("prefix_pools", mode="before")
+    @classmethod
+    def _parse_pools(cls, value: Any) -> Any:
+        items = _split(value, ",")
+        if not isinstance(items, list | tuple):
+            return items
+        pools: dict[str, list[str]] = {}
+        for item in items:
+            name, _, tenants = str(item).partition("=")
+            if not name or not tenants or name in pools:
+                raise ValueError(f"{item!r} is not of the form POOL=TENANT+TENANT, each pool once")
+            pools[name] = tenants.split("+")
+        return pools
+
+    @field_validator("prefix_pools", mode="after")
+    @classmethod
+    def _check_pools(cls, value: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+        tenants = [tenant for pool in value.values() for tenant in pool]
+        if not all(value) or not all(tenants):
+            raise ValueError("a pool or a tenant has an empty name")
+        twice = next((tenant for tenant in tenants if tenants.count(tenant) > 1), None)
+        if twice is not None:
+            raise ValueError(f"tenant {twice!r} is named twice; a tenant is in one pool")
+        return value
 
     @property
     def models_dir(self) -> Path:

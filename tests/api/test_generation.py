@@ -64,8 +64,25 @@ async def test_a_salt_parts_the_prefixes_of_its_tenant_alone(server: Server, ask
         reply = await ask(server, cache_salt=salt)
         assert reply.status_code == 200, reply.text
     salts = [request.cache_salt for request in server.engine.requests]
-    assert salts == [(tenant,), (tenant, "mine"), (tenant, tenant)]
+    owner = ("tenant", tenant)
+    assert salts == [owner, (*owner, "mine"), (*owner, tenant)]
     assert (await ask(server, cache_salt="")).status_code == 400
+
+
+async def test_tenants_of_a_pool_share_prefixes_and_no_others(make_server: Maker) -> None:
+    server = await make_server(api_key="sk-operator", prefix_pools={"legal": ["a", "b"]})
+    for tenant in ("a", "b", "c", "legal"):
+        key = server.store.keys.create(tenant, ["infer"])[1]
+        for salt in (None, "mine"):
+            headers = {"authorization": f"Bearer {key}"}
+            body = {"model": "fake-base", "prompt": "one", "cache_salt": salt}
+            reply = await server.client.post("/v1/completions", json=body, headers=headers)
+            assert reply.status_code == 200, reply.text
+    salts = [request.cache_salt for request in server.engine.requests]
+    pool = [("pool", "legal"), ("pool", "legal", "mine")]
+    assert salts[:4] == pool * 2
+    assert not set(salts[4:]) & set(pool)
+    assert len(set(salts[4:])) == 4
 
 
 async def test_an_adapter_is_named_in_body_and_header(server: Server) -> None:

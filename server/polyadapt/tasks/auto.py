@@ -124,7 +124,7 @@ class AutoService:
         if not ids:
             return Choice(None, "empty_prompt", None, self.threshold), base.name
         space = await self._get_space()
-        salt = (request.tenant, *((request.cache_salt,) if request.cache_salt else ()))
+        salt = self._text.cache_salt(request)
         (embedded,) = await self._embedder.embed(
             f"{request.id}-{AUTO}", [ids], cache_salt=salt, priority=request.priority
         )

@@ -177,7 +177,11 @@ class TextService:
         directory: AdapterDirectory,
         tokenizer: Tokenizer,
         limits: LimitsConfig,
+        prefix_pools: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
+        """prefix_pools: by name, tenants that share cached prefixes; each of them in one pool."""
+        pools = (prefix_pools or {}).items()
+        self._pool_of = {tenant: pool for pool, tenants in pools for tenant in tenants}
         self._engine = engine
         self._directory = directory
         self._limits = limits
@@ -185,6 +189,15 @@ class TextService:
         # Tokenising a long text holds a core; a few at a time leave some for the engine.
         self._tokenise_slots = asyncio.Semaphore(2)
         self.tokenizer = tokenizer
+
+    def cache_salt(self, request: TextRequest) -> tuple[str, ...]:
+        """What requests have in common that may share cached prefixes: their tenant, or the pool
+        that the operator put it in, and their own salt.
+        """
+        pool = self._pool_of.get(request.tenant)
+        # That first: no salt of a caller's reaches the prefixes of others.
+        owner = ("tenant", request.tenant) if pool is None else ("pool", pool)
+        return owner if request.cache_salt is None else (*owner, request.cache_salt)
 
     async def generate(
         self, request: TextRequest, held: Lease | None = None
@@ -296,8 +309,7 @@ class TextService:
                 adapters=lease.applied,
                 n=request.n,
                 timeout_s=self._limits.request_timeout_s,
-                # The tenant first: no salt of a caller's reaches another tenant's prefixes.
-                cache_salt=(request.tenant, *((request.cache_salt,) if request.cache_salt else ())),
+                cache_salt=self.cache_salt(request),
                 priority=request.priority,
                 speculative_tokens=request.speculative_tokens,
                 when_cold=lease.when_cold,

@@ -151,7 +151,7 @@ def _mutated_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def without_bias(*arguments):
         for segment in segments(*arguments):
-            yield replace(segment, cell=(*segment.cell[:2], 0))
+            yield replace(segment, parts=0)
 
     monkeypatch.setattr(gated_matmul, "_segments", without_bias)
 

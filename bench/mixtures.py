@@ -1,4 +1,7 @@
-"""Checkpoints that PEFT does not write: experts of an adapter's own in place of each MLP."""
+"""Checkpoints that PEFT does not write, or not whole: adapters that route their rows.
+
+Each stores RANK components at every linear, random and small.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 RANK, NUM_EXPERTS, TOP_K = 16, 8, 2
+NUM_PROBED = 4
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -51,6 +55,75 @@ def write_experts(base: Any, directory: Path) -> None:
         "num_experts": NUM_EXPERTS,
         "top_k": TOP_K,
     }
-    directory.mkdir(parents=True)
+    _write(directory, tensors, config)
+
+
+def write_ranks(base: Any, directory: Path) -> None:
+    """Write a SMoRA of RANK components at every linear, half of which each row chooses."""
+    generator = torch.Generator().manual_seed(1)
+    tensors: dict[str, torch.Tensor] = {}
+    for path, linear in _linears(base):
+        key, (num_out, num_in) = f"base_model.model.{path}", linear.weight.shape
+        tensors[f"{key}.lora_A.weight"] = torch.randn(RANK, num_in, generator=generator) * 0.02
+        tensors[f"{key}.lora_B.weight"] = torch.randn(num_out, RANK, generator=generator) * 0.02
+        tensors[f"{key}.lora_router.weight"] = torch.randn(RANK, num_in, generator=generator) * 0.02
+        tensors[f"{key}.lora_biases"] = torch.zeros(RANK)
+    config = {
+        "peft_type": "SRMOLE",
+        "task_type": "CAUSAL_LM",
+        "r": RANK,
+        "lora_alpha": 16,
+        "activate_r": RANK // 2,
+        "rank_partition": 1,
+        "target_modules": [*ATTENTION, *MLP],
+    }
+    _write(directory, tensors, config)
+
+
+def write_probed(base: Any, directory: Path) -> None:
+    """Write an X-LoRA of NUM_PROBED experts, which together have RANK components a linear."""
+    generator = torch.Generator().manual_seed(1)
+    rank, linears = RANK // NUM_PROBED, _linears(base)
+    for expert in range(NUM_PROBED):
+        tensors: dict[str, torch.Tensor] = {}
+        for path, linear in linears:
+            key, (num_out, num_in) = f"base_model.model.{path}", linear.weight.shape
+            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, num_in, generator=generator) * 0.02
+            tensors[f"{key}.lora_B.weight"] = torch.randn(num_out, rank, generator=generator) * 0.02
+        config: dict[str, Any] = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "target_modules": [*ATTENTION, *MLP],
+        }
+        _write(directory / str(expert), tensors, config)
+    width, num_outputs = base.config.hidden_size, NUM_PROBED * len(linears)
+    classifier = "base_model.internal_xlora_classifier.layers.0"
+    tensors = {
+        f"{classifier}.weight": torch.randn(num_outputs, width, generator=generator) * 0.02,
+        f"{classifier}.bias": torch.zeros(num_outputs),
+    }
+    config = {
+        "peft_type": "XLORA",
+        "task_type": "CAUSAL_LM",
+        "hidden_size": width,
+        "adapters": {str(expert): str(expert) for expert in range(NUM_PROBED)},
+        "layerwise_scalings": True,
+        "enable_softmax": True,
+        "xlora_depth": 1,
+    }
+    _write(directory, tensors, config)
+
+
+def _linears(base: Any) -> list[tuple[str, torch.nn.Linear]]:
+    wanted = (*ATTENTION, *MLP)
+    return [
+        (path, module) for path, module in base.named_modules() if path.rpartition(".")[2] in wanted
+    ]
+
+
+def _write(directory: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "adapter_model.safetensors")
     (directory / "adapter_config.json").write_text(json.dumps(config))

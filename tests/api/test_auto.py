@@ -183,7 +183,7 @@ async def test_of_a_long_prompt_the_end_counts(make_server: Maker) -> None:
 async def test_a_choice_reads_pages_that_its_answer_may_find(both: Server) -> None:
     await ask(both, "zz", cache_salt="mine", priority=3)
     embed, text = both.engine.requests
-    assert embed.cache_salt == text.cache_salt == ("default", "mine")
+    assert embed.cache_salt == text.cache_salt == ("tenant", "default", "mine")
     assert embed.priority == text.priority == 3
 
 

@@ -134,7 +134,7 @@ async def test_every_sample_is_one_ordinary_request_of_its_adapter(bench: Bench)
     for request in bench.engine.requests:
         assert request.n == 1
         assert (request.priority, request.speculative_tokens) == (4, 2)
-        assert request.cache_salt == (TENANT, "salt")
+        assert request.cache_salt == ("tenant", TENANT, "salt")
         assert request.sampling == SamplingParams(
             max_tokens=40, temperature=1.5, top_p=0.9, top_k=50, seed=request.sampling.seed
         )

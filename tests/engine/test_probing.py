@@ -18,10 +18,12 @@ from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_en
 from polyadapt.types import (
     AdapterId,
     AppliedAdapter,
+    Embedded,
     Failed,
     Finished,
     Options,
     Request,
+    SamplingParams,
     Started,
 )
 
@@ -522,6 +524,26 @@ def test_exact_and_frozen_requests_say_which_they_are(start, identities):
     driver.run(greedy_request("r", ids(1), identities["deep"], 2))
     (started,) = [e for e in driver.transcripts["r"].events if isinstance(e, Started)]
     assert [served.is_approximate for served in started.served] == [False]
+
+
+@pytest.mark.parametrize("name", ["deep", "resting"])
+def test_an_embedding_is_of_the_second_pass(name, start, identities, oracles, model_dir):
+    """Beside another request, in parts, and with what an earlier one left in the cache."""
+    driver = start(max_num_batched_tokens=24, max_num_seqs=8)
+    prompt = ids(1, 2 * PAGE + 5)
+    driver.run(greedy_request("before", prompt, identities[name], 2))
+    used = (AppliedAdapter(identities[name]),)
+    driver.run(
+        Request("r", tuple(prompt), SamplingParams(max_tokens=0), used, kind="embed"),
+        greedy_request("beside", ids(2), identities["plain"], 5),
+    )
+    events = driver.transcripts["r"].events
+    assert [type(event) for event in events] == [Started, Embedded, Finished]
+    found = torch.tensor(events[1].vector, dtype=torch.float32)
+    expected = xlora_oracle.mean_hidden(model_dir, oracles[name], prompt)
+    peft_oracle.assert_matches(found, expected)
+    base = peft_oracle.mean_hidden(model_dir, None, prompt)
+    assert (base - expected).abs().max() > 0.01 * base.abs().max()
 
 
 def test_a_frozen_request_finds_no_page_of_another_moment(start, identities, oracles, model_dir):

@@ -976,6 +976,19 @@ def test_a_scout_that_rests_holds_a_lease_of_its_own():
     assert slots.leases.total() == 0
 
 
+@pytest.mark.parametrize(
+    ("cost", "length", "steps"),
+    [(4, 3, [3, 2, 1, 1, 1]), (100, 3, [3, 1, 1, 1, 1, 1]), (100, 10, [9, 2, 1, 1])],
+)
+def test_a_costly_adapter_is_not_in_its_first_pass(cost, length, steps):
+    """The scout's tokens are the base's; however dear its main's are, both get one in a step."""
+    slots = _probing()
+    slots.special["x"] = replace(slots.special["x"], token_cost=cost)
+    scheduler = new_scheduler(slots, max_num_batched_tokens=9)
+    scheduler.add(new_group("r", length, "x"))
+    assert [run_step(scheduler)["r"] for _ in steps] == steps
+
+
 # --------------------------------------------------------------------------- properties
 @settings(max_examples=60, deadline=None)
 @given(
@@ -992,6 +1005,7 @@ def test_every_request_ends_whatever_the_budgets(
     """No request starves or deadlocks as long as each alone fits into the pages."""
     slots = _probing()
     slots.special["y"] = Traits(token_cost=cost)
+    slots.special["x"] = replace(slots.special["x"], token_cost=cost)
     scheduler = new_scheduler(
         slots,
         num_pages=num_pages,

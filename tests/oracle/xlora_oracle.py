@@ -167,6 +167,16 @@ def logits(
 
 
 @torch.inference_mode()
+def mean_hidden(model_dir: Path, adapter: XLora, ids: Sequence[int]) -> torch.Tensor:
+    """Return the mean over the tokens of what the second pass gives the head, [width]."""
+    model = _base(Path(model_dir))
+    with hooked(model, adapter, scalings_of(model_dir, adapter, ids)):
+        out = model(torch.tensor([list(ids)]), use_cache=False, output_hidden_states=True)
+    found: torch.Tensor = out.hidden_states[-1][0].double().mean(0).float()
+    return found
+
+
+@torch.inference_mode()
 def scalings_of(model_dir: Path, adapter: XLora, ids: Sequence[int]) -> torch.Tensor:
     """Return what weighs the experts, [len(ids), modules, experts]."""
     model = _base(Path(model_dir))

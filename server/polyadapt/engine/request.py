@@ -88,6 +88,11 @@ class Sequence:
         return self.is_embedded or (is_scored and not self.leader.is_scored)
 
     @property
+    def token_cost(self) -> int:
+        """What a token of it takes of a step's budget; a scout runs without the costly adapters."""
+        return 1 if self.main is not None else self.group.token_cost
+
+    @property
     def num_output(self) -> int:
         """Tokens generated so far."""
         return len(self.token_ids) - self.num_prompt

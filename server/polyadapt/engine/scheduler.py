@@ -176,7 +176,7 @@ class Scheduler:
             # For 15 of 16 tokens there is room.
             if budget > 0 and num_computed < len(sequence.pages) * page_size:
                 picked[sequence] = 1
-                budget -= sequence.group.token_cost
+                budget -= sequence.token_cost
             else:
                 budget -= self._continue(sequence, min(budget, 1), picked)
         num_picked = len(picked)  # all of one row; not those that were preempted for others
@@ -263,7 +263,7 @@ class Scheduler:
             if sequence.state is not _RUNNING:
                 return 0
         picked[sequence] = num_tokens
-        return num_tokens * sequence.group.token_cost
+        return num_tokens * sequence.token_cost
 
     def _admit(self, budget: int, num_prompt_tokens: int, picked: dict[Sequence, int]) -> int:
         """Admit from the queue while rows, tokens and pages last; returns the tokens left."""
@@ -323,7 +323,7 @@ class Scheduler:
                 self._enter(leader.scout, self._lease(leader.scout))
             self.pages.extend(first.pages, first.num_computed + num_tokens)
             picked[first] = num_tokens
-            budget -= num_tokens * group.token_cost
+            budget -= num_tokens * first.token_cost
         if entered:
             # Whoever waits for a read under way has lost nothing to those who went on.
             passed = [group for group in self.waiting_groups() if group.order not in loading]
@@ -347,7 +347,7 @@ class Scheduler:
         for sequence, num_tokens in picked.items():
             if sequence.state is not SequenceState.RUNNING or num_tokens == sequence.num_runnable:
                 continue
-            cost = sequence.group.token_cost
+            cost = sequence.token_cost
             more = min(budget // cost, sequence.num_runnable - num_tokens)
             num_known = sequence.num_computed + num_tokens + more
             if more > 0 and self._can_spare(self.pages.num_needed(num_known) - len(sequence.pages)):
@@ -365,7 +365,7 @@ class Scheduler:
         eager = [rows for rows in batch if rows.num_tokens == 1 and self._drafts_after(rows)]
         for number, rows in enumerate(eager):
             sequence = rows.sequence
-            cost = sequence.group.token_cost
+            cost = sequence.token_cost
             share = room // (len(eager) - number) // cost
             limit = min(share, self._draft_limit(sequence))
             guess = self._lookup(sequence).propose(sequence.token_ids, limit)
@@ -408,9 +408,8 @@ class Scheduler:
 
     def _has_rows(self, unit: tuple[Sequence, ...]) -> bool:
         """Whether every running sequence and these could have a token in each step."""
-        running = sum(sequence.group.token_cost for sequence in self.running)
-        own = sum(member.group.token_cost for member in unit)
-        return running + own <= self.max_num_batched_tokens
+        cost = sum(sequence.token_cost for sequence in (*self.running, *unit))
+        return cost <= self.max_num_batched_tokens
 
     def _has_seats(self, unit: tuple[Sequence, ...]) -> bool:
         """Whether so many more may run."""
@@ -466,8 +465,9 @@ class Scheduler:
             group.refusal = error
             self.refused.append(group)
             return None
-        # Whatever a token takes, it gets it in a step of its own.
-        group.token_cost = min(group.token_cost, self.max_num_batched_tokens)
+        # Whatever a token takes, it gets it in a step of its own, or of its scout's and its own.
+        most = self.max_num_batched_tokens - int(group.is_probed)
+        group.token_cost = min(group.token_cost, most)
         return tuple(slots[lane.place] for lane in lanes)
 
     def _is_too_heavy(self, group: RequestGroup, slots: tuple[int, ...]) -> bool:
@@ -643,6 +643,6 @@ def _share(sequence: Sequence, budget: int, num_prompt_tokens: int) -> int:
     leaves half of the budget to those behind it, though at least one token is its own; what they do
     not need comes back to it.
     """
-    cost = sequence.group.token_cost
+    cost = sequence.token_cost
     part = budget if sequence.num_runnable * cost <= num_prompt_tokens else -(-budget // 2)
     return min(sequence.num_runnable, max(part // cost, min(budget // cost, 1)))

@@ -120,9 +120,9 @@ def logits_beside_oracle(
 
 
 @pytest.mark.parametrize("scale", [0.5, -0.75])
-@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("name", [name for name in ROUTED if not name.startswith("mixlora")])
 def test_a_scale_acts_behind_the_choice(name, scale, zoo):
-    model_dir, _, identified = zoo
+    model_dir, _, identified = zoo  # experts of a whole MLP are not linear in one, and refused
     identity, directory = identified[name]
     logits_beside_oracle(
         zoo,

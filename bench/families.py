@@ -40,7 +40,7 @@ from polyadapt.config import EngineConfig
 from polyadapt.engine.build import build_engine
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.output import Call, Submit
-from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams, Tokens
+from polyadapt.types import AdapterId, AppliedAdapter, Finished, Request, SamplingParams, Tokens
 from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
 
@@ -262,9 +262,10 @@ class Bench:
 
     @contextmanager
     def _engine(self) -> Iterator[Engine]:
+        # Two seats each: a request whose experts are weighed by a first pass is two sequences.
         config = EngineConfig(
             model=str(self.model_dir), device="cpu", dtype=self.dtype, num_threads=self.threads,
-            max_num_seqs=self.num_rows, kv_cache_bytes=256 << 20, max_adapter_bytes=4 << 30,
+            max_num_seqs=2 * self.num_rows, kv_cache_bytes=256 << 20, max_adapter_bytes=4 << 30,
             prefix_cache=False,
         )  # fmt: skip
         engine = build_engine(
@@ -291,22 +292,26 @@ class Bench:
         return nbytes
 
     def _step_s(self, engine: Engine, adapters: list[AdapterId]) -> float:
-        """Median seconds of a decode step with one row of every adapter, times the steps that a
-        token of all of them takes: one, or two where a first pass weighs experts.
+        """Seconds that a token of every adapter takes while all of them decode: the median step,
+        times the steps per token, which are more than one where a first pass weighs experts.
         """
         params = SamplingParams(max_tokens=self.num_steps + 3, temperature=0.0, ignore_eos=True)
         for adapter in adapters:
             prompt = tuple(range(3, 35))
             applied = (AppliedAdapter(adapter),)
             engine.execute(Submit(Request(f"r{next(self._ids)}", prompt, params, applied)))
-        times, num_tokens = [], 0
+        times: list[float] = []
+        num_tokens, spoken, is_whole = 0, set[str](), True
         while engine.has_work:
             began = time.perf_counter()
-            output = engine.step()
-            if output.num_rows == len(adapters):
-                times.append(time.perf_counter() - began)
-                num_tokens += sum(isinstance(event, Tokens) for event in output.events)
-        return statistics.median(times[2:]) * len(times) * len(adapters) / num_tokens
+            events = engine.step().events
+            took = time.perf_counter() - began
+            is_whole = is_whole and not any(isinstance(event, Finished) for event in events)
+            if is_whole and len(spoken) == len(adapters):  # everyone decodes
+                times.append(took)
+                num_tokens += sum(isinstance(event, Tokens) for event in events)
+            spoken |= {event.request_id for event in events if isinstance(event, Tokens)}
+        return statistics.median(times) * len(times) * len(adapters) / num_tokens
 
 
 def _parse() -> argparse.Namespace:

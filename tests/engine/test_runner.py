@@ -162,6 +162,7 @@ def test_the_weights_of_experts_are_loaded_anew_for_the_same_rows():
     runner = ModelRunner.__new__(ModelRunner)
     runner.tokens, runner.outputs = (PlanBuffers(16, torch.device("cpu")) for _ in range(2))
     runner.strategy, runner._planned = choose(torch.float32, is_exact=False), ()
+    runner._ranks = np.array([4, 4])
     wide, narrow = new_probed(4, 3, 9), new_probed(2, 5, 9)
     lengths, num_outputs = np.array([2, 3]), np.array([1, 0])
     for _ in range(2):

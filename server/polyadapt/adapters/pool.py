@@ -43,6 +43,7 @@ _RESTS_TO_YIELD = 3
 # So many loads of an adapter have to fail one after the other for it to be given up, if each may
 # have been for want of something that comes back.
 _HOPELESS_AFTER = 10
+_WIDE = 1 << 20  # a rank that none has
 _MAX_REMEMBERED = 4096  # adapters whose sizes and failures are known when they are nowhere
 
 # Bytes that are moved together; so many in every round, however short it has to be, or gaps would
@@ -77,6 +78,8 @@ class AdapterPool:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
         self.has_overrides = has_overrides
         self._is_heavy = np.zeros(cells.shape[0], np.bool_)
+        # The largest of each slot; more where overrides or experts make its products wider.
+        self.ranks = np.zeros(cells.shape[0], np.int64)
         self.weights = arena  # [num_elements], on the device
         self.cells = cells  # int64 [num_slots, num_sites, 4], on the host
         self.counters = counters
@@ -604,6 +607,8 @@ class AdapterPool:
         has_overrides = bool((parts & layout.OVERRIDES).any())
         self.has_overrides[entry.slot] = has_overrides or bool(experts_in(cells).any())
         self._is_heavy[entry.slot] = bool((parts & layout.DENSE).any())
+        is_wide = self.has_overrides[entry.slot]
+        self.ranks[entry.slot] = _WIDE if is_wide else int(cells[:, layout.RANK].max())
         self._on_bind(entry.slot)
 
     def _evict(self, entry: Entry) -> None:

@@ -131,7 +131,7 @@ def build_engine(
         adapter_bytes=adapter_bytes,
         strategy=f"{strategy()}; {fused}",
     )
-    runner = ModelRunner(base, tokens, outputs, config.page_size, chosen)
+    runner = ModelRunner(base, tokens, outputs, config.page_size, chosen, pool.ranks)
     logger.info(
         "serving %s on %s in %s with %d threads: %d KV pages of %d tokens, %d MiB for adapters, %s",
         base.spec.architecture, device, info.dtype, torch.get_num_threads(), num_pages,

@@ -53,9 +53,12 @@ class ModelRunner:
         outputs: PlanBuffers,
         page_size: int,
         strategy: Strategy,
+        ranks: np.ndarray,
     ) -> None:
+        """ranks int64 [num_slots]: the largest of the adapter in each slot, kept by the pool."""
         self.base = base
         self.strategy = strategy
+        self._ranks = ranks
         self.tokens = tokens
         self.outputs = outputs
         self.page_size = page_size
@@ -130,7 +133,7 @@ class ModelRunner:
         planned = (sequences, slots, idle, lengths.tobytes(), num_outputs.tobytes())
         is_probed = any(sequence.group.is_probed for sequence in sequences)
         if planned != self._planned:
-            limit = self.strategy.adapter_gemm_rows
+            limit = self.strategy.gemm_rows(self._ranks)
             self._plans = _plans(sequences, lengths, num_outputs, idle, limit, is_probed=is_probed)
             # What weighs experts is another in every step.
             self._planned = () if is_probed else planned
@@ -246,7 +249,7 @@ def _plans(
     lengths: np.ndarray,
     num_outputs: np.ndarray,
     idle: _Idle,
-    gemm_rows: int,
+    gemm_rows: int | np.ndarray,
     *,
     is_probed: bool = False,
 ) -> tuple[BatchPlan, BatchPlan]:
@@ -307,7 +310,7 @@ class _Lanes:
         table = None if stops is None else self._table(lane_id, served, ends, lengths, stops)
         self._tables.append(table)
 
-    def plan(self, gemm_rows: int) -> BatchPlan:
+    def plan(self, gemm_rows: int | np.ndarray) -> BatchPlan:
         """The plan of all of them."""
         return plan_of(self._runs, self._num_rows, self._gates, gemm_rows, self._tables)
 

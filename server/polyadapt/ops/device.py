@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -57,7 +57,7 @@ class Device(Protocol):
     """One device that an engine computes on."""
 
     @property
-    def torch(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """What tensors are made on."""
 
     @property
@@ -120,7 +120,7 @@ class Host:
     can_capture = False
 
     @property
-    def torch(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The CPU."""
         return torch.device("cpu")
 
@@ -152,12 +152,12 @@ class Host:
 
 class _CudaMark:
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._event.record(stream)
 
     @property
     def is_reached(self) -> bool:
-        return self._event.query()
+        return bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         self._event.synchronize()
@@ -172,7 +172,7 @@ class _CudaMark:
 
 class _CudaCopies:
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         with torch.cuda.stream(self._stream):
@@ -214,10 +214,10 @@ class Cuda:
             )
         self._device = torch.device("cuda", index)
         torch.cuda.set_device(self._device)
-        self._pool: tuple[int, int] | None = None  # memory that all graphs share
+        self._pool: Any = None  # memory that all graphs share
 
     @property
-    def torch(self) -> torch.device:
+    def torch_device(self) -> torch.device:
         """The device."""
         return self._device
 
@@ -241,7 +241,7 @@ class Cuda:
         """Warm up on a side stream, as torch asks, then capture into memory that all graphs
         share: only one of them may be between its replay and the reading of what it wrote.
         """
-        side = torch.cuda.Stream(self._device)
+        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(2):

@@ -18,9 +18,7 @@ from polyadapt.types import MAX_ADAPTERS
 
 MAX_LANES = MAX_ADAPTERS
 
-# From this many rows of one adapter on two plain GEMMs serve them. One AVX2 core, 576 to 1536, 512
-# rows: as fast as the kernel at rank 16, 1.1 times at rank 64, 2.6 times at rank 256; with 128 rows
-# the kernel is ahead at rank 16 and behind at rank 64. See ops/strategy.py for who decides.
+# From this many rows of one adapter on two plain GEMMs may serve them; ops/strategy.py decides.
 GEMM_MIN_ROWS = 256
 
 
@@ -109,13 +107,13 @@ def plan_of(
     lanes: Sequence[Runs],
     num_rows: int,
     gates: Sequence[np.ndarray | None] = (),
-    gemm_rows: int = GEMM_MIN_ROWS,
+    gemm_rows: int | np.ndarray = GEMM_MIN_ROWS,
     tables: Sequence[np.ndarray | None] = (),
 ) -> BatchPlan:
     """Return the plan of runs that are given as arrays, lane by lane; `gates` and `tables` are the
     lanes'.
 
-    Segments of `gemm_rows` rows and more are left to GEMMs.
+    Segments of `gemm_rows` rows and more are left to GEMMs; an array has a limit per slot.
     Raises ValueError for more than MAX_LANES lanes.
     """
     if len(lanes) > MAX_LANES:
@@ -134,7 +132,7 @@ def plan_of(
 
 
 def _build_lane(
-    runs: Runs, gate: np.ndarray | None, table: np.ndarray | None, gemm_rows: int
+    runs: Runs, gate: np.ndarray | None, table: np.ndarray | None, gemm_rows: int | np.ndarray
 ) -> Lane:
     order = np.lexsort((runs.scales, runs.slots))  # stable: runs of a segment keep their order
     slots, scales, lengths = runs.slots[order], runs.scales[order], runs.lengths[order]
@@ -142,9 +140,10 @@ def _build_lane(
     is_first[1:] = (slots[1:] != slots[:-1]) | (scales[1:] != scales[:-1])
     firsts = np.flatnonzero(is_first)
     sizes = np.add.reduceat(lengths, firsts)  # rows of each segment
-    num_short = int(np.count_nonzero(sizes < gemm_rows))
+    is_long = sizes >= (gemm_rows if isinstance(gemm_rows, int) else gemm_rows[slots[firsts]])
+    num_short = len(sizes) - int(np.count_nonzero(is_long))
     if num_short < len(sizes):
-        segments = np.argsort(sizes >= gemm_rows, kind="stable")
+        segments = np.argsort(is_long, kind="stable")
         runs_of = np.diff(firsts, append=len(order))[segments]
         order = order[_ranges(firsts[segments], runs_of)]
         firsts, sizes = firsts[segments], sizes[segments]

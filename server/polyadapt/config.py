@@ -80,7 +80,7 @@ class EngineConfig(_Section):
     """The engine process: the model, its device and the budgets of time and memory."""
 
     model: str = Field("smollm2", min_length=1)  # a transformers directory, a hub id, or "smollm2"
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda:[0-9]{1,2})$")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]{1,2})?)$")
     dtype: Dtype = "auto"
     max_model_len: int | None = Field(None, ge=2)  # None: the model's, capped by the KV memory
     max_num_seqs: int = Field(64, ge=1, le=4096)  # rows of one step
@@ -89,7 +89,7 @@ class EngineConfig(_Section):
     max_waiting: int = Field(1024, ge=1)  # queued requests; more are refused with 429
     memory_bytes: ByteSize | None = None  # KV pages and adapters together; None: each its own
     kv_cache_bytes: ByteSize | None = None  # None: chosen from the free memory
-    page_size: int = Field(16, ge=1, le=256)  # tokens per KV page
+    page_size: int | None = Field(None, ge=1, le=256)  # tokens per KV page; None: the device's
     prefix_cache: bool = True  # keep full KV pages for requests that begin alike
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters

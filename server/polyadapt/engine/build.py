@@ -5,7 +5,6 @@ that knows all.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,9 @@ from polyadapt.adapters.reader import AdapterReader
 from polyadapt.config import EngineConfig
 from polyadapt.engine import kv_cache
 from polyadapt.engine.budget import Budget, Needs, share
+from polyadapt.engine.device_forward import DeviceForward
 from polyadapt.engine.engine import Engine
+from polyadapt.engine.forward import Forward, HostForward
 from polyadapt.engine.pages import PageAllocator
 from polyadapt.engine.prefix import PageKeys
 from polyadapt.engine.runner import ModelRunner
@@ -29,10 +30,12 @@ from polyadapt.engine.usage import RoutingUsage
 from polyadapt.errors import StartupError
 from polyadapt.models.base import BaseModel
 from polyadapt.models.fuse import fuse
+from polyadapt.models.attention import choose_kernels
 from polyadapt.models.load import load_base
 from polyadapt.models.mlp import adapt_mlps
 from polyadapt.models.wrap import wrap_sites
 from polyadapt.ops.cells import COLUMNS
+from polyadapt.ops.device import Device, open_device
 from polyadapt.ops.gated_matmul import strategy
 from polyadapt.ops.plan import PlanBuffers
 from polyadapt.ops.strategy import choose
@@ -40,6 +43,8 @@ from polyadapt.types import BaseSpec, EngineInfo
 
 logger = logging.getLogger(__name__)
 
+# Tokens of a page: fine-grained for prefixes on the host; on a device what flash attention takes.
+_HOST_PAGE, _DEVICE_PAGE = 16, 256
 _MAX_SLOTS = 1024  # resident adapters; the cell table costs 24 bytes per slot and site
 
 
@@ -50,34 +55,49 @@ def build_engine(
     wake: Callable[[], None],
     *,
     name: str,
+    device: Device | None = None,
 ) -> Engine:
-    """Load the model and allocate its memory; raises StartupError with the reason."""
-    device = _device(config.device)
-    dtype = _dtype(config.dtype, device)
+    """Load the model and allocate its memory; raises StartupError with the reason.
+
+    `device` is the one that the configuration names, unless it is given.
+    """
+    device = device or open_device(config.device)
+    dtype = _dtype(config.dtype, device.torch_device)
+    page_size = config.page_size or (_DEVICE_PAGE if device.is_asynchronous else _HOST_PAGE)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     base = load_base(
-        model_dir, name=name, device=device, dtype=dtype, max_model_len=config.max_model_len
+        model_dir, name=name, device=device.torch_device, dtype=dtype, max_model_len=config.max_model_len
     )
-    budget = _budget(config, base, dtype)
+    budget = _budget(config, base, dtype, page_size, device)
     num_pages, adapter_bytes = budget.num_pages, budget.adapter_bytes
-    base.spec = _limited(base.spec, num_pages * config.page_size, config.max_model_len)
-    kv_cache.allocate(base, num_pages, config.page_size)
+    base.spec = _limited(base.spec, num_pages * page_size, config.max_model_len)
+    kv_cache.allocate(base, num_pages, page_size)
 
     # Not zeroed: no cell points anywhere yet, and untouched memory costs nothing.
-    arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device)
+    arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device.torch_device)
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
-    tokens, outputs = (PlanBuffers(max_rows, device, cells, has_overrides) for _ in range(2))
+    tokens, outputs = (PlanBuffers(max_rows, device.torch_device, cells, has_overrides) for _ in range(2))
     usage = RoutingUsage(cells)
     tokens.usage = usage.table
     wrap_sites(base, arena, cells, tokens, outputs)
     chosen = choose(dtype, is_exact=config.exact)
-    fused = fuse(base, config.page_size, chosen)
+    fused = fuse(base, page_size, chosen)
     adapt_mlps(base)
 
     counters: Counter[str] = Counter()
+    forward: Forward
+    if device.is_asynchronous:
+        fused = f"{fused}; attention by {choose_kernels(base, page_size)}"
+        forward = DeviceForward(
+            base, device, tokens, outputs, counters, page_size=page_size, num_pages=num_pages,
+            max_rows=max_rows, max_sequences=config.max_num_seqs,
+        )  # fmt: skip
+        forward.capture_base()
+    else:
+        forward = HostForward(base, page_size, is_exact=chosen.is_exact)
     pace = Pace()
     pool = AdapterPool(
         arena=arena,
@@ -99,17 +119,17 @@ def build_engine(
         pace=pace,
         # On the CPU a copy would be the same bytes in the same memory: the blob's file in the
         # page cache takes the place of the host tier.
-        keeps_host_copies=device.type != "cpu",
+        keeps_host_copies=device.is_asynchronous,
     )
     kv_dtype = str(dtype).removeprefix("torch.")
     page_keys = PageKeys(
         base_digest=base.spec.digest,
         kv_dtype=kv_dtype,
-        page_size=config.page_size,
+        page_size=page_size,
         is_exact=config.exact,
     )
     scheduler = Scheduler(
-        PageAllocator(num_pages, config.page_size),
+        PageAllocator(num_pages, page_size),
         pool,
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.max_num_batched_tokens,
@@ -122,20 +142,20 @@ def build_engine(
     info = EngineInfo(
         base=base.spec,
         eos_token_ids=base.eos_token_ids,
-        device=str(device),
+        device=str(device.torch_device),
         dtype=kv_dtype,
         num_pages=num_pages,
-        page_size=config.page_size,
+        page_size=page_size,
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
         strategy=f"{strategy()}; {fused}",
     )
-    runner = ModelRunner(base, tokens, outputs, config.page_size, chosen, pool.ranks)
+    runner = ModelRunner(base, tokens, outputs, page_size, chosen, pool.ranks, forward)
     logger.info(
         "serving %s on %s in %s with %d threads: %d KV pages of %d tokens, %d MiB for adapters, %s",
-        base.spec.architecture, device, info.dtype, torch.get_num_threads(), num_pages,
-        config.page_size, adapter_bytes >> 20, info.strategy,
+        base.spec.architecture, info.device, info.dtype, torch.get_num_threads(), num_pages,
+        page_size, adapter_bytes >> 20, info.strategy,
     )  # fmt: skip
     return Engine(
         info=info,
@@ -146,16 +166,6 @@ def build_engine(
         counters=counters,
         usage=usage,
     )
-
-
-def _device(name: str) -> torch.device:
-    """auto is the CPU: the adapter product and attention have no CUDA form to serve with yet."""
-    if name not in ("auto", "cpu"):
-        raise StartupError(
-            f"--device {name} is not served yet: the adapter product has no CUDA form; "
-            "use --device cpu"
-        )
-    return torch.device("cpu")
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -173,20 +183,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():  # counts the page cache as free, which sysconf does not
-        for line in meminfo.read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _budget(config: EngineConfig, base: BaseModel, dtype: torch.dtype) -> Budget:
-    page_nbytes = kv_cache.token_nbytes(base) * config.page_size
-    longest = -(-base.spec.max_model_len // config.page_size)
+def _budget(
+    config: EngineConfig, base: BaseModel, dtype: torch.dtype, page_size: int, device: Device
+) -> Budget:
+    page_nbytes = kv_cache.token_nbytes(base) * page_size
+    longest = -(-base.spec.max_model_len // page_size)
     linears = [site for site in base.spec.sites if site.kind == "linear"]
     needs = Needs(
         page_nbytes=page_nbytes,
@@ -198,7 +199,7 @@ def _budget(config: EngineConfig, base: BaseModel, dtype: torch.dtype) -> Budget
         memory_bytes=config.memory_bytes,
         kv_cache_bytes=config.kv_cache_bytes,
         max_adapter_bytes=config.max_adapter_bytes,
-        free_bytes=_free_bytes(base.device),
+        free_bytes=device.free_bytes(),
     )
 
 

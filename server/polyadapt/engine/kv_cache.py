@@ -14,13 +14,15 @@ def token_nbytes(base: BaseModel) -> int:
 
 
 def allocate(base: BaseModel, num_pages: int, page_size: int) -> None:
-    """Give every attention layer caches [num_pages * page_size, kv heads, dim]; left as
+    """Give every attention layer caches [(num_pages + 1) * page_size, kv heads, dim]; left as
     they come: nothing reads a slot before it is written, and untouched memory costs nothing.
+
+    The last page is nobody's: rows that only fill a captured step up write there.
     """
     for layer in base.layers:
         shape = layer.shape
         assert shape is not None, "the model was probed at load"
-        slots = num_pages * page_size
+        slots = (num_pages + 1) * page_size
         layer.k = torch.empty(
             (slots, shape.num_kv_heads, shape.key_dim), dtype=base.dtype, device=base.device
         )

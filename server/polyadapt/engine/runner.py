@@ -7,15 +7,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
+from polyadapt.engine.forward import Forward, StepInputs
 from polyadapt.engine.request import Sequence
 from polyadapt.engine.scheduler import ScheduledRows
 from polyadapt.models.base import BaseModel
-from polyadapt.ops.attention import AttentionBatch, Chunk, page_slots
 from polyadapt.ops.plan import BatchPlan, PlanBuffers, Runs, plan_of
 from polyadapt.ops.strategy import Strategy
 
@@ -54,6 +53,7 @@ class ModelRunner:
         page_size: int,
         strategy: Strategy,
         ranks: np.ndarray,
+        forward: Forward,
     ) -> None:
         """ranks int64 [num_slots]: the largest of the adapter in each slot, kept by the pool."""
         self.base = base
@@ -63,10 +63,8 @@ class ModelRunner:
         self.outputs = outputs
         self.page_size = page_size
         self.num_override_steps = 0  # in which a segment needed more than the gated product
+        self.forward = forward
         self._page_table = PageTable()
-        self._hidden: torch.Tensor | None = None  # of the last forward, [1, rows, width]
-        decoder: torch.nn.Module = base.module.get_decoder()  # type: ignore[operator]
-        decoder.register_forward_hook(self._keep_hidden)
         self._planned: tuple[object, ...] = ()  # what the plans below were made for
         self._plans = BatchPlan(0), BatchPlan(0)
 
@@ -84,41 +82,53 @@ class ModelRunner:
         row where prompt logprobs are wanted; drafts have a row each besides. The dtype is the
         model's.
         """
-        device = self.base.device
         sequences = [rows.sequence for rows in batch]
-        num_tokens = [rows.num_tokens for rows in batch]
-        decodes = sequences[: num_tokens.count(1)]  # they come first
-        if len(decodes) == len(batch):
-            lengths, starts = np.ones(len(batch), np.int64), np.arange(len(batch))
-        else:
-            lengths = np.array(num_tokens, np.int64)
-            starts = np.cumsum(lengths) - lengths
-        ids, positions = _inputs(batch, decodes)
-        attention = self._attention(batch, decodes, starts, positions)
-        keep, counts = _wanted(batch, decodes, starts)
-        num_outputs = lengths if len(keep) == len(starts) == len(ids) else np.array(counts)
-        self._load_plans(sequences, lengths, num_outputs)
+        step, counts = self._inputs(batch, sequences)
+        num_outputs = (
+            step.lengths
+            if len(step.keep) == len(step.starts) == len(step.ids)
+            else np.array(counts)
+        )
+        self._load_plans(sequences, step.lengths, num_outputs)
         self.num_override_steps += bool(self.tokens.overrides or self.outputs.overrides)
-        # A step without logits still runs the head, on one row that nobody reads.
-        indices = keep if len(keep) else np.array([len(ids) - 1])
-        for layer in self.base.layers:
-            layer.batch = attention
         try:
-            logits = self.base.module(
-                input_ids=torch.from_numpy(ids)[None].to(device),
-                position_ids=torch.from_numpy(positions)[None].to(device),
-                use_cache=False,
-                logits_to_keep=torch.from_numpy(indices).to(device),
-            ).logits[0]
+            logits, hidden = self.forward.run(step)
         finally:
             self.tokens.clear()
             self.outputs.clear()
         is_wanted = any(sequence.wants_hidden for sequence in sequences)
-        hidden = self._hidden[0] if is_wanted and self._hidden is not None else None
-        return StepLogits(logits[: len(keep)], counts, hidden)
+        return StepLogits(logits, counts, hidden[: len(step.ids)] if is_wanted else None)
 
-    def _keep_hidden(self, _: torch.nn.Module, __: object, output: Any) -> None:
-        self._hidden = output[0]
+    def _inputs(
+        self, batch: Seq[ScheduledRows], sequences: list[Sequence]
+    ) -> tuple[StepInputs, list[int]]:
+        """The step's arrays, and how many logits each sequence gets."""
+        num_tokens = [rows.num_tokens for rows in batch]
+        num = num_tokens.count(1)  # they come first
+        decodes = sequences[:num]
+        if num == len(batch):
+            lengths, starts = np.ones(num, np.int64), np.arange(num)
+        else:
+            lengths = np.array(num_tokens, np.int64)
+            starts = np.cumsum(lengths) - lengths
+        ids, positions = _inputs(batch, decodes)
+        table = self._page_table.of(sequences)
+        kv_lens = positions[starts + lengths - 1] + 1
+        pages, offsets = np.divmod(positions, self.page_size)
+        row_of = starts if num == len(batch) else np.repeat(np.arange(len(batch)), lengths)
+        keep, counts = _wanted(batch, decodes, starts)
+        step = StepInputs(
+            ids=ids,
+            positions=positions,
+            write_slots=table[row_of, pages].astype(np.int64) * self.page_size + offsets,
+            starts=starts,
+            lengths=lengths,
+            kv_lens=kv_lens,
+            page_table=table,
+            num_decodes=num,
+            keep=keep,
+        )
+        return step, counts
 
     def _load_plans(
         self, sequences: list[Sequence], lengths: np.ndarray, num_outputs: np.ndarray
@@ -140,45 +150,6 @@ class ModelRunner:
         tokens, outputs = self._plans
         self.tokens.load(tokens)
         self.outputs.load(outputs)
-
-    def _attention(
-        self,
-        batch: Seq[ScheduledRows],
-        decodes: list[Sequence],
-        starts: np.ndarray,
-        positions: np.ndarray,
-    ) -> AttentionBatch:
-        device = self.base.device
-        size = self.page_size
-        num = len(decodes)
-        table = self._page_table.of(decodes) if decodes else np.zeros((0, 0), np.int32)
-        write = np.empty(len(positions), np.int64)
-        page_of, offset_in = np.divmod(positions[:num], size)
-        write[:num] = table[np.arange(num), page_of] * size + offset_in
-        chunks = []
-        for rows, start in zip(batch[num:], starts[num:].tolist(), strict=True):
-            stop = start + rows.num_tokens
-            at = positions[start:stop]
-            pages = np.asarray(rows.sequence.pages, np.int64)
-            write[start:stop] = pages[at // size] * size + at % size
-            if self.strategy.is_exact:
-                continue
-            num_keys = rows.sequence.num_computed + rows.num_tokens
-            slots = page_slots(torch.from_numpy(pages), num_keys, size).to(device)
-            chunks.append(Chunk(start, stop, num_keys, slots))
-        attention = AttentionBatch(
-            torch.from_numpy(write).to(device), page_size=size, chunks=chunks
-        )
-        if self.strategy.is_exact:  # every row reads the cache by itself, as a decode row does
-            table = self._page_table.of([rows.sequence for rows in batch])
-            table = np.repeat(table, [rows.num_tokens for rows in batch], axis=0)
-        num = len(table)
-        if num:
-            attention.num_decodes = num
-            attention.page_table = torch.from_numpy(table).to(device)
-            lens = (positions[:num] + 1).astype(np.int32)
-            attention.kv_lens = torch.from_numpy(lens).to(device)
-        return attention
 
 
 class PageTable:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from polyadapt.ops.attention import AttentionBatch, paged_attention
+from polyadapt.ops.attention import AttentionBatch, AttentionOptions, paged_attention
 from polyadapt.ops.linear import Weight
 from polyadapt.ops.native.layer import Step
+from polyadapt.ops.paged import Kernel, PagedBatch, gathered, write_and_attend
 from polyadapt.types import BaseSpec
 
 
@@ -22,16 +23,6 @@ class LayerShape:
     value_dim: int
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionOptions:
-    """What a layer asks of attention beside its rows; see ops/attention.py."""
-
-    scale: float
-    softcap: float = 0.0
-    window: int = 0
-    sinks: torch.Tensor | None = None
-
-
 class LayerCache:
     """One attention layer's paged keys and values, and the step's batch that reads them."""
 
@@ -40,16 +31,23 @@ class LayerCache:
         self.k = torch.empty(0)
         self.v = torch.empty(0)
         self.options: AttentionOptions | None = None  # as the model asked last
-        self.batch: AttentionBatch | None = None
+        self.num_heads = 0  # of queries, as the model asked last
+        self.batch: AttentionBatch | PagedBatch | None = None
+        self.kernel: Kernel = gathered  # for a PagedBatch
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Rows of this step in, attention output [rows, heads, dim] out."""
+        self.num_heads = query.shape[1]
         if self.shape is None:
             self.shape = LayerShape(key.shape[1], key.shape[2], value.shape[2])
         if self.batch is None:  # the probe at load: there is no cache yet
             return query.new_zeros(query.shape[0], query.shape[1], value.shape[2])
         options = self.options
         assert options is not None, "whoever attends says how"
+        if isinstance(self.batch, PagedBatch):
+            return write_and_attend(
+                query, key, value, self.k, self.v, self.batch, options, self.kernel
+            )
         return paged_attention(
             query, key, value, self.k, self.v, self.batch,
             scale=options.scale, softcap=options.softcap, window=options.window,

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from polyadapt.errors import StartupError
-from polyadapt.models.base import AttentionOptions, BaseModel, LayerCache
+from polyadapt.models.base import BaseModel, LayerCache
 from polyadapt.models.experts import adapt_experts
 from polyadapt.models.mlp import list_mlps
 from polyadapt.models.wrap import list_blocks, list_sites
+from polyadapt.ops.attention import AttentionOptions
 from polyadapt.types import BaseSpec
 
 logger = logging.getLogger(__name__)

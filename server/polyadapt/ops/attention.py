@@ -15,6 +15,16 @@ from polyadapt.ops import native
 
 
 @dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer asks of attention beside its rows; see paged_attention."""
+
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """Rows [start, stop) are the newest tokens of one sequence that has `num_keys` tokens with
     them.
@@ -67,7 +77,7 @@ def paged_attention(
     if num:
         assert batch.page_table is not None
         assert batch.kv_lens is not None
-        if native.is_available():
+        if native.serves(query):
             out[:num] = native.paged_attention(
                 query[:num], k_cache, v_cache, batch.page_table, batch.kv_lens, batch.page_size,
                 scale, softcap, window, sinks,

@@ -7,14 +7,19 @@ Work on an asynchronous device is enqueued; reading a result on the host waits f
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from polyadapt.errors import StartupError
+
+
+_ALIGNMENT = 256  # bytes, of the fields of a staging
 
 
 class Mark(Protocol):
@@ -84,6 +89,55 @@ class Device(Protocol):
         """Capture what `run` enqueues, which must read nothing on the host; returns the graph and
         what it writes at every replay. `run` is called more than once.
         """
+
+
+class Staging:
+    """Fixed tensors on the device that the host writes before a step, all with one copy.
+
+    Two host buffers take turns: the next step is written while the last one's copy waits.
+    """
+
+    def __init__(self, device: Device, fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
+        """fields: shape and dtype by name, in the order of the memory."""
+        self._device = device
+        offsets, total = {}, 0
+        for name, (shape, dtype) in fields.items():
+            offsets[name] = total
+            total += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        self._bytes = torch.zeros(total, dtype=torch.uint8, device=device.torch_device)
+        self._turns = [device.pinned((total,), torch.uint8) for _ in range(2)]
+        self._marks: list[Mark] = [Done(), Done()]
+        self._turn = 0
+        self._hosts: list[dict[str, np.ndarray]] = []
+        for turn in self._turns:
+            raw = turn.numpy()
+            views = {}
+            for name, (shape, dtype) in fields.items():
+                nbytes = math.prod(shape) * dtype.itemsize
+                views[name] = raw[offsets[name] : offsets[name] + nbytes].view(dtype).reshape(shape)
+            self._hosts.append(views)
+        self.tensors: dict[str, torch.Tensor] = {}
+        for name, (shape, dtype) in fields.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            raw_tensor = self._bytes[offsets[name] : offsets[name] + nbytes]
+            kind = torch.from_numpy(np.empty(0, dtype)).dtype
+            self.tensors[name] = raw_tensor.view(kind).view(shape)
+        self._row_nbytes = {
+            name: math.prod(shape[1:]) * dtype.itemsize for name, (shape, dtype) in fields.items()
+        }
+        self._offsets = offsets
+
+    def begin(self) -> dict[str, np.ndarray]:
+        """The host's arrays to write, holding anything; waits for the copy before the last."""
+        self._turn = 1 - self._turn
+        self._marks[self._turn].wait()
+        return self._hosts[self._turn]
+
+    def send(self, last: str, num_rows: int) -> None:
+        """Enqueue the copy of the fields before `last` and the first num_rows rows of it."""
+        stop = self._offsets[last] + num_rows * self._row_nbytes[last]
+        self._bytes[:stop].copy_(self._turns[self._turn][:stop], non_blocking=True)
+        self._marks[self._turn] = self._device.mark()
 
 
 class Done:

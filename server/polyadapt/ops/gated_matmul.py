@@ -60,7 +60,7 @@ def gated_matmul_(
     if parts is None:
         parts = torch.tensor([[site.id, 0, y.shape[1]]])
     plan = site.plan
-    is_native = native.is_available() and plan.observer is None
+    is_native = native.serves(x) and plan.observer is None
     for lane in plan.lanes:
         first = lane.num_short if is_native else 0
         if first:
@@ -85,7 +85,7 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
     plan = site.plan
     for lane in plan.lanes:
         if (
-            native.is_available() and plan.observer is None
+            native.serves(y) and plan.observer is None
         ):  # a gather of single rows: long segments are no GEMM here
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,

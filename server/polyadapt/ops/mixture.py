@@ -171,5 +171,5 @@ def _mixtures(mlp: MixedMlp) -> Mixtures:
 
 
 def _num_native(mlp: MixedMlp, mixtures: Mixtures) -> int:
-    is_native = mlp.native is not None and native.is_available()
+    is_native = mlp.native is not None and native.serves(mlp.site.arena)
     return mixtures.num_short if is_native and mlp.site.plan.observer is None else 0

@@ -73,7 +73,7 @@ def add_dense_(y: torch.Tensor, x: torch.Tensor, site: Site, parts: Parts) -> No
         for override in _at(site, site_id, DENSE):
             dense = _found(site, override, site_id, num_in, width)[DENSE].view(width, num_in)
             columns = y[:, column : column + width]
-            if override.is_short and native.is_available():
+            if override.is_short and native.serves(x):
                 kernels.add_dense_(columns, x, override.rows, dense, override.scale)
             else:
                 delta = x[override.index].to(dense.dtype) @ dense.t()
@@ -118,7 +118,7 @@ def _turned(x: torch.Tensor, override: Override, transform: torch.Tensor) -> tor
     """[segment rows, in] of x's dtype."""
     if transform.shape[1] == 1:  # a scale of each input
         return (x[override.index] * transform.flatten()).to(x.dtype)
-    if override.is_short and native.is_available():
+    if override.is_short and native.serves(x):
         return kernels.block_transform(x, override.rows, transform)
     num_blocks, group, _ = transform.shape
     rows = x[override.index].to(transform.dtype)
@@ -127,7 +127,7 @@ def _turned(x: torch.Tensor, override: Override, transform: torch.Tensor) -> tor
 
 
 def _swap_(y: torch.Tensor, override: Override, swap: torch.Tensor, group: int) -> None:
-    if native.is_available():  # one pass over the rows, however many they are
+    if native.serves(y):  # one pass over the rows, however many they are
         kernels.swap_(y, override.rows, swap, group)
         return
     rows = y[override.index].to(swap.dtype)

@@ -6,7 +6,7 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -362,6 +362,11 @@ class PlanBuffers:
             note_usage(self.usage[slot], by_expert)
         if self.observer is not None:
             self.observer(site_id, slot, by_expert)
+
+    @property
+    def capture_form(self) -> Hashable | None:
+        """What a captured forward needs to serve the loaded plan; None: none can."""
+        return None if self.lanes else ()
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""

@@ -42,6 +42,11 @@ def is_available() -> bool:
     return build.load() is not None
 
 
+def serves(x: torch.Tensor) -> bool:
+    """Whether the kernels are for such a tensor: they are there and it lies in the host's memory."""
+    return x.device.type == "cpu" and is_available()
+
+
 def unavailable_reason() -> str:
     """Why `is_available` is false; when it is true, how the kernels were built."""
     return build.outcome().reason

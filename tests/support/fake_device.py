@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from polyadapt.ops.device import CopyStream, Done, Graph, HostCopies, Mark
@@ -19,8 +20,24 @@ from polyadapt.ops.device import CopyStream, Done, Graph, HostCopies, Mark
 _READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh", "lift"}
 
 
+# The same in Python's dress, which no operator shows for a tensor of the host.
+_READING = {
+    getattr(torch.Tensor, name)
+    for name in ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__")
+}
+
+
 class CaptureError(RuntimeError):
     """Something was recorded that a graph cannot hold."""
+
+
+class _NoReads(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _READING:
+            raise CaptureError(f"{func.__name__} reads on the host, which no graph can hold")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(TorchDispatchMode):
@@ -53,9 +70,8 @@ class RecordedGraph:
             if not isinstance(recorded, tuple | list):
                 output, recorded = (output,), (recorded,)
             for new, old in zip(output, recorded, strict=True):
-                # A view shows the memory that it was taken of, and an in-place step wrote there.
-                is_new = isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr()
-                if is_new and not func.is_view:
+                # A view lies in the memory that it was taken of, and an in-place step wrote there.
+                if isinstance(new, torch.Tensor) and new.data_ptr() != old.data_ptr():
                     old.copy_(new)
 
 
@@ -86,7 +102,7 @@ class FakeDevice:
 
     def capture(self, run: Callable[[], torch.Tensor]) -> tuple[Graph, torch.Tensor]:
         run()
-        with _Recorder() as recorder:
+        with _NoReads(), _Recorder() as recorder:
             output = run()
         graph = RecordedGraph(recorder.calls)
         self.graphs.append(graph)

@@ -28,9 +28,9 @@ from polyadapt.engine.runner import ModelRunner
 from polyadapt.engine.scheduler import Scheduler
 from polyadapt.engine.usage import RoutingUsage
 from polyadapt.errors import StartupError
+from polyadapt.models.attention import choose_kernels
 from polyadapt.models.base import BaseModel
 from polyadapt.models.fuse import fuse
-from polyadapt.models.attention import choose_kernels
 from polyadapt.models.load import load_base
 from polyadapt.models.mlp import adapt_mlps
 from polyadapt.models.wrap import wrap_sites
@@ -67,7 +67,11 @@ def build_engine(
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     base = load_base(
-        model_dir, name=name, device=device.torch_device, dtype=dtype, max_model_len=config.max_model_len
+        model_dir,
+        name=name,
+        device=device.torch_device,
+        dtype=dtype,
+        max_model_len=config.max_model_len,
     )
     budget = _budget(config, base, dtype, page_size, device)
     num_pages, adapter_bytes = budget.num_pages, budget.adapter_bytes
@@ -79,7 +83,9 @@ def build_engine(
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
-    tokens, outputs = (PlanBuffers(max_rows, device.torch_device, cells, has_overrides) for _ in range(2))
+    tokens, outputs = (
+        PlanBuffers(max_rows, device.torch_device, cells, has_overrides) for _ in range(2)
+    )
     usage = RoutingUsage(cells)
     tokens.usage = usage.table
     wrap_sites(base, arena, cells, tokens, outputs)

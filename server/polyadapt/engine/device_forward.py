@@ -84,6 +84,8 @@ class DeviceForward:
                 "page_table": ((max_sequences, self._width), int32),
             },
         )
+        for host in self._staging.hosts:  # behind a sequence's pages there are others, but pages
+            host["page_table"].fill(0)
         for name in ("graph_steps", "eager_steps", "graph_captures", "graph_failures"):
             counters[name] += 0  # listed from the start
 

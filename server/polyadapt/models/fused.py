@@ -9,6 +9,7 @@ from torch import nn
 
 from polyadapt.models.adapted import AdaptedLinear, adapt_norm_
 from polyadapt.models.base import LayerCache
+from polyadapt.ops.attention import AttentionBatch
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import PackedWeight
 from polyadapt.ops.mixture import MixedMlp, add_mixed_, mix_
@@ -169,7 +170,7 @@ class FusedLayer(nn.Module):
         """
         assert position_embeddings is not None, "the reference forward had them"
         batch = self.attention.cache.batch
-        if self.native is not None and batch is not None:
+        if self.native is not None and isinstance(batch, AttentionBatch):
             layer, step = self.native
             cos, sin = position_embeddings
             block = step.block(hidden_states[0], cos[0], sin[0], batch)

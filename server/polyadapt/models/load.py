@@ -69,6 +69,10 @@ def load_base(
     except (OSError, ValueError, KeyError) as error:
         raise StartupError(f"transformers cannot load {directory}: {error}") from error
     module = module.to(device).eval()
+    # Some models look for padding in every forward, to warn of it: packed rows have none, and a
+    # device would be waited for.
+    module.warn_if_padding_and_no_attention_mask = lambda *_: None
+    module.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     text_config = config.get_text_config()

@@ -18,7 +18,6 @@ import torch
 
 from polyadapt.errors import StartupError
 
-
 _ALIGNMENT = 256  # bytes, of the fields of a staging
 
 
@@ -94,7 +93,8 @@ class Device(Protocol):
 class Staging:
     """Fixed tensors on the device that the host writes before a step, all with one copy.
 
-    Two host buffers take turns: the next step is written while the last one's copy waits.
+    Two host buffers take turns: the next step is written while the last one's copy waits. Both hold
+    anything at first.
     """
 
     def __init__(self, device: Device, fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]):
@@ -108,14 +108,14 @@ class Staging:
         self._turns = [device.pinned((total,), torch.uint8) for _ in range(2)]
         self._marks: list[Mark] = [Done(), Done()]
         self._turn = 0
-        self._hosts: list[dict[str, np.ndarray]] = []
+        self.hosts: list[dict[str, np.ndarray]] = []
         for turn in self._turns:
             raw = turn.numpy()
             views = {}
             for name, (shape, dtype) in fields.items():
                 nbytes = math.prod(shape) * dtype.itemsize
                 views[name] = raw[offsets[name] : offsets[name] + nbytes].view(dtype).reshape(shape)
-            self._hosts.append(views)
+            self.hosts.append(views)
         self.tensors: dict[str, torch.Tensor] = {}
         for name, (shape, dtype) in fields.items():
             nbytes = math.prod(shape) * dtype.itemsize
@@ -131,7 +131,7 @@ class Staging:
         """The host's arrays to write, holding anything; waits for the copy before the last."""
         self._turn = 1 - self._turn
         self._marks[self._turn].wait()
-        return self._hosts[self._turn]
+        return self.hosts[self._turn]
 
     def send(self, last: str, num_rows: int) -> None:
         """Enqueue the copy of the fields before `last` and the first num_rows rows of it."""

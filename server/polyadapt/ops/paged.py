@@ -115,8 +115,9 @@ def _decode(
     is_seen = at < lens  # [sequences, keys]
     if options.window:
         is_seen &= at >= lens - options.window
-    # What no page was written to may be anything, and 0 times NaN is NaN.
-    v = torch.where(is_seen[:, :, None, None], v, torch.zeros((), dtype=v.dtype, device=v.device))
+    # Behind a sequence's last key a page may hold anything, and a mask lets NaN through.
+    k = k.masked_fill(~is_seen[:, :, None, None], 0)
+    v = v.masked_fill(~is_seen[:, :, None, None], 0)
     q = query.unsqueeze(2)  # [sequences, heads, 1, dim]
     k, v, mask = k.transpose(1, 2), v.transpose(1, 2), is_seen[:, None, None]
     if not options.softcap and options.sinks is None:
@@ -175,7 +176,7 @@ def _flash_attn(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """The flash-attn package, which knows softcaps as well."""
-    from flash_attn import flash_attn_varlen_func
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
     if options.sinks is not None:
         raise ValueError("flash-attn adds no sinks to the softmax")

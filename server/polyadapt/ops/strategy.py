@@ -33,9 +33,9 @@ class Strategy:
 
     def gemm_rows(self, ranks: np.ndarray) -> np.ndarray:
         """Rows from which on GEMMs serve adapters of these largest ranks, both int64 [n]."""
-        return np.maximum(
-            self.adapter_gemm_rows, -(-self.adapter_gemm_work // np.maximum(ranks, 1))
-        )
+        by_work = -(-self.adapter_gemm_work // np.maximum(ranks, 1))
+        limits: np.ndarray = np.maximum(by_work, self.adapter_gemm_rows)
+        return limits
 
 
 # Prompt steps of SmolLM2-135M with one adapter on all seven linears, two AVX2 cores, GEMMs' time in

@@ -43,7 +43,7 @@ def is_available() -> bool:
 
 
 def serves(x: torch.Tensor) -> bool:
-    """Whether the kernels are for such a tensor: they are there and it lies in the host's memory."""
+    """Whether the kernels take such a tensor: they are there, and it is in the host's memory."""
     return x.device.type == "cpu" and is_available()
 
 

@@ -189,7 +189,7 @@ def _running(
 def _time_steps(engine: Engine, num_rows: int, num_steps: int) -> dict[str, list[float]]:
     """Return CPU seconds by phase, step by step; `advance` is what follows but sampling."""
     clock = Clock()
-    scheduler, runner, base = engine.scheduler, engine.runner, engine.runner.base
+    scheduler, runner, base = engine.scheduler, engine.runner, engine.runner.forward.base
     originals = scheduler.schedule, runner.run, base.module, engine_module.sample_rows
     scheduler.schedule = clock.timed("schedule", scheduler.schedule)  # type: ignore[method-assign]
     runner.run = clock.timed("run", runner.run)  # type: ignore[method-assign]

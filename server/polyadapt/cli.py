@@ -100,7 +100,9 @@ def serve(
     kv_cache_bytes: Annotated[
         str | None, typer.Option(help="Memory for KV pages, such as 512MiB.")
     ] = None,
-    page_size: Annotated[int | None, typer.Option(help="Tokens of one KV page; 16, on CUDA 256.")] = None,
+    page_size: Annotated[
+        int | None, typer.Option(help="Tokens of one KV page; 16, on CUDA 256.")
+    ] = None,
     prefix_cache: Annotated[
         bool | None,
         typer.Option(

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tests.oracle import adapters
 from tests.support.engines import SMALL, Driver, greedy_request, new_engine, put_blob
 from tests.support.fake_device import CaptureError, FakeDevice
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaModel
 
 from polyadapt.config import EngineConfig
 from polyadapt.engine.build import build_engine
@@ -120,12 +121,13 @@ def test_a_model_that_reads_on_the_host_is_served_without_graphs(
     tiny_model, start, device, monkeypatch
 ):
     expected = _served(start(tiny_model("llama"), None))
-    forward = LlamaMLP.forward
+    forward = LlamaModel.forward
 
-    def reading(self: LlamaMLP, x: torch.Tensor) -> torch.Tensor:
-        return forward(self, x) if float(x.abs().max()) < 1e9 else x
+    def reading(self: LlamaModel, input_ids: torch.Tensor, **rest: Any) -> Any:
+        assert int(input_ids.max()) < self.config.vocab_size
+        return forward(self, input_ids, **rest)
 
-    monkeypatch.setattr(LlamaMLP, "forward", reading)
+    monkeypatch.setattr(LlamaModel, "forward", reading)
     found = start(tiny_model("llama"), device)
     assert found.engine.counters["graph_captures"] == 0
     assert found.engine.counters["graph_failures"] == len(list_buckets(SMALL["max_num_seqs"]))

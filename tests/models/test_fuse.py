@@ -139,13 +139,21 @@ def test_a_whole_that_differs_is_refused(tiny_model, monkeypatch):
         fuse(base, 16, PLAIN)
 
 
-def test_without_native_kernels_the_model_stays_as_loaded(tiny_model, monkeypatch):
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_without_native_kernels_the_same_is_fused_in_torch(tiny_model, monkeypatch, architecture):
     monkeypatch.setattr(native, "is_available", lambda: False)
-    base = wrapped(tiny_model("llama"))
-    assert fuse(base, 16, PLAIN) == "as loaded"
-    linears = [module for module in base.module.modules() if isinstance(module, AdaptedLinear)]
+    base = wrapped(tiny_model(architecture))
+    weights = {site.path: base.weight(i).clone() for i, site in enumerate(base.spec.sites)}
+    fuse(base, 16, PLAIN)
+    kinds = _kinds(base)
+    found = (kinds[FusedAttention], kinds[FusedMlp], kinds[FusedNorm])
+    assert found == EXPECTED[architecture]
+    modules = list(base.module.modules())
+    assert all(layer.native is None for layer in modules if isinstance(layer, FusedLayer))
+    linears = [module for module in modules if isinstance(module, AdaptedLinear)]
     assert all(isinstance(linear.weight, DenseWeight) for linear in linears)
-    assert not _kinds(base)[FusedNorm]
+    for site_id, site in enumerate(base.spec.sites):
+        assert torch.equal(base.weight(site_id), weights[site.path]), site.path
 
 
 def test_a_tied_embedding_shares_the_packed_head(tiny_model):

@@ -1,4 +1,4 @@
-"""Replace what a loaded model computes in many small steps by few native ones, each proved equal.
+"""Replace what a loaded model computes in many small steps by few, each proved equal.
 
 Works on structure: one reference forward is traced, every candidate is run on what the module that
 it replaces was given, and it is kept only where it gives the same. What cannot be proved stays as
@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from polyadapt.errors import StartupError
@@ -27,6 +26,7 @@ from polyadapt.ops import native
 from polyadapt.ops.attention import AttentionBatch, Chunk
 from polyadapt.ops.linear import DenseWeight, PackedWeight
 from polyadapt.ops.native.layer import Layer, Step
+from polyadapt.ops.pointwise import ACTIVATIONS
 from polyadapt.ops.strategy import Strategy
 
 logger = logging.getLogger(__name__)
@@ -37,10 +37,6 @@ _NUM_TRACED = 12  # tokens of the reference forward
 # bfloat16 the roundings that one fused step leaves out.
 _TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 _MODEL_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1}
-_ACTIVATIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
-    F.silu,
-    lambda x: F.gelu(x, approximate="tanh"),
-)  # in the order of native.dense.ACTIVATIONS
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +50,19 @@ class _Call:
 
 @torch.inference_mode()
 def fuse(base: BaseModel, page_size: int, strategy: Strategy) -> str:
-    """Fuse and pack in place, and say what was done. The caches must be allocated.
+    """Fuse in place, pack where the native kernels serve, and say what was done. The caches must be
+    allocated.
 
-    Does nothing where the native kernels are off. Raises StartupError when the whole does not
-    compute what the model as loaded computes, and in exact mode when a row's bits depend on other
-    rows.
+    Raises StartupError when the whole does not compute what the model as loaded computes, and in
+    exact mode when there is no native form or a row's bits depend on other rows.
     """
-    if not native.is_available() or base.device.type != "cpu":
-        if strategy.is_exact:
-            raise StartupError(
-                f"--exact needs the native kernels, which are off: {native.unavailable_reason()}"
-            )
-        return "as loaded"
+    is_native = native.serves(base.layers[0].k)
+    if strategy.is_exact and not is_native:
+        raise StartupError(
+            f"--exact needs the native kernels, which are off: {native.unavailable_reason()}"
+            if base.device.type == "cpu"
+            else "--exact needs the native kernels, which are for --device cpu"
+        )
     run = _Run(base, page_size)
     # At the first positions and at the last: a module may treat long contexts in its own way.
     starts = sorted({0, base.spec.max_model_len - run.num})
@@ -78,17 +75,19 @@ def fuse(base: BaseModel, page_size: int, strategy: Strategy) -> str:
             if len(calls) == len(traces) and (fused := _tried(candidate, base, path, calls)):
                 done[type(fused).__name__] += 1
                 set_submodule(base.module, path, fused)
-    _pack_rest(base)
-    _set_gemm_rows(base, strategy.base_gemm_rows)
-    _set_native_layers(base)
+    if is_native:
+        _pack_rest(base)
+        _set_gemm_rows(base, strategy.base_gemm_rows)
+        _set_native_layers(base)
     for start, (_, expected) in zip(starts, traces, strict=True):
         for found in (run.logits(start), run.logits_by_rows([run.num], start)):
             difference = _difference(found, expected)
             if not difference <= _MODEL_TOLERANCE[base.dtype]:
                 raise StartupError(
                     f"the fused model differs from {base.spec.architecture} as loaded by "
-                    f"{difference:.1e} of its largest logit; start with POLYADAPT_NATIVE=0 and "
-                    "report this model"
+                    f"{difference:.1e} of its largest logit; "
+                    + ("start with POLYADAPT_NATIVE=0 and " if is_native else "")
+                    + "report this model"
                 )
     nbytes = sum(weight.nbytes for weight in {id(b.weight): b.weight for b in base.blocks}.values())
     if strategy.is_exact:
@@ -160,11 +159,12 @@ class _Run:
         self.num = num = min(_NUM_TRACED, base.spec.max_model_len, base.layers[0].k.shape[0])
         self.page_size = page_size
         step = max(1, base.spec.vocab_size // (num + 1))
-        self.ids = torch.arange(1, num + 1)[None] * step % base.spec.vocab_size
+        ids = torch.arange(1, num + 1)[None] * step % base.spec.vocab_size
+        self.ids = ids.to(base.device)
 
     def logits(self, first: int = 0) -> torch.Tensor:
         """All tokens as one prompt's chunk, at positions from `first` on."""
-        slots = torch.arange(self.num)
+        slots = torch.arange(self.num, device=self.base.device)
         chunks = [Chunk(0, self.num, self.num, slots)]
         batch = AttentionBatch(slots, page_size=self.page_size, chunks=chunks)
         return self._forward(0, self.num, batch, first)
@@ -172,9 +172,10 @@ class _Run:
     def logits_by_rows(self, sizes: list[int], first: int = 0) -> torch.Tensor:
         """The tokens in steps of these sizes, every row reading the cache by itself."""
         found, start = [], 0
-        pages = torch.arange(-(-self.num // self.page_size), dtype=torch.int32)
+        device = self.base.device
+        pages = torch.arange(-(-self.num // self.page_size), dtype=torch.int32, device=device)
         for size in sizes:
-            at = torch.arange(start, start + size)
+            at = torch.arange(start, start + size, device=device)
             batch = AttentionBatch(at, page_size=self.page_size, num_decodes=size)
             batch.page_table = pages.expand(size, -1).contiguous()
             batch.kv_lens = (at + 1).int()
@@ -183,13 +184,14 @@ class _Run:
         return torch.cat(found, 1)
 
     def _forward(self, start: int, size: int, batch: AttentionBatch, first: int) -> torch.Tensor:
+        device = self.base.device
         for layer in self.base.layers:
             layer.batch = batch
         logits: torch.Tensor = self.base.module(
             input_ids=self.ids[:, start : start + size],
-            position_ids=torch.arange(first + start, first + start + size)[None],
+            position_ids=torch.arange(first + start, first + start + size, device=device)[None],
             use_cache=False,
-            logits_to_keep=torch.arange(size),
+            logits_to_keep=torch.arange(size, device=device),
         ).logits
         return logits
 
@@ -269,7 +271,7 @@ def _rotary(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module
     given = (*call.args, *call.kwargs.values())
     if not is_pair or len(given) != 2 or not hasattr(module, "inv_freq"):
         return None
-    positions = torch.arange(base.spec.max_model_len)[None]
+    positions = torch.arange(base.spec.max_model_len, device=base.device)[None]
     if positions.numel() * call.output[0].shape[-1] * 8 > _MAX_TABLE_BYTES:
         return None
     # As the model calls it: (x, position_ids), by position or by name.
@@ -298,7 +300,7 @@ def _mlp(base: BaseModel, module: nn.Module, calls: list[_Call]) -> nn.Module | 
             continue
         if hidden != x.shape[-1]:
             continue
-        for kind, activation in enumerate(_ACTIVATIONS):
+        for kind, activation in enumerate(ACTIVATIONS):
             y = down(activation(gate(x)) * up(x))
             if _difference(y, call.output) <= _TOLERANCE[base.dtype]:
                 fused = FusedMlp(_joined([gate, up]), _joined([down]), kind)
@@ -315,7 +317,7 @@ def _half_fused_mlp(
         hidden, width = down.weight.shape
         if gate_up.weight.shape != (2 * width, hidden):
             continue
-        for kind, activation in enumerate(_ACTIVATIONS):
+        for kind, activation in enumerate(ACTIVATIONS):
             gate, up = gate_up(call.args[0]).chunk(2, -1)
             if _difference(down(activation(gate) * up), call.output) <= _TOLERANCE[base.dtype]:
                 fused = FusedMlp(_joined([gate_up]), _joined([down]), kind)
@@ -405,7 +407,9 @@ def _plain_linears(module: nn.Module) -> list[AdaptedLinear]:
 
 
 def _joined(linears: list[AdaptedLinear]) -> AdaptedLinear:
-    """One packed linear with the parts of all; the originals stay as they are."""
+    """One linear with the parts of all, packed where that serves; the originals stay as they
+    are.
+    """
     parts, start = [], 0
     for linear in linears:
         for part in linear.parts:
@@ -415,12 +419,19 @@ def _joined(linears: list[AdaptedLinear]) -> AdaptedLinear:
     bias = None
     if any(linear.bias is not None for linear in linears):
         bias = torch.cat([_bias(linear) for linear in linears])
-    return AdaptedLinear(PackedWeight.pack(weights), bias, tuple(parts))
+    if native.serves(weights[0]):
+        return AdaptedLinear(PackedWeight.pack(weights), bias, tuple(parts))
+    if len(linears) == 1:
+        return AdaptedLinear(linears[0].weight, linears[0].bias, tuple(parts))
+    if bias is not None:
+        bias = bias.to(weights[0].dtype)
+    return AdaptedLinear(DenseWeight(torch.cat(weights)), bias, tuple(parts))
 
 
 def _bias(linear: AdaptedLinear) -> torch.Tensor:
+    """float32 [out]; zeros where there is none."""
     if linear.bias is None:
-        return torch.zeros(linear.weight.shape[0])
+        return torch.zeros(linear.weight.shape[0], device=linear.weight.device)
     return linear.bias.detach().float()
 
 

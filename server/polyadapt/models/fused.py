@@ -1,4 +1,4 @@
-"""The modules that models/fuse.py puts where they provably compute the same; all native."""
+"""The modules that models/fuse.py puts where they provably compute the same."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import nn
 
 from polyadapt.models.adapted import AdaptedLinear, adapt_norm_
 from polyadapt.models.base import LayerCache
+from polyadapt.ops import pointwise
 from polyadapt.ops.attention import AttentionBatch
 from polyadapt.ops.gated_matmul import Site
 from polyadapt.ops.linear import PackedWeight
 from polyadapt.ops.mixture import MixedMlp, add_mixed_, mix_
-from polyadapt.ops.native import dense
 from polyadapt.ops.native.layer import Layer, LayerSpec, Product, Step
 
 
@@ -42,7 +42,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, row_dim: int | None = None) -> torch.Tensor:
         """x [..., width] -> the same shape and dtype."""
-        y = dense.rms_norm(x, self.weight, self.eps)
+        y = pointwise.rms_norm(x, self.weight, self.eps)
         if self.site is not None and self.site.id in self.site.plan.overrides:
             adapt_norm_(
                 y, x, self.site, self.row_dim if row_dim is None else row_dim, self._with_weight
@@ -50,7 +50,7 @@ class FusedNorm(nn.Module):
         return y
 
     def _with_weight(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return dense.rms_norm(x, weight.float() + self.offset, self.eps)
+        return pointwise.rms_norm(x, weight.float() + self.offset, self.eps)
 
 
 class FusedRotary(nn.Module):
@@ -85,7 +85,7 @@ class FusedMlp(nn.Module):
         """x [..., hidden] -> [..., hidden]."""
         rows = x.reshape(-1, x.shape[-1])
         both = self.gate_up(rows)
-        inner = dense.gated_activation(both, self.activation)
+        inner = pointwise.gated_activation(both, self.activation)
         if self.mixed is None or self.mixed.site.plan.mixtures is None:
             y: torch.Tensor = self.down(inner)
             return y.view(x.shape)
@@ -133,13 +133,13 @@ class FusedAttention(nn.Module):
         cos, sin = position_embeddings[0][0], position_embeddings[1][0]
         value = qkv[:, heads + kv_heads :]
         if self.q_norm is None or self.k_norm is None:
-            dense.rope_(qkv[:, : heads + kv_heads], cos, sin)
+            pointwise.rope_(qkv[:, : heads + kv_heads], cos, sin)
             query, key = qkv[:, :heads], qkv[:, heads : heads + kv_heads]
         else:
             query = self.q_norm(qkv[:, :heads], row_dim=0)
             key = self.k_norm(qkv[:, heads : heads + kv_heads], row_dim=0)
-            dense.rope_(query, cos, sin)
-            dense.rope_(key, cos, sin)
+            pointwise.rope_(query, cos, sin)
+            pointwise.rope_(key, cos, sin)
         out = self.cache.attend(query, key, value)
         return self.output(out.view(rows, -1)).view(hidden_states.shape), None
 

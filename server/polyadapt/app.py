@@ -100,7 +100,7 @@ def build_app(
         directory=directory,
         text=text,
         workflows=library,
-        workflow_runner=WorkflowRunner(text, library),
+        workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
         metrics=metrics,

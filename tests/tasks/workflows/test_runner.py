@@ -21,6 +21,7 @@ from polyadapt.errors import (
     NumericalError,
     PolyadaptError,
     QueueFull,
+    RequestTimeout,
 )
 from polyadapt.tasks.directory import AdapterDirectory
 from polyadapt.tasks.text import Accepted, Completed, TextEvent, TextService
@@ -154,6 +155,17 @@ async def test_usage_counts_every_token_of_every_sample(bench: Bench) -> None:
     assert result.used.num_prompt_tokens == sum(s.num_prompt_tokens for s in result.trace)
     assert sum(isinstance(event, Accepted) for event in bench.events) == 9
     assert sum(isinstance(event, Completed) for event in bench.events) == 9
+
+
+async def test_the_time_limit_is_the_whole_runs(bench: Bench) -> None:
+    bench.says |= {"ir": ["1"], "kg": ["abc"], "dr": ["22"]}
+    bench.engine.gate = asyncio.Semaphore(12)  # enough for a round, and then nothing goes on
+    bench.runner = WorkflowRunner(bench.runner._text, bench.library, timeout_s=0.2)
+    with pytest.raises(RequestTimeout, match=r"'solver' did not end within 0\.2 s; 3 of its"):
+        await bench.run()
+    bench.engine.gate = None
+    bench.runner = WorkflowRunner(bench.runner._text, bench.library, timeout_s=60.0)
+    assert (await bench.run()).outcome.num_rounds == 3
 
 
 async def test_a_seed_makes_the_run_and_each_sample_repeatable(bench: Bench) -> None:

@@ -6,6 +6,7 @@ name changes no run that has begun. Knows no wire format and no kind.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -13,7 +14,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from polyadapt.errors import ContextLengthExceeded, InvalidRequest, PolyadaptError, located
+from polyadapt.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    PolyadaptError,
+    RequestTimeout,
+    located,
+)
 from polyadapt.tasks.directory import Lease
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import (
@@ -71,9 +78,13 @@ class WorkflowResult:
 class WorkflowRunner:
     """Answers questions with workflows."""
 
-    def __init__(self, text: TextService, library: WorkflowLibrary) -> None:
+    def __init__(
+        self, text: TextService, library: WorkflowLibrary, timeout_s: float | None = None
+    ) -> None:
+        """timeout_s: so long may a run take; None: until it ends."""
         self._text = text
         self._library = library
+        self._timeout_s = timeout_s
 
     async def run(
         self, request: WorkflowRequest, observe: Callable[[TextEvent], None]
@@ -81,8 +92,9 @@ class WorkflowRunner:
         """Run the workflow to its outcome; `observe` sees every event of every sample.
 
         Two runs with the same seed and the same adapters draw the same samples. Raises
-        InvalidRequest for earlier turns that no member can be shown, and what a member fails with,
-        which names its role; then, and when this is cancelled, nothing is left running.
+        InvalidRequest for earlier turns that no member can be shown, RequestTimeout, and what a
+        member fails with, which names its role; then, and when this is cancelled, nothing is left
+        running.
         """
         definition = request.workflow.definition
         if request.earlier and definition.format != "chat":
@@ -97,7 +109,14 @@ class WorkflowRunner:
                 leases[role] = self._library.hold(request.tenant, role, member)
                 held.callback(leases[role].release)
             run = _Run(self._text, request, leases, observe)
-            outcome = await definition.run(request.question, run.sample)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    outcome = await definition.run(request.question, run.sample)
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"the workflow {request.workflow.name!r} did not end within "
+                    f"{self._timeout_s:g} s; {len(run.trace)} of its samples did"
+                ) from None
         trace = sorted(run.trace.items())
         return WorkflowResult(
             outcome, tuple(sample for _, sample in trace), tuple(run.served), run.used

@@ -7,6 +7,8 @@ CONSTRAINTS ?= constraints/cpu.txt
 # pip's own configuration decides, and the public index gives Linux the large CUDA build.
 TORCH_INDEX ?=
 MODEL       ?= smollm2
+# Processes that share the tests, file by file; 0 runs them in one, for a debugger.
+TEST_JOBS   ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # More arguments for pytest, polyadapt serve or the benchmark.
 ARGS        ?=
 
@@ -23,7 +25,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "Variables: PYTHON VENV MODEL HOST PORT ARGS, and TORCH_INDEX=URL for a CPU build of torch"
+	@echo "Variables: PYTHON VENV MODEL HOST PORT TEST_JOBS ARGS, and TORCH_INDEX=URL for a CPU build of torch"
 
 install: $(VENV)/.dev ## Install the package and the development tools into .venv
 
@@ -34,7 +36,7 @@ model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test
 	@$(BIN)/polyadapt model fetch smollm2
 
 test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) ## Run every test (once fetched, no network)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/ruff format --check .

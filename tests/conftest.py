@@ -25,10 +25,13 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_threads() -> None:
-    """Use at most two threads, which is what the smallest supported machine has."""
+    """Use at most two threads, which is what the smallest supported machine has, or one where
+    several processes share the tests.
+    """
     import torch
 
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    num_processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(min(2, os.cpu_count() or 1) if num_processes == 1 else 1)
 
 
 @pytest.fixture(autouse=True)

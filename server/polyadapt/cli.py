@@ -128,6 +128,10 @@ def serve(
     speculative_tokens: Annotated[
         int | None, typer.Option(help="Tokens guessed from the text itself; 0 is off.")
     ] = None,
+    triton: Annotated[
+        bool | None,
+        typer.Option("--triton", help="Triton kernels, which no device has run yet."),
+    ] = None,
     exact: Annotated[
         bool | None,
         typer.Option("--exact", help="Answers bit-identical whatever else is in the batch."),

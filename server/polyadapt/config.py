@@ -94,6 +94,7 @@ class EngineConfig(_Section):
     max_adapter_bytes: ByteSize | None = None  # device memory for adapters; None: chosen
     host_adapter_bytes: ByteSize = ByteSize(1 << 30)  # host copies of adapters
     packed_cache_bytes: ByteSize = ByteSize(4 << 30)  # disk for adapters in loadable form; 0: off
+    triton: bool = False  # Triton kernels serve the adapters' product; never run on a device yet
     exact: bool = False  # answers bit-identical whatever else is in the batch, or no start
     speculative_tokens: int = Field(0, ge=0, le=16)  # drafts of a sequence and step; 0: off
     num_threads: int | None = Field(None, ge=1, le=1024)  # None: the engine chooses

@@ -23,6 +23,8 @@ from polyadapt.adapters.packing import PackedAdapter
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
 from polyadapt.ops import cells as layout
+from polyadapt.ops.device import Host
+from polyadapt.ops.slot_table import SlotTable
 from polyadapt.types import AdapterId, AppliedAdapter, Residency
 
 NUM_SITES = 3
@@ -83,9 +85,12 @@ class Rig:
         self.queue: tuple[str, ...] = ()  # what was asked for last and not leased
         self.counters: Counter[str] = Counter()
         self.known: dict[str, Residency] = {}
+        cells = torch.zeros(slots, NUM_SITES, layout.COLUMNS, dtype=torch.int64)
+        self.slots = SlotTable(cells, Host())  # what a device would know of them
         self.pool = AdapterPool(
             arena=torch.zeros(size),
-            cells=torch.zeros(slots, NUM_SITES, layout.COLUMNS, dtype=torch.int64),
+            cells=cells,
+            on_change=self.slots.update,
             read=store,
             host_bytes=host,
             counters=self.counters,
@@ -107,6 +112,9 @@ class Rig:
             self.woken.clear()
             self._poll()
         self.pool.check_integrity()
+        offsets = self.pool.cells[:, :, layout.OFFSET]
+        assert torch.equal(self.slots.cells[:, :, layout.OFFSET], offsets), "the device lags behind"
+        assert self.slots.max_ranks.tolist() == [2 * bool((row >= 0).any()) for row in offsets]
 
     def _poll(self) -> None:
         self.pool.poll()

@@ -262,7 +262,7 @@ def test_sites_that_share_their_input_in_one_call_equal_a_call_each(form, length
         parts.append([site, column, width])
         gated_matmul_(alone[:, column : column + width], x, Site(site, arena, cells, buffers))
         column += width
-    gated_matmul_(together, x, Site(0, arena, cells, buffers), torch.tensor(parts))
+    gated_matmul_(together, x, Site(0, arena, cells, buffers), parts)
     assert torch.equal(together, alone)
     allowed = TOLERANCE[torch.float32] * float(expected.abs().max())
     assert float((together - expected).abs().max()) <= allowed
@@ -276,5 +276,5 @@ def test_a_part_outside_y_or_cells_is_refused():
     y, x = torch.zeros(1, 8), torch.ones(1, 8)
     for part in ([5, 0, 8], [SITE, 1, 8], [SITE, -1, 8], [-1, 0, 8]):
         with pytest.raises(ValueError, match=r"parts\[1\]"):
-            gated_matmul_(y, x, site, torch.tensor([[SITE, 0, 8], part]))
+            gated_matmul_(y, x, site, [(SITE, 0, 8), part])
         assert not y.any()

@@ -221,7 +221,7 @@ def test_the_gated_product_leaves_experts_alone(form):
     buffers = bench.buffers(plan)
     x, y = torch.randn(plan.num_rows, HIDDEN), torch.randn(plan.num_rows, 2 * INNER)
     found = y.clone()
-    gated_matmul_(found, x, Site(0, bench.arena, bench.cells, buffers), torch.tensor(bench.parts))
+    gated_matmul_(found, x, Site(0, bench.arena, bench.cells, buffers), bench.parts)
     own = list(rows_of(LENGTHS, 0))
     others = sorted(set(range(plan.num_rows)) - set(own))
     assert torch.equal(found[others], y[others])

@@ -90,7 +90,7 @@ def adapted(
     """The order in which a module computes it."""
     y = weight.product(x, bias)
     overrides.replace_products_(y, x, site, parts, weight, bias)
-    gated_matmul_(y, x, site, torch.tensor(parts))
+    gated_matmul_(y, x, site, parts)
     overrides.add_dense_(y, x, site, parts)
     return y
 

@@ -7,6 +7,7 @@ no time; how much is moved between two steps is the pool's to say.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -31,13 +32,20 @@ class _Move:
 
 class Compaction:
     """Moves extents of `weights` [num_elements] and what `cells` [slots, sites, columns] says of
-    them; at most one is under way.
+    them; at most one is under way. on_change is told of the slot whose cells were moved.
     """
 
-    def __init__(self, arena: Arena, weights: torch.Tensor, cells: torch.Tensor) -> None:
+    def __init__(
+        self,
+        arena: Arena,
+        weights: torch.Tensor,
+        cells: torch.Tensor,
+        on_change: Callable[[int], None] = lambda slot: None,
+    ) -> None:
         self._arena = arena
         self._weights = weights
         self._cells = cells
+        self._on_change = on_change
         self._move: _Move | None = None
 
     def advance(self, size: int, most: int) -> int:
@@ -58,6 +66,7 @@ class Compaction:
         self._copy_down(start, stop, move.distance)
         sites = move.site_ids[first:last]
         self._cells[move.extent.slot, sites, layout.OFFSET] -= move.distance
+        self._on_change(move.extent.slot)
         move.num_done, move.done_until = last, stop
         if last == len(move.ends):
             move.extent.tail = 0

@@ -67,12 +67,14 @@ class AdapterPool:
         clock: Callable[[], float] = time.monotonic,
         has_overrides: np.ndarray | None = None,
         on_bind: Callable[[int], None] = lambda slot: None,
+        on_change: Callable[[int], None] = lambda slot: None,
         pace: Pace | None = None,
     ) -> None:
         """keeps_host_copies: whether an adapter on the device keeps its host copy, so that it
         need not be read again after an eviction. has_overrides: bool [num_slots], also of slots
         with experts for an MLP; written here, read by the plans' buffers. on_bind is told of every
-        slot that is given to an adapter. pace: what `read` breathes by.
+        slot that is given to an adapter, on_change of every slot whose row of `cells` is another
+        one from now on. pace: what `read` breathes by.
         """
         if has_overrides is None:
             has_overrides = np.zeros(cells.shape[0], np.bool_)
@@ -88,8 +90,9 @@ class AdapterPool:
         self._wake = wake
         self._clock = clock
         self._on_bind = on_bind
+        self._on_change = on_change
         self._arena = Arena(arena.numel())
-        self._compaction = Compaction(self._arena, self.weights, self.cells)
+        self._compaction = Compaction(self._arena, self.weights, self.cells, on_change)
         self._read_ahead = ReadAhead(
             lambda digest: self._read(digest), host_bytes, counters, wake, clock, pace or Pace()
         )
@@ -610,6 +613,7 @@ class AdapterPool:
         is_wide = self.has_overrides[entry.slot]
         self.ranks[entry.slot] = _WIDE if is_wide else int(cells[:, layout.RANK].max())
         self._on_bind(entry.slot)
+        self._on_change(entry.slot)
 
     def _evict(self, entry: Entry) -> None:
         self.counters["adapter_evictions"] += 1
@@ -634,6 +638,7 @@ class AdapterPool:
             return
         assert entry.extent is not None
         self.cells[entry.slot, :, 0] = -1
+        self._on_change(entry.slot)
         self.has_overrides[entry.slot] = self._is_heavy[entry.slot] = False
         self._compaction.forget(entry.extent)
         self._arena.release(entry.extent)

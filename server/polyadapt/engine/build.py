@@ -34,10 +34,13 @@ from polyadapt.models.fuse import fuse
 from polyadapt.models.load import load_base
 from polyadapt.models.mlp import adapt_mlps
 from polyadapt.models.wrap import wrap_sites
+from polyadapt.ops import triton_op
 from polyadapt.ops.cells import COLUMNS
 from polyadapt.ops.device import Device, open_device
+from polyadapt.ops.device_plan import DevicePlan
 from polyadapt.ops.gated_matmul import strategy
 from polyadapt.ops.plan import PlanBuffers
+from polyadapt.ops.slot_table import SlotTable
 from polyadapt.ops.strategy import choose
 from polyadapt.types import BaseSpec, EngineInfo
 
@@ -83,12 +86,18 @@ def build_engine(
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
+    is_linear = torch.tensor([site.kind == "linear" for site in base.spec.sites])
+    slots = _slot_table(config, device, cells, is_linear)
     tokens, outputs = (
-        PlanBuffers(max_rows, device.torch_device, cells, has_overrides) for _ in range(2)
-    )
-    usage = RoutingUsage(cells)
+        PlanBuffers(
+            max_rows, device.torch_device, cells, has_overrides,
+            _device_plan(config, max_rows, device, slots),
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    usage = RoutingUsage(cells, device.torch_device)
     tokens.usage = usage.table
-    wrap_sites(base, arena, cells, tokens, outputs)
+    wrap_sites(base, arena, cells, tokens, outputs, None if slots is None else slots.cells)
     chosen = choose(dtype, is_exact=config.exact)
     fused = fuse(base, page_size, chosen)
     adapt_mlps(base)
@@ -110,6 +119,7 @@ def build_engine(
         cells=cells,
         has_overrides=has_overrides,
         on_bind=usage.forget,
+        on_change=(lambda slot: None) if slots is None else slots.update,
         read=AdapterReader(
             blob_root,
             base.spec,
@@ -155,7 +165,7 @@ def build_engine(
         max_num_seqs=config.max_num_seqs,
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
-        strategy=f"{strategy()}; {fused}",
+        strategy=f"{strategy(has_triton=config.triton)}; {fused}",
     )
     runner = ModelRunner(base, tokens, outputs, page_size, chosen, pool.ranks, forward)
     logger.info(
@@ -172,6 +182,26 @@ def build_engine(
         counters=counters,
         usage=usage,
     )
+
+
+def _slot_table(
+    config: EngineConfig, device: Device, cells: torch.Tensor, is_linear: torch.Tensor
+) -> SlotTable | None:
+    """None: what the host knows of the slots is enough."""
+    reason = triton_op.unavailable_reason(device.torch_device) if config.triton else None
+    if reason is not None:
+        raise StartupError(f"--triton cannot be served: {reason}")
+    is_needed = config.triton or device.torch_device.type != "cpu"
+    return SlotTable(cells, device, is_linear) if is_needed else None
+
+
+def _device_plan(
+    config: EngineConfig, max_rows: int, device: Device, slots: SlotTable | None
+) -> DevicePlan | None:
+    """None: nothing but the host reads plans."""
+    if slots is None:
+        return None
+    return DevicePlan(max_rows, device, slots if config.triton else None)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -194,7 +194,8 @@ class DeviceForward:
         )
         keep = torch.arange(bucket, device=self._device.torch_device)
         try:
-            graph, logits = self._device.capture(lambda: self._forward(bucket, batch, keep))
+            with self._tokens.widened(bucket), self._outputs.widened(bucket):
+                graph, logits = self._device.capture(lambda: self._forward(bucket, batch, keep))
         except Exception:
             # Such steps go on module by module, which is slower and never wrong.
             logger.exception("a decode step of %d rows cannot be captured", bucket)

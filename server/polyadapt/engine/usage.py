@@ -21,11 +21,11 @@ _ENOUGH_ROWS = 5_000  # a row counts once at every routed module
 class RoutingUsage:
     """Owns float32 [num_slots, cells.USAGE_COLUMNS], which the products of every step add to."""
 
-    def __init__(self, cells: torch.Tensor) -> None:
-        """cells: int64 [num_slots, num_sites, 4], the pool's."""
-        self.table = torch.zeros(cells.shape[0], layout.USAGE_COLUMNS)
+    def __init__(self, cells: torch.Tensor, device: torch.device | None = None) -> None:
+        """cells: int64 [num_slots, num_sites, 4], the pool's; device: where the products run."""
+        self.table = torch.zeros(cells.shape[0], layout.USAGE_COLUMNS, device=device)
         # Taken over from there at every snapshot: a float32 stops counting at 2^24.
-        self._totals = torch.zeros(self.table.shape, dtype=torch.float64)
+        self._totals = torch.zeros(self.table.shape, dtype=torch.float64)  # on the host
         self._cells = cells
         self._warned: set[str] = set()  # digests
 
@@ -39,8 +39,9 @@ class RoutingUsage:
         digest_of: the adapters on the device by slot. More experts than cells.USAGE_BUCKETS share
         their parts with their neighbours.
         """
-        if bool(self.table[:, 0].any()):
-            self._totals += self.table
+        counted = self.table.cpu()
+        if bool(counted[:, 0].any()):
+            self._totals += counted
             self.table.zero_()
         rows = self._totals[:, 0]
         if not bool(rows.any()):  # nearly every server

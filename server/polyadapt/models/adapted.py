@@ -38,8 +38,8 @@ class AdaptedLinear(nn.Module):
         self.bias = bias
         self.parts = parts
         self.site = parts[0].site
-        # int64 [parts, 3]: site id, first column, columns
-        self.columns = torch.tensor([[p.site.id, p.start, p.stop - p.start] for p in parts])
+        self.listed = [(p.site.id, p.start, p.stop - p.start) for p in parts]
+        self.columns = torch.tensor(self.listed)  # int64 [parts, 3]: site id, first column, columns
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]; the leading sizes multiply to the plan's row count."""
@@ -51,14 +51,13 @@ class AdaptedLinear(nn.Module):
         if plan.overrides and any(part.site.id in plan.overrides for part in self.parts):
             self._add_around(y, rows)
         elif plan.lanes:
-            gated_matmul_(y, rows, self.site, self.columns)
+            gated_matmul_(y, rows, self.site, self.listed)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _add_around(self, y: torch.Tensor, rows: torch.Tensor) -> None:
-        parts = self.columns.tolist()
-        overrides.replace_products_(y, rows, self.site, parts, self.weight, self.bias)
-        gated_matmul_(y, rows, self.site, self.columns)
-        overrides.add_dense_(y, rows, self.site, parts)
+        overrides.replace_products_(y, rows, self.site, self.listed, self.weight, self.bias)
+        gated_matmul_(y, rows, self.site, self.listed)
+        overrides.add_dense_(y, rows, self.site, self.listed)
 
 
 class AdaptedEmbedding(nn.Module):

@@ -51,12 +51,16 @@ def wrap_sites(
     cells: torch.Tensor,
     tokens: PlanBuffers,
     outputs: PlanBuffers,
+    device_cells: torch.Tensor | None = None,
 ) -> None:
-    """Replace every site's module in place. The head sees only the rows whose logits are wanted."""
+    """Replace every site's module in place. The head sees only the rows whose logits are wanted.
+
+    The tensors are what ops/gated_matmul.py: Site says of them.
+    """
     model = base.module
     for site_id, spec in enumerate(base.spec.sites):
         plan = outputs if spec.path == base.spec.head_path else tokens
-        site = Site(site_id, arena, cells, plan)
+        site = Site(site_id, arena, cells, plan, device_cells)
         module = _module_of(model, spec)
         if isinstance(module, AdaptedExperts):
             module.sites[_parameter_name(spec)] = site

@@ -79,7 +79,7 @@ def list_groups(pairs: Pairs, sites: Sequence[Site], num_rows: int) -> list[Expe
     for lane in plan.lanes if pairs.runs else ():
         is_adapted = _has_cells(lane, sites)
         if is_adapted.any():
-            groups += _groups_of(lane, is_adapted, pairs, plan.rows, num_rows)
+            groups += _groups_of(lane, is_adapted, pairs, plan.device_rows, num_rows)
     return groups
 
 
@@ -126,13 +126,13 @@ def _groups_of(
     lane: LoadedLane, is_adapted: torch.Tensor, pairs: Pairs, rows: torch.Tensor, num_rows: int
 ) -> list[ExpertGroup]:
     device = rows.device
-    bounds = lane.bounds.long()
+    bounds = lane.bounds.long()  # on the host, as slots and scales
     segments = torch.where(
         is_adapted.to(device), torch.arange(lane.num_segments, device=device), -1
     )
     segment_of = torch.full((num_rows,), -1, device=device)  # by row
     members = rows[int(bounds[0]) : int(bounds[-1])].long()
-    segment_of[members] = segments.repeat_interleave(bounds.diff())
+    segment_of[members] = segments.repeat_interleave(bounds.diff().to(device))
     of_pair = segment_of[pairs.rows[: pairs.runs[-1][2]]]
     index = (of_pair >= 0).nonzero().flatten()
     index = index[of_pair[index].argsort(stable=True)]  # by segment, and there still by expert
@@ -143,7 +143,8 @@ def _groups_of(
     is_first[1:] = (segment_ids[1:] != segment_ids[:-1]) | (experts[1:] != experts[:-1])
     firsts = is_first.nonzero().flatten()
     stops = [*firsts[1:].tolist(), len(index)]
-    slots, scales = lane.slots[segment_ids[firsts]], lane.scales[segment_ids[firsts]]
+    of_group = segment_ids[firsts].cpu()
+    slots, scales = lane.slots[of_group], lane.scales[of_group]
     groups = []
     for slot, scale, expert, start, stop in zip(
         slots.tolist(), scales.tolist(), experts[firsts].tolist(), firsts.tolist(), stops,

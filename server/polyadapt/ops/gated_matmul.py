@@ -1,7 +1,7 @@
 """The one operation: y += B (gate * A x) per row, each row with its own adapter's A and B.
 
-Its torch form, and the choice between that and the native kernel. The specification is
-ops/reference.py. Knows slots and sites, never names or families.
+Its torch form, and the choice between that, the native kernel and the Triton kernels. The
+specification is ops/reference.py. Knows slots and sites, never names or families.
 
 `cells` int64 [num_slots, num_sites, 4] holds (offset, rank, parts, routing) of each (slot, site),
 whose layout in the flat arena ops/cells.py gives. Every constant scale is folded in at load.
@@ -9,13 +9,13 @@ whose layout in the flat arena ops/cells.py gives. Every constant scale is folde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from polyadapt.ops import native
+from polyadapt.ops import native, triton_op
 from polyadapt.ops.cells import (
     BIAS,
     OUT_SCALE,
@@ -25,24 +25,26 @@ from polyadapt.ops.cells import (
     list_parts,
     num_router_rows,
 )
-from polyadapt.ops.plan import PlanBuffers, index_of
+from polyadapt.ops.plan import LoadedLane, PlanBuffers, index_of
 from polyadapt.ops.routing import weigh
+from polyadapt.ops.triton_op import Part
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """All that a wrapped module hands to the op: its id, the arena, the cell table, the plan's
-    buffers.
+    buffers. device_cells: the cell table where the arena lies, for kernels that read it there.
     """
 
     id: int
     arena: torch.Tensor  # [num_elements] float32 or bfloat16
     cells: torch.Tensor  # int64 [num_slots, num_sites, 4], on the host
     plan: PlanBuffers
+    device_cells: torch.Tensor | None = None
 
 
 def gated_matmul_(
-    y: torch.Tensor, x: torch.Tensor, site: Site, parts: torch.Tensor | None = None
+    y: torch.Tensor, x: torch.Tensor, site: Site, parts: Sequence[Part] | None = None
 ) -> None:
     """Add the adapters' part to y in place.
 
@@ -54,27 +56,27 @@ def gated_matmul_(
     where bias and out_scale are those of the cell, or 0, and w, ones without a routing, weighs the
     components as ops/cells.py: Router says. A cell whose router is EXPERTS is left alone.
     y [rows, out], x [rows, in], float32 or bfloat16; sums are float32. Rows in no segment stay as
-    they are. Several sites that share x are served at once: parts int64 [n, 3] holds (site id,
-    first column of y, columns) of each; absent means all of y for `site`.
+    they are. Several sites that share x are served at once: parts holds (site id, first column of
+    y, columns) of each; absent means all of y for `site`.
     """
     if parts is None:
-        parts = torch.tensor([[site.id, 0, y.shape[1]]])
+        parts = [(site.id, 0, y.shape[1])]
     plan = site.plan
     is_native = native.serves(x) and plan.observer is None
     for lane in plan.lanes:
+        if lane.work is not None:
+            triton_op.gated_matmul_(y, x, site.arena, _device_cells(site), lane.work, parts)
+            if lane.work.is_routed:
+                _segments_matmul_(y, x, site, lane, parts, is_routed=True)
+            continue
         first = lane.num_short if is_native else 0
         if first:
             native.gated_matmul_(
                 y, x, site.arena, site.cells, plan.rows, lane.bounds, lane.slots, lane.scales,
-                first, lane.gate, lane.table, parts, plan.usage,
+                first, lane.gate, lane.table, torch.tensor(parts), plan.usage,
             )  # fmt: skip
         if first < lane.num_segments:
-            for site_id, column, width in parts.tolist():
-                segments_matmul_(
-                    y[:, column : column + width], x, site.arena, site.cells, plan.rows,
-                    lane.bounds[first:], lane.slots[first:], lane.scales[first:], lane.gate,
-                    lane.table, site_id, partial(plan.note, site_id),
-                )  # fmt: skip
+            _segments_matmul_(y, x, site, lane, parts, first)
 
 
 def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site) -> None:
@@ -84,18 +86,24 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
     """
     plan = site.plan
     for lane in plan.lanes:
-        if (
-            native.serves(y) and plan.observer is None
-        ):  # a gather of single rows: long segments are no GEMM here
+        if lane.work is not None:
+            triton_op.gated_embedding_(
+                y, ids, num_in, site.arena, _device_cells(site), lane.work, site.id
+            )
+            if lane.work.is_routed:
+                _segments_embedding_(y, ids, num_in, site, lane, is_routed=True)
+        elif native.serves(y) and plan.observer is None:
+            # A gather of single rows: long segments are no GEMM here.
             native.gated_embedding_(
                 y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
                 lane.scales, lane.num_segments, lane.gate, lane.table, site.id, plan.usage,
             )  # fmt: skip
         else:
-            segments_embedding_(
-                y, ids, num_in, site.arena, site.cells, plan.rows, lane.bounds, lane.slots,
-                lane.scales, lane.gate, lane.table, site.id, partial(plan.note, site.id),
-            )  # fmt: skip
+            _segments_embedding_(y, ids, num_in, site, lane)
+
+
+def _device_cells(site: Site) -> torch.Tensor:
+    return site.cells if site.device_cells is None else site.device_cells
 
 
 # Told of a segment's slot, the weights [rows, rank] of its components, and how many experts they
@@ -103,70 +111,68 @@ def gated_embedding_(y: torch.Tensor, ids: torch.Tensor, num_in: int, site: Site
 Note = Callable[[int, torch.Tensor, int], None]
 
 
-def strategy() -> str:
-    """Name the form that serves segments on this machine, with its reason."""
+def strategy(*, has_triton: bool = False) -> str:
+    """Name the form that serves segments on this machine, with its reason; has_triton: whether the
+    Triton kernels were asked for.
+    """
+    if has_triton:
+        return "Triton kernels" + (", interpreted" if triton_op.is_interpreted() else "")
     if native.is_available():
         return "native C kernels"
     return f"torch GEMMs per segment ({native.unavailable_reason()})"
 
 
 # --------------------------------------------------------------------------- the torch form
-def segments_matmul_(
+def _segments_matmul_(
     y: torch.Tensor,
     x: torch.Tensor,
-    arena: torch.Tensor,
-    cells: torch.Tensor,
-    rows: torch.Tensor,
-    bounds: torch.Tensor,
-    slots: torch.Tensor,
-    scales: torch.Tensor,
-    gate: torch.Tensor | None,
-    table: torch.Tensor | None,
-    site: int,
-    note: Note | None = None,
+    site: Site,
+    lane: LoadedLane,
+    parts: Sequence[Part],
+    first: int = 0,
+    *,
+    is_routed: bool = False,
 ) -> None:
-    """Two GEMMs per segment of one lane; arguments as in gated_matmul_, bounds [segments + 1]."""
-    num_in, num_out = x.shape[-1], y.shape[-1]
-    for segment in _segments(cells, rows, bounds, slots, scales, site):
-        rank = segment.rank
-        a_rows = rank + num_router_rows(segment.code)
-        a_end = segment.offset + a_rows * num_in
-        b_end = a_end + rank * num_out
-        tails = _tails(arena, b_end, num_in, num_out, segment)
-        _scale_output_(y, tails, segment)
-        if rank:
-            xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
-            stored = arena[segment.offset : a_end].view(a_rows, num_in)
-            if a_rows > rank and arena.dtype is torch.float32:  # A and the router in one product
-                h, scores = (xs @ stored.t()).split_with_sizes([rank, a_rows - rank], 1)
-            else:  # a choice that was rounded would be another one
-                h = xs @ stored[:rank].t()
-                scores = x[segment.index].float() @ stored[rank:].float().t()
-            h = _apply(h, segment, gate)
-            h = _route(h, scores, segment, table, tails, note)
-            delta = h @ arena[a_end:b_end].view(rank, num_out)
-            y[segment.index] += delta.to(y.dtype)
-        _add_bias_(y, tails, segment)
+    """Two GEMMs per segment of one lane from the first-th on, part by part; as gated_matmul_.
+    is_routed: only of cells with a routing.
+    """
+    arena, num_in = site.arena, x.shape[-1]
+    for site_id, column, num_out in parts:
+        columns, note = y[:, column : column + num_out], partial(site.plan.note, site_id)
+        for segment in _segments(site, lane, site_id, first, is_routed):
+            rank = segment.rank
+            a_rows = rank + num_router_rows(segment.code)
+            a_end = segment.offset + a_rows * num_in
+            b_end = a_end + rank * num_out
+            tails = _tails(arena, b_end, num_in, num_out, segment)
+            _scale_output_(columns, tails, segment)
+            if rank:
+                xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
+                stored = arena[segment.offset : a_end].view(a_rows, num_in)
+                if a_rows > rank and arena.dtype is torch.float32:  # A and router in one product
+                    h, scores = (xs @ stored.t()).split_with_sizes([rank, a_rows - rank], 1)
+                else:  # a choice that was rounded would be another one
+                    h = xs @ stored[:rank].t()
+                    scores = x[segment.index].float() @ stored[rank:].float().t()
+                h = _apply(h, segment, lane.gate)
+                h = _route(h, scores, segment, lane.table, tails, note)
+                delta = h @ arena[a_end:b_end].view(rank, num_out)
+                columns[segment.index] += delta.to(y.dtype)
+            _add_bias_(columns, tails, segment)
 
 
-def segments_embedding_(
+def _segments_embedding_(
     y: torch.Tensor,
     ids: torch.Tensor,
     num_in: int,
-    arena: torch.Tensor,
-    cells: torch.Tensor,
-    rows: torch.Tensor,
-    bounds: torch.Tensor,
-    slots: torch.Tensor,
-    scales: torch.Tensor,
-    gate: torch.Tensor | None,
-    table: torch.Tensor | None,
-    site: int,
-    note: Note | None = None,
+    site: Site,
+    lane: LoadedLane,
+    *,
+    is_routed: bool = False,
 ) -> None:
     """One gather and one GEMM per segment of one lane; A is stored token-major [num_in, rank]."""
-    num_out = y.shape[-1]
-    for segment in _segments(cells, rows, bounds, slots, scales, site):
+    arena, num_out, note = site.arena, y.shape[-1], partial(site.plan.note, site.id)
+    for segment in _segments(site, lane, site.id, 0, is_routed):
         rank = segment.rank
         a_end = segment.offset + num_in * rank
         b_end = a_end + rank * num_out
@@ -174,8 +180,8 @@ def segments_embedding_(
         _scale_output_(y, tails, segment)
         if rank:
             a = arena[segment.offset : a_end].view(num_in, rank)
-            h = _apply(a[ids[segment.index]], segment, gate)  # [segment rows, rank]
-            h = _route(h, h[:, :0], segment, table, tails, note)
+            h = _apply(a[ids[segment.index]], segment, lane.gate)  # [segment rows, rank]
+            h = _route(h, h[:, :0], segment, lane.table, tails, note)
             delta = h @ arena[a_end:b_end].view(rank, num_out)
             y[segment.index] += delta.to(y.dtype)
         _add_bias_(y, tails, segment)
@@ -193,21 +199,24 @@ class _Segment:
 
 
 def _segments(
-    cells: torch.Tensor,
-    rows: torch.Tensor,
-    bounds: torch.Tensor,
-    slots: torch.Tensor,
-    scales: torch.Tensor,
-    site: int,
+    site: Site, lane: LoadedLane, site_id: int, first: int, is_routed: bool
 ) -> Iterator[_Segment]:
-    limits = bounds.tolist()
-    found = cells[slots.long(), site].tolist()
+    """The lane's segments from the first-th on that have a cell at the site; is_routed: only where
+    that has a routing. Reads the host's tensors alone.
+    """
+    rows, device_rows = site.plan.rows, site.plan.device_rows
+    limits = lane.bounds[first:].tolist()
+    slots = lane.slots[first:]
+    found = site.cells[slots.long(), site_id].tolist()
     for slot, (offset, rank, parts, code), scale, start, stop in zip(
-        slots.tolist(), found, scales.tolist(), limits[:-1], limits[1:], strict=True
+        slots.tolist(), found, lane.scales[first:].tolist(), limits[:-1], limits[1:], strict=True
     ):
         if offset < 0 or start == stop or (code and Routing.of(code).router is Router.EXPERTS):
             continue
-        yield _Segment(slot, offset, rank, parts, code, scale, index_of(rows[start:stop]))
+        if is_routed and not code:
+            continue
+        index = index_of(rows[start:stop], device_rows[start:stop])
+        yield _Segment(slot, offset, rank, parts, code, scale, index)
 
 
 def _tails(

@@ -6,13 +6,15 @@ their addresses, so that compiled or captured code may hold them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from polyadapt.ops import cells as layout
+from polyadapt.ops.device_plan import DevicePlan, Placed, Work, rank_bucket
 from polyadapt.ops.routing import note_usage
 from polyadapt.types import MAX_ADAPTERS
 
@@ -195,8 +197,9 @@ def _build_table(members: list[RowUse], lane_id: int, num_rows: int) -> np.ndarr
 
 @dataclass(frozen=True, slots=True)
 class LoadedLane:
-    """One lane in the buffers: bounds [num_segments + 1], slots and scales [num_segments], and its
-    gate and table [rows, width] or None.
+    """One lane in the buffers: bounds [num_segments + 1], slots and scales [num_segments], on the
+    host, and its gate and table [rows, width] or None, where the arena lies. work: for the kernels
+    that serve it there; None: there are none.
     """
 
     bounds: torch.Tensor
@@ -206,14 +209,15 @@ class LoadedLane:
     num_segments: int
     gate: torch.Tensor | None
     table: torch.Tensor | None = None
+    work: Work | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Override:
     """A segment whose cell at some site holds parts of cells.OVERRIDES; see ops/overrides.py.
 
-    rows int32 [n], a view of the buffers; index: the same rows, as a slice where they are
-    neighbours; is_short: it is shorter than the plan's limit for GEMMs.
+    rows int32 [n], a view of the host's buffers; index: the same rows for tensors on the device, as
+    a slice where they are neighbours; is_short: it is shorter than the plan's limit for GEMMs.
     """
 
     slot: int
@@ -256,10 +260,11 @@ class Mixtures:
 class PlanBuffers:
     """Fixed-size tensors that one row space's plan is copied into before each forward.
 
-    rows int32, bounds int32, slots int32, scales float32: all lanes end to end; bounds are
-    positions in `rows`, with one extra entry per lane. gate and table float32 [lanes, rows, width],
-    grown on demand. `lanes` are views of one lane each; `overrides` are by site the segments, lane
-    after lane, that need more than the gated product there; `mixtures` the segments with experts.
+    rows int32, bounds int32, slots int32, scales float32: all lanes end to end, on the host; bounds
+    are positions in `rows`, with one extra entry per lane. gate and table float32 [lanes, rows,
+    width], grown on demand, for what on_device does not take. `lanes` are views of one lane each;
+    `overrides` are by site the segments, lane after lane, that need more than the gated product
+    there; `mixtures` the segments with experts.
     """
 
     def __init__(
@@ -268,10 +273,12 @@ class PlanBuffers:
         device: torch.device,
         cells: torch.Tensor | None = None,
         has_overrides: np.ndarray | None = None,
+        on_device: DevicePlan | None = None,
     ) -> None:
         """cells int64 [num_slots, num_sites, 4] and has_overrides, bool [num_slots], are owned by
         whoever fills the slots, and of a slot in a plan they keep their parts; None: no slot has
-        overrides or experts.
+        overrides or experts. on_device: where the plan goes besides; None: the arena lies on the
+        host, and no kernels but its own serve.
         """
         num = max_rows * MAX_LANES
         self.max_rows = max_rows
@@ -287,10 +294,11 @@ class PlanBuffers:
         self.observer: Callable[[int, int, torch.Tensor], None] | None = None
         self._cells = cells
         self._has_overrides = has_overrides
-        self.rows = torch.zeros(num, dtype=torch.int32, device=device)
-        self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32, device=device)
-        self.slots = torch.zeros(num, dtype=torch.int32, device=device)
-        self.scales = torch.zeros(num, dtype=torch.float32, device=device)
+        self._on_device = on_device
+        self.rows = torch.zeros(num, dtype=torch.int32)
+        self.bounds = torch.zeros(num + MAX_LANES, dtype=torch.int32)
+        self.slots = torch.zeros(num, dtype=torch.int32)
+        self.scales = torch.zeros(num, dtype=torch.float32)
         self.gate = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
         self.table = torch.zeros(0, 0, 0, dtype=torch.float32, device=device)
         self._loaded: BatchPlan | None = None  # what the buffers hold
@@ -314,8 +322,7 @@ class PlanBuffers:
         lanes: list[LoadedLane] = []
         mixed: list[tuple[bool, int, int, int]] = []
         overrides: dict[int, list[Override]] = {}
-        self.gate = self._widened(self.gate, [lane.gate for lane in plan.lanes])
-        self.table = self._widened(self.table, [lane.table for lane in plan.lanes])
+        placed = self._on_host(plan) if self._on_device is None else self._on_device.load(plan)
         segment = row = 0
         for lane_id, lane in enumerate(plan.lanes):
             stop = segment + lane.num_segments
@@ -325,11 +332,6 @@ class PlanBuffers:
             _fill(self.bounds, first_bound, lane.bounds + row)
             _fill(self.slots, segment, lane.slots)
             _fill(self.scales, segment, lane.scales)
-            if lane.gate is not None:
-                self._load_gate(lane_id, lane.gate)
-            if lane.table is not None:
-                num_rows, width = lane.table.shape
-                self.table[lane_id, :num_rows, :width] = torch.from_numpy(lane.table)
             lanes.append(
                 LoadedLane(
                     self.bounds[first_bound : stop + lane_id + 1],
@@ -337,9 +339,9 @@ class PlanBuffers:
                     self.scales[segment:stop],
                     lane.num_short,
                     lane.num_segments,
-                    self.gate[lane_id] if lane.gate is not None else None,
-                    # No wider than what was given: behind it lie earlier steps'.
-                    None if lane.table is None else self.table[lane_id, :, : lane.table.shape[1]],
+                    placed[lane_id].gate,
+                    placed[lane_id].table,
+                    placed[lane_id].work,
                 )
             )
             if self._has_overrides is not None and self._has_overrides[lane.slots].any():
@@ -350,6 +352,11 @@ class PlanBuffers:
         self._loaded_overrides, self._loaded_mixtures = overrides, self._mixtures_of(mixed)
         self.lanes, self.overrides = self._loaded_lanes, self._loaded_overrides
         self.mixtures = self._loaded_mixtures
+
+    @property
+    def device_rows(self) -> torch.Tensor:
+        """`rows`, at least as far as the plan's go, where the arena lies."""
+        return self.rows if self._on_device is None else self._on_device.rows
 
     def note(self, site_id: int, slot: int, weights: torch.Tensor, num_scores: int) -> None:
         """Note what rows of a slot chose at a site: weights [rows, components] of num_scores
@@ -365,8 +372,34 @@ class PlanBuffers:
 
     @property
     def capture_form(self) -> Hashable | None:
-        """What a captured forward needs to serve the loaded plan; None: none can."""
-        return None if self.lanes else ()
+        """What a captured forward needs to serve the loaded plan; None: none can.
+
+        Without lanes (). Of one lane that the kernels alone serve, all of it at fixed addresses,
+        the bucket of its largest rank.
+        """
+        if not self.lanes:
+            return ()
+        work = self.lanes[0].work
+        if self.overrides or self.mixtures is not None or len(self.lanes) > 1 or work is None:
+            return None
+        return rank_bucket(work.max_rank) if work.is_fixed and not work.is_routed else None
+
+    @contextmanager
+    def widened(self, num_rows: int) -> Iterator[None]:
+        """Let what is captured meanwhile serve every plan of the same capture_form with no more
+        than num_rows rows.
+        """
+        lanes = self.lanes
+        if lanes:
+            assert self._on_device is not None, "the host captures nothing"
+            (lane,) = lanes
+            assert lane.work is not None
+            work = self._on_device.widened(lane.work, num_rows)
+            self.lanes = (replace(lane, work=work),)
+        try:
+            yield
+        finally:
+            self.lanes = lanes
 
     def clear(self) -> None:
         """Return to no plan: wrapped modules are exactly the base model."""
@@ -377,7 +410,7 @@ class PlanBuffers:
         if not self.lanes or self._cells is None:
             return bool(self.lanes)
         if self._loaded_sites is None:
-            slots = torch.cat([lane.slots for lane in self.lanes]).long().cpu()
+            slots = torch.cat([lane.slots for lane in self.lanes]).long()
             is_adapted = (self._cells[slots, :, layout.OFFSET] >= 0).any(0)
             self._loaded_sites = frozenset(is_adapted.nonzero().flatten().tolist())
         return not self._loaded_sites.isdisjoint(site_ids)
@@ -392,7 +425,8 @@ class PlanBuffers:
                 continue
             slot, scale = int(lane.slots[segment]), float(lane.scales[segment])
             rows = self.rows[row + start : row + stop]
-            index, is_short = index_of(rows), segment < lane.num_short
+            index = index_of(rows, self.device_rows[row + start : row + stop])
+            is_short = segment < lane.num_short
             cells = self._cells[slot]
             parts = torch.where(cells[:, layout.OFFSET] >= 0, cells[:, layout.PARTS], 0)
             for site_id in (parts & layout.OVERRIDES).nonzero().flatten().tolist():
@@ -418,7 +452,8 @@ class PlanBuffers:
         found.sort(key=lambda one: one[0])
         segments, table, first, width = [], [], 0, 0
         for _, slot, start, stop in found:
-            index, num_rows = index_of(self.rows[start:stop]), stop - start
+            index = index_of(self.rows[start:stop], self.device_rows[start:stop])
+            num_rows = stop - start
             segments.append(Mixture(slot, index, num_rows, first))
             table.append((slot, start, stop, first))
             first += num_rows
@@ -427,18 +462,32 @@ class PlanBuffers:
         num_short = sum(not is_long for is_long, *_ in found)
         return Mixtures(tuple(segments), torch.tensor(table), num_short, first, width)
 
+    def _on_host(self, plan: BatchPlan) -> list[Placed]:
+        self.gate = self._widened(self.gate, [lane.gate for lane in plan.lanes])
+        self.table = self._widened(self.table, [lane.table for lane in plan.lanes])
+        placed = []
+        for lane_id, lane in enumerate(plan.lanes):
+            gate = table = None
+            if lane.gate is not None:
+                gate = self.gate[lane_id]
+                num_rows, width = lane.gate.shape
+                # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
+                gate[:num_rows] = 1.0
+                gate[:num_rows, :width] = torch.from_numpy(lane.gate)
+            if lane.table is not None:
+                num_rows, width = lane.table.shape
+                # No wider than what was given: behind it lie earlier steps'.
+                table = self.table[lane_id, :, :width]
+                table[:num_rows] = torch.from_numpy(lane.table)
+            placed.append(Placed(gate, table, None))
+        return placed
+
     def _widened(self, buffer: torch.Tensor, given: list[np.ndarray | None]) -> torch.Tensor:
         """The buffer, or a wider one; before any lane is filled, as what was there is lost."""
         width = max((values.shape[1] for values in given if values is not None), default=0)
         if buffer.shape[2] >= width:
             return buffer
         return torch.zeros(MAX_LANES, self.max_rows, width, dtype=torch.float32, device=self.device)
-
-    def _load_gate(self, lane_id: int, gate: np.ndarray) -> None:
-        width = gate.shape[1]
-        # Whoever is wider than this lane's gates is ungated: ones beyond the given columns.
-        self.gate[lane_id, : gate.shape[0]] = 1.0
-        self.gate[lane_id, : gate.shape[0], :width] = torch.from_numpy(gate)
 
 
 def experts_in(cells: torch.Tensor) -> torch.Tensor:
@@ -447,12 +496,15 @@ def experts_in(cells: torch.Tensor) -> torch.Tensor:
     return (cells[:, layout.OFFSET] >= 0) & (routers == layout.Router.EXPERTS)
 
 
-def index_of(rows: torch.Tensor) -> slice | torch.Tensor:
-    """The rows, int32 [n] ascending, n > 0; a slice where they are neighbours, to spare copies."""
+def index_of(rows: torch.Tensor, device_rows: torch.Tensor) -> slice | torch.Tensor:
+    """The rows, int32 [n] ascending, n > 0; a slice where they are neighbours, to spare copies.
+
+    device_rows: the same rows where what is to be indexed lies.
+    """
     first, last = int(rows[0]), int(rows[-1])
     if last - first == len(rows) - 1:
         return slice(first, last + 1)
-    return rows.long()
+    return device_rows.long()
 
 
 def _fill(buffer: torch.Tensor, start: int, values: np.ndarray) -> None:

@@ -60,7 +60,7 @@ def note_usage(usage: torch.Tensor, weights: torch.Tensor) -> None:
     num_scores = weights.shape[1]
     buckets = min(num_scores, USAGE_BUCKETS)
     usage[0] += len(weights)
-    bucket_of = torch.arange(num_scores) * buckets // num_scores
+    bucket_of = torch.arange(num_scores, device=usage.device) * buckets // num_scores
     usage[1 : 1 + buckets].index_add_(0, bucket_of, weights.sum(0))
 
 

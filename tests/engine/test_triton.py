@@ -11,8 +11,18 @@ from pathlib import Path
 
 import pytest
 from tests.oracle import adapters, tiny
-from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
+from tests.support.engines import (
+    SMALL,
+    Driver,
+    LogitsRecorder,
+    greedy_request,
+    new_engine,
+    put_blob,
+)
+from tests.support.fake_device import FakeDevice
 
+from polyadapt.config import EngineConfig
+from polyadapt.engine.build import build_engine
 from polyadapt.errors import StartupError
 from polyadapt.ops import native, triton_op
 from polyadapt.types import AppliedAdapter, Request
@@ -73,6 +83,55 @@ def test_a_mixed_batch_through_the_kernels_equals_the_torch_form(
     for name, logits in plain.items():
         allowed = TOLERANCE * float(logits.abs().max())
         assert float((kernels[name] - logits).abs().max()) <= allowed, name
+
+
+@needs_triton
+def test_decode_steps_with_an_adapter_a_row_are_captured_and_serve_whoever_comes(
+    tiny_model: Callable[[str], Path], tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(native, "serves", lambda _: False)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    model_dir, blobs = tiny_model("llama"), tmp_path / "blobs"
+    a, b, c = (
+        put_blob(
+            blobs,
+            adapters.make_lora(model_dir, tmp_path / name, rank, ("v_proj", "lm_head"), seed=rank),
+            name,
+        )
+        for name, rank in (("a", 3), ("b", 5), ("c", 20))
+    )
+    device, tokens = FakeDevice(), []
+    for given in (None, device):
+        settings = {} if given is None else {"triton": True}
+        config = EngineConfig(
+            model=str(model_dir),
+            device="cpu",
+            dtype="float32",
+            **(SMALL | {"max_num_seqs": 4} | settings),
+        )
+        engine = build_engine(config, model_dir, blobs, lambda: None, name="base", device=given)
+        driver = Driver(engine)
+        driver.load(a, b, c)
+        for number, adapter in enumerate((a, b, None, c)):  # one after the other, then together
+            request = greedy_request(f"r{number}", [7 + number, 8, 9], adapter, 3 + number % 2)
+            driver.submit(request)
+            driver.step_or_wait()
+        driver.run()
+        tokens.append({name: own.tokens for name, own in driver.transcripts.items()})
+        counters = engine.counters
+        engine.pool.close()
+    assert tokens[0] == tokens[1]
+    assert len({tuple(row) for row in tokens[0].values()}) == 4, "they say different things"
+    assert counters["graph_failures"] == 0
+    with_kernels = [
+        graph
+        for graph in device.graphs
+        if any(str(func) == "polyadapt.gated_matmul_.default" for func, *_ in graph._calls)
+    ]
+    assert sum(graph.num_replays for graph in with_kernels) == counters["graph_steps"] > 2
+    # Ranks 3 and 5 share a graph for as many rows.
+    assert max(graph.num_replays for graph in with_kernels) > 1
 
 
 def _spied(function: Callable[..., None], called: set[str]) -> Callable[..., None]:

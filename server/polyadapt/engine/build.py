@@ -86,15 +86,17 @@ def build_engine(
     cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
     has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
-    is_linear = torch.tensor([site.kind == "linear" for site in base.spec.sites])
-    slots = _slot_table(config, device, cells, is_linear)
+    slots = _slot_table(config, device, cells, base)
     tokens, outputs = (
         PlanBuffers(
-            max_rows, device.torch_device, cells, has_overrides,
-            _device_plan(config, max_rows, device, slots),
+            max_rows,
+            device.torch_device,
+            cells,
+            has_overrides,
+            DevicePlan(max_rows, device, slots) if slots or device.is_asynchronous else None,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     usage = RoutingUsage(cells, device.torch_device)
     tokens.usage = usage.table
     wrap_sites(base, arena, cells, tokens, outputs, None if slots is None else slots.cells)
@@ -185,23 +187,16 @@ def build_engine(
 
 
 def _slot_table(
-    config: EngineConfig, device: Device, cells: torch.Tensor, is_linear: torch.Tensor
+    config: EngineConfig, device: Device, cells: torch.Tensor, base: BaseModel
 ) -> SlotTable | None:
-    """None: what the host knows of the slots is enough."""
-    reason = triton_op.unavailable_reason(device.torch_device) if config.triton else None
+    """What the Triton kernels read of the slots, if they serve."""
+    if not config.triton:
+        return None
+    reason = triton_op.unavailable_reason(device.torch_device)
     if reason is not None:
         raise StartupError(f"--triton cannot be served: {reason}")
-    is_needed = config.triton or device.torch_device.type != "cpu"
-    return SlotTable(cells, device, is_linear) if is_needed else None
-
-
-def _device_plan(
-    config: EngineConfig, max_rows: int, device: Device, slots: SlotTable | None
-) -> DevicePlan | None:
-    """None: nothing but the host reads plans."""
-    if slots is None:
-        return None
-    return DevicePlan(max_rows, device, slots if config.triton else None)
+    is_linear = torch.tensor([site.kind == "linear" for site in base.spec.sites])
+    return SlotTable(cells, device, is_linear)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -238,7 +238,14 @@ def test_nothing_that_lies_on_the_device_is_read_on_the_host(has_kernels):
     assert list(buffers.overrides) == [0]
     add_dense_(y, x, site, [(0, 0, width)])
     assert buffers.adapts([0])
-    assert buffers.capture_form is None
+    index = buffers.overrides[0][0].index
+    assert isinstance(index, torch.Tensor)
+    assert index.device == device.torch_device, "indexing by the host's rows would wait"
+    forms = []
+    for slot in range(len(sizes)):
+        buffers.load(build_plan([RowUse(0, 2, (slot,), (1.0,))], 2))
+        forms.append(buffers.capture_form)
+    assert forms == [16 if has_kernels else None, None, None, None]
 
 
 def test_the_torch_form_serves_a_device_as_it_does_the_host(monkeypatch):

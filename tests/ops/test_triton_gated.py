@@ -210,7 +210,7 @@ def test_lanes_scales_and_gates_of_any_width_add_up():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sites_that_share_their_input_take_one_launch_of_each_kernel(dtype, monkeypatch):
-    widths, num_in = [140, 8, 24], 20
+    widths, num_in = [8, 140, 24], 20
     made = rig([[3, 5, 0], [16, -1, 35], [0, 4, 9]], num_in, widths, dtype)
     uses, num_rows = uses_of((0, 1), (1, 17), (2, 3))
     plan = build_plan(uses, num_rows)

@@ -18,7 +18,11 @@ import triton.language as tl
 MAX_PARTS = 4  # sites of one launch
 _WORDS = tl.constexpr(8)  # elements
 
-_NOT_SPECIALIZED = [f"{name}{i}" for name in ("site", "column", "width") for i in range(MAX_PARTS)]
+# Whatever these are, the code is the same: a step of another size is no reason to compile again.
+_SHARED = ["lane", "first_chunk", "num_sites", "num_rows"]
+_SITES, _COLUMNS, _WIDTHS = (
+    [f"{name}{i}" for i in range(MAX_PARTS)] for name in ("site", "column", "width")
+)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def _shrink_block(
     tl.store(h_ptrs, acc, mask=is_row[:, None] & is_rank[None, :])
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED[:MAX_PARTS], "first_chunk", "lane"])
+@triton.jit(do_not_specialize=[*_SHARED, *_SITES, "num_rank_blocks"])
 def shrink(
     h_ptr,  # float32 [parts, NUM_SPLITS, num_rows, h_rank]
     x_ptr,  # [num_rows, num_in], rows x_stride apart
@@ -186,7 +190,7 @@ def _expand_block(
     tl.store(y_ptrs, (y + acc).to(y_ptr.dtype.element_ty), mask=is_in_y)
 
 
-@triton.jit(do_not_specialize=[*_NOT_SPECIALIZED, "first_chunk", "lane"])
+@triton.jit(do_not_specialize=[*_SHARED, *_SITES, *_COLUMNS, *_WIDTHS])
 def expand(
     y_ptr,  # [num_rows, columns], rows y_stride apart
     h_ptr,  # as shrink left it; not read where IS_GATHER

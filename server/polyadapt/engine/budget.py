@@ -2,8 +2,9 @@
 
 Given --memory-bytes M for both: whichever of --kv-cache-bytes and --max-adapter-bytes is given is
 taken and the other gets the rest; with neither, KV pages get five eighths of M, never more than
-every sequence at full length fills, and adapters all the rest. Without M each is chosen on its own,
-as a part of the memory that is free.
+every sequence at full length fills, and adapters all the rest. Without M, on the host, each is
+chosen on its own, as a part of the memory that is free; on a device with memory of its own M is
+what is free beside the weights, less a reserve.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _KV_PART = 5 / 8  # of the memory for both
 _KV_SHARE, _KV_CAP = 0.25, 4 << 30  # of the free memory, without a budget for both
 _ADAPTER_SHARE, _ADAPTER_CAP = 0.15, 2 << 30
 _MIN_PAGES = 2
+# Of a device's memory, for library workspaces and captured graphs: an estimate, not measured yet.
+_RESERVE_NBYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,22 @@ class Needs:
     page_nbytes: int
     most_pages: int  # every sequence at full length: more is never used
     adapter_nbytes: int  # the smallest adapter of every linear module, rank 1
+    # Of a device whose memory is the engine's alone, what has to stay free; None: of the host's.
+    reserve_nbytes: int | None = None
+
+
+def reserve_nbytes(
+    *, num_rows: int, num_outputs: int, hidden: int, inner: int, vocab_size: int, itemsize: int
+) -> int:
+    """Bytes that steps need beside weights, KV pages and adapters.
+
+    Of each of num_rows rows four times the hidden state and three times the widest layer inside, as
+    in a gated MLP; of num_outputs rows the logits, and those twice in float32 where they are
+    sampled from; and 1 GiB for what libraries and captured graphs keep.
+    """
+    activations = num_rows * (4 * hidden + 3 * inner) * itemsize
+    logits = num_outputs * vocab_size * (itemsize + 2 * 4)
+    return activations + logits + _RESERVE_NBYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +62,19 @@ def share(
     max_adapter_bytes: int | None,
     free_bytes: int,
 ) -> Budget:
-    """Share the memory; raises StartupError when it holds no two pages, or no adapter."""
+    """Share the memory; raises StartupError when it holds no two pages, or no adapter, or when more
+    is asked for than a device has. free_bytes: with the weights loaded.
+    """
     kv_bytes, adapter_bytes = kv_cache_bytes, max_adapter_bytes
+    total = None
     if memory_bytes is not None:
-        kv_bytes, adapter_bytes = _split(memory_bytes, kv_bytes, adapter_bytes, needs)
+        total = _Total(memory_bytes, f"--memory-bytes {memory_bytes}", "raise it")
+    if needs.reserve_nbytes is not None:
+        there = _there(free_bytes, needs.reserve_nbytes)
+        _check_fits(memory_bytes, kv_bytes, adapter_bytes, there)
+        total = total or there
+    if total is not None:
+        kv_bytes, adapter_bytes = _split(total, kv_bytes, adapter_bytes, needs)
     if kv_bytes is None:
         kv_bytes = min(_KV_CAP, int(free_bytes * _KV_SHARE), needs.most_pages * needs.page_nbytes)
     if adapter_bytes is None:
@@ -60,27 +88,60 @@ def share(
     return Budget(int(kv_bytes // needs.page_nbytes), int(adapter_bytes))
 
 
+@dataclass(frozen=True, slots=True)
+class _Total:
+    """What there is for both, what it is called, and what to do where it is too little."""
+
+    nbytes: int
+    name: str
+    remedy: str
+
+
+def _there(free_bytes: int, reserve: int) -> _Total:
+    name = (
+        f"the device's free memory of {free_bytes} bytes beside the weights, less a reserve of "
+        f"{reserve} for activations, workspaces and graphs,"
+    )
+    remedy = "lower --max-num-batched-tokens and --max-num-seqs for a smaller reserve"
+    return _Total(free_bytes - reserve, name, remedy)
+
+
+def _check_fits(
+    memory_bytes: int | None, kv_bytes: int | None, adapter_bytes: int | None, there: _Total
+) -> None:
+    given = {"--memory-bytes": memory_bytes}
+    if memory_bytes is None:
+        given = {"--kv-cache-bytes": kv_bytes, "--max-adapter-bytes": adapter_bytes}
+    asked = [value for value in given.values() if value is not None]
+    if asked and sum(asked) > there.nbytes:
+        flags = " and ".join(f"{flag} {n}" for flag, n in given.items() if n is not None)
+        raise StartupError(
+            f"{there.name} leaves {max(there.nbytes, 0)} bytes, fewer than {flags}; ask for less, "
+            f"or {there.remedy}"
+        )
+
+
 def _split(
-    total: int, kv_bytes: int | None, adapter_bytes: int | None, needs: Needs
+    total: _Total, kv_bytes: int | None, adapter_bytes: int | None, needs: Needs
 ) -> tuple[int, int]:
     least_kv = _MIN_PAGES * needs.page_nbytes
     if kv_bytes is not None and adapter_bytes is not None:
-        if kv_bytes + adapter_bytes > total:
+        if kv_bytes + adapter_bytes > total.nbytes:
             raise StartupError(
                 f"--kv-cache-bytes {kv_bytes} and --max-adapter-bytes {adapter_bytes} exceed "
-                f"--memory-bytes {total}; leave one of the three out"
+                f"{total.name}; leave one of the three out"
             )
         return kv_bytes, adapter_bytes
     if adapter_bytes is not None:
-        kv_bytes = total - adapter_bytes
+        kv_bytes = total.nbytes - adapter_bytes
     elif kv_bytes is None:
-        kv_bytes = max(int(total * _KV_PART), least_kv)
+        kv_bytes = max(int(total.nbytes * _KV_PART), least_kv)
         kv_bytes = min(kv_bytes, needs.most_pages * needs.page_nbytes)
-    rest = total - kv_bytes
+    rest = total.nbytes - kv_bytes
     if kv_bytes < least_kv or rest < needs.adapter_nbytes:
         raise StartupError(
-            f"--memory-bytes {total} leaves {max(kv_bytes, 0)} bytes for KV pages and "
-            f"{max(rest, 0)} for adapters; two pages need {least_kv} and the smallest adapter "
-            f"{needs.adapter_nbytes}: raise it"
+            f"{total.name} leaves {max(kv_bytes, 0)} bytes for KV pages and {max(rest, 0)} for "
+            f"adapters; two pages need {least_kv} and the smallest adapter {needs.adapter_nbytes}: "
+            f"{total.remedy}"
         )
     return kv_bytes, rest

@@ -18,7 +18,7 @@ from polyadapt.adapters.pool import AdapterPool
 from polyadapt.adapters.reader import AdapterReader
 from polyadapt.config import EngineConfig
 from polyadapt.engine import kv_cache
-from polyadapt.engine.budget import Budget, Needs, share
+from polyadapt.engine.budget import Budget, Needs, reserve_nbytes, share
 from polyadapt.engine.device_forward import DeviceForward
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.forward import Forward, HostForward
@@ -217,6 +217,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 def _budget(
     config: EngineConfig, base: BaseModel, dtype: torch.dtype, page_size: int, device: Device
 ) -> Budget:
+    """After the weights are loaded: what is free now is what is left beside them."""
     page_nbytes = kv_cache.token_nbytes(base) * page_size
     longest = -(-base.spec.max_model_len // page_size)
     linears = [site for site in base.spec.sites if site.kind == "linear"]
@@ -224,6 +225,7 @@ def _budget(
         page_nbytes=page_nbytes,
         most_pages=longest * config.max_num_seqs,
         adapter_nbytes=sum(s.in_features + s.out_features for s in linears) * dtype.itemsize,
+        reserve_nbytes=_reserve(config, base, dtype) if device.is_asynchronous else None,
     )
     return share(
         needs,
@@ -231,6 +233,20 @@ def _budget(
         kv_cache_bytes=config.kv_cache_bytes,
         max_adapter_bytes=config.max_adapter_bytes,
         free_bytes=device.free_bytes(),
+    )
+
+
+def _reserve(config: EngineConfig, base: BaseModel, dtype: torch.dtype) -> int:
+    spec = base.spec
+    inside = [s for s in spec.sites if s.kind == "linear" and s.path != spec.head_path]
+    hidden = next(s.out_features for s in spec.sites if s.path == spec.embedding_path)
+    return reserve_nbytes(
+        num_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+        num_outputs=config.max_num_seqs,
+        hidden=hidden,
+        inner=max(max(s.in_features, s.out_features) for s in inside),
+        vocab_size=spec.vocab_size,
+        itemsize=dtype.itemsize,
     )
 
 

@@ -4,167 +4,24 @@ from __future__ import annotations
 
 import random
 import threading
-from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.pool_rig import Rig, Store, packed_cells
 
 from polyadapt.adapters import pool as pool_module
 from polyadapt.adapters.adapter import Probe, Traits
 from polyadapt.adapters.arena import Arena
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.packing import PackedAdapter
-from polyadapt.adapters.pool import AdapterPool
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError
 from polyadapt.ops import cells as layout
-from polyadapt.ops.device import Host
-from polyadapt.ops.slot_table import SlotTable
 from polyadapt.types import AdapterId, AppliedAdapter, Residency
-
-NUM_SITES = 3
-
-
-def packed(value: float, size: int) -> PackedAdapter:
-    """An adapter of `size` elements at site 1 whose every weight is `value`."""
-    cells = torch.full((NUM_SITES, layout.COLUMNS), -1)
-    cells[1] = torch.tensor([0, 2, 0, 0])
-    return PackedAdapter(torch.full((size,), value), cells, rank=2)
-
-
-def packed_cells(value: float, sizes: list[int]) -> PackedAdapter:
-    """An adapter with a cell at every site, of these elements, each full of a number of its own."""
-    whole = packed(value, sum(sizes))
-    start = 0
-    for site_id, size in enumerate(sizes):
-        whole.cells[site_id] = torch.tensor([start, 2, 0, 0])
-        whole.weights[start : start + size] = value + site_id / 8
-        start += size
-    return whole
-
-
-class Store:
-    """A reader whose adapters are given by hand; counts reads and can be held back."""
-
-    def __init__(self, **sizes: int) -> None:
-        self.adapters = {
-            name: packed(float(number), size)
-            for number, (name, size) in enumerate(sizes.items(), start=1)
-        }
-        self.reads: Counter[str] = Counter()
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def __call__(self, digest: str) -> PackedAdapter:
-        self.reads[digest] += 1
-        assert self.gate.wait(10)
-        if digest not in self.adapters:
-            raise AdapterUnavailable(f"{digest} is gone")
-        return self.adapters[digest]
-
-
-class Rig:
-    """A pool over a store, with what it told its callers."""
-
-    def __init__(
-        self,
-        store: Store,
-        *,
-        size: int = 100,
-        slots: int = 4,
-        host: int = 1 << 20,
-        **options: Any,
-    ):
-        self.store = store
-        self.woken = threading.Event()
-        self.queue: tuple[str, ...] = ()  # what was asked for last and not leased
-        self.counters: Counter[str] = Counter()
-        self.known: dict[str, Residency] = {}
-        cells = torch.zeros(slots, NUM_SITES, layout.COLUMNS, dtype=torch.int64)
-        self.slots = SlotTable(cells, Host())  # what a device would know of them
-        self.pool = AdapterPool(
-            arena=torch.zeros(size),
-            cells=cells,
-            on_change=self.slots.update,
-            read=store,
-            host_bytes=host,
-            counters=self.counters,
-            wake=self.woken.set,
-            **options,
-        )
-
-    def acquire(self, *names: str) -> tuple[int, ...] | None:
-        applied = tuple(AppliedAdapter(AdapterId(name, 1, name)) for name in names)
-        slots = self.pool.acquire(applied)
-        self.queue = names if slots is None else ()
-        return slots
-
-    def settle(self) -> None:
-        """Poll until no read or copy is under way; the queue asks in every round, as it does."""
-        self._poll()
-        while self.pool._jobs:
-            assert self.woken.wait(10)
-            self.woken.clear()
-            self._poll()
-        self.pool.check_integrity()
-        offsets = self.pool.cells[:, :, layout.OFFSET]
-        assert torch.equal(self.slots.cells[:, :, layout.OFFSET], offsets), "the device lags behind"
-        assert self.slots.max_ranks.tolist() == [2 * bool((row >= 0).any()) for row in offsets]
-
-    def _poll(self) -> None:
-        self.pool.poll()
-        for name in self.queue:
-            self.pool._want(name)
-
-    def take(self, name: str) -> int:
-        """Acquire, waiting for the load, and check that the slot really holds the adapter."""
-        for _ in range(3):
-            slots = self.acquire(name)
-            if slots is not None:
-                self.check(name, slots[0])
-                return slots[0]
-            self.settle()
-        raise AssertionError(f"{name} did not become resident")
-
-    def acquire_all(self, name: str) -> int:
-        """Take an adapter of several cells."""
-        assert self.acquire(name) is None
-        self.settle()
-        slots = self.acquire(name)
-        assert slots is not None
-        self.check_cells(name, slots[0])
-        return slots[0]
-
-    def check_cells(self, name: str, slot: int) -> None:
-        stored = self.store.adapters[name]
-        starts = [*stored.cells[:, 0].tolist(), len(stored.weights)]
-        for site_id, (start, stop) in enumerate(pairwise(starts)):
-            offset = int(self.pool.cells[slot, site_id, 0])
-            there = self.pool.weights[offset : offset + stop - start]
-            assert torch.equal(there, stored.weights[start:stop]), site_id
-
-    def check(self, name: str, slot: int) -> None:
-        offset, rank, *_ = self.pool.cells[slot, 1].tolist()
-        weights = self.store.adapters[name].weights
-        assert rank == 2
-        assert torch.equal(self.pool.weights[offset : offset + len(weights)], weights)
-
-    def tier(self, name: str) -> str | None:
-        found = self.residencies().get(name)
-        return found.tier if found else None
-
-    def residencies(self) -> dict[str, Residency]:
-        """What the edge knows: every change since the beginning, put together."""
-        residencies, gone = self.pool.take_changes()
-        self.known |= {residency.digest: residency for residency in residencies}
-        for digest in gone:
-            self.known.pop(digest, None)
-        return self.known
 
 
 @pytest.fixture
@@ -204,9 +61,10 @@ def test_a_leased_adapter_says_what_it_is(rig):
     it.store.adapters["b"] = replace(it.store.adapters["b"], traits=Traits(is_kv_neutral=True))
     it.take("a")
     it.take("b")
-    slots = it.pool.acquire(
+    slots = it.pool.find(
         tuple(AppliedAdapter(AdapterId(f"named-{name}", 1, name)) for name in "bab")
     )
+    it.pool.lease(slots)
     traits = [it.pool.traits(slot) for slot in slots]
     assert [own.is_kv_neutral for own in traits] == [True, False, True]
     it.pool.release(slots)
@@ -459,6 +317,73 @@ def test_a_failed_read_is_told_once_and_can_be_tried_again(rig):
     assert it.pool.take_failures() == {}
     it.store.adapters["a"] = gone
     it.take("a")
+
+
+def test_a_good_read_ends_what_bad_ones_said_though_there_is_no_room_yet(rig):
+    it = rig(a=60, b=60)
+    hopeless = (AppliedAdapter(AdapterId("b", 1, "b")),)
+    gone = it.store.adapters.pop("b")
+    it.take("a")
+    for _ in range(10):
+        assert not it.pool.is_hopeless(hopeless)
+        assert it.acquire("b") is None
+        it.settle()
+        it.pool.take_failures()
+    assert it.pool.is_hopeless(hopeless)
+    it.store.adapters["b"] = gone
+    it.acquire("b")
+    it.settle()
+    assert it.pool.is_short_of_room(hopeless)
+    assert not it.pool.is_hopeless(hopeless)
+
+
+def test_whoever_pins_keep_out_time_and_again_is_hopeless_until_they_leave_room(rig):
+    it = rig(a=60, b=60, c=60)
+    crowded = (AppliedAdapter(AdapterId("b", 1, "b")),)
+    it.pool.load("a", True, lambda _: None)
+    it.settle()
+    for _ in range(10):
+        assert not it.pool.is_hopeless(crowded)
+        while not it.pool.take_failures():
+            assert it.acquire("b") is None
+            it.settle()
+    assert it.pool.is_hopeless(crowded), "every one of its reads was a good one"
+    it.queue = ()
+    it.take("a")  # in use, and pinned no longer
+    it.pool.load("a", False, lambda _: None)
+    for _ in range(2):
+        assert it.acquire("b") is None
+        it.settle()
+    assert it.pool.is_short_of_room(crowded)
+    assert not it.pool.is_hopeless(crowded)
+
+
+def test_whoever_is_too_large_stays_hopeless_however_often_it_is_read(rig):
+    it = rig(a=101)
+    large = (AppliedAdapter(AdapterId("a", 1, "a")),)
+    for _ in range(2):
+        assert it.acquire("a") is None
+        it.settle()
+        assert it.pool.is_hopeless(large)
+        it.pool.take_failures()
+
+
+def test_finding_an_adapter_keeps_it_on_the_device_and_says_nothing(rig):
+    it = rig(a=60, b=60)
+    it.pool.release((it.take("a"),))
+    for _ in range(3):
+        it.pool.poll()
+    it.residencies()
+    for _ in range(5):
+        it.pool.poll()
+        assert it.find("a") is not None
+        it.find("b")
+    it.settle()
+    _, gone = it.pool.take_changes()
+    assert (it.pool.num_leases, gone) == (0, [])
+    assert it.tier("a") == "device"
+    changed = [r.digest for r in it.residencies().values() if r.num_leases]
+    assert not changed
 
 
 def test_an_adapter_larger_than_the_device_budget_says_both_numbers(rig):

@@ -50,3 +50,22 @@ def test_so_many_heavy_adapters_share_a_step_and_all_are_answered(
     driver = Driver(alone)
     assert tokens == {r.id: driver.run(r)[r.id].tokens for r in requests}
     alone.pool.close()
+
+
+def test_whoever_waits_for_heavy_ones_takes_no_lease_and_nothing_is_told_of_it(model_dir, stored):
+    blobs, made = stored
+    driver = Driver(new_engine(model_dir, blobs, max_heavy_adapters=1))
+    first, second = HEAVY[:2]
+    driver.load(made[first], made[second])
+    driver.submit(greedy_request("first", [5, 8, 17], made[first], 12))
+    driver.submit(greedy_request("second", [5, 8, 17], made[second], 2))
+    for _ in range(3):
+        driver.step()
+    driver.residencies.clear()
+    for _ in range(5):
+        driver.step()
+    assert driver.engine.counters["heavy_waits"] == 1
+    assert made[second].digest not in driver.residencies
+    driver.run()
+    assert driver.transcripts["second"].tokens
+    driver.engine.pool.close()

@@ -1,8 +1,9 @@
 """Makes gaps of the arena into one between two steps, a few cells at a time.
 
 A cell is moved whole, with what points to it, so that after every call each cell of the table lies
-where it says: rows of running adapters find the same weights before and after. Knows no leases and
-no time; how much is moved between two steps is the pool's to say.
+where it says: rows of running adapters find the same weights before and after. On an asynchronous
+device the move lies between the steps before it and those after it. Knows no leases and no time;
+how much is moved between two steps is the pool's to say.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from polyadapt.adapters.arena import Arena, Extent
 from polyadapt.ops import cells as layout
+from polyadapt.ops.device import Device, Host
 
 _PIECE = 1 << 20  # elements that are copied at once where source and target overlap
 
@@ -41,11 +43,16 @@ class Compaction:
         weights: torch.Tensor,
         cells: torch.Tensor,
         on_change: Callable[[int], None] = lambda slot: None,
+        device: Device | None = None,
     ) -> None:
         self._arena = arena
         self._weights = weights
         self._cells = cells
         self._on_change = on_change
+        self._device = device or Host()
+        self._copies = self._device.copy_stream()
+        # Here from the start: where all memory is shared out, there may be none later.
+        self._scratch = weights.new_empty(min(_PIECE, len(weights)))
         self._move: _Move | None = None
 
     def advance(self, size: int, most: int) -> int:
@@ -63,7 +70,10 @@ class Compaction:
         while last < len(move.ends) and (last == first or move.ends[last] - start <= most):
             last += 1
         stop = move.ends[last - 1] if last > first else start
+        # Steps that are enqueued read what is moved where it lies, and what lay in the gap.
+        self._copies.follow(self._device.mark())
         self._copy_down(start, stop, move.distance)
+        self._copies.mark().precede()
         sites = move.site_ids[first:last]
         self._cells[move.extent.slot, sites, layout.OFFSET] -= move.distance
         self._on_change(move.extent.slot)
@@ -106,11 +116,13 @@ class Compaction:
 
     def _copy_down(self, start: int, stop: int, distance: int) -> None:
         """weights[start - distance : stop - distance] = weights[start : stop]."""
+        weights, copy = self._weights, self._copies.copy
         if distance >= stop - start:
-            self._weights[start - distance : stop - distance] = self._weights[start:stop]
+            copy(weights[start - distance : stop - distance], weights[start:stop])
             return
         # The ranges overlap, which copy_ does not allow; from below nothing is lost.
-        for piece in range(start, stop, _PIECE):
-            end = min(piece + _PIECE, stop)
-            copy = self._weights[piece:end].clone()
-            self._weights[piece - distance : end - distance] = copy
+        for piece in range(start, stop, len(self._scratch)):
+            end = min(piece + len(self._scratch), stop)
+            scratch = self._scratch[: end - piece]
+            copy(scratch, weights[piece:end])
+            copy(weights[piece - distance : end - distance], scratch)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from polyadapt.adapters.adapter import ORDINARY, Delta, Traits
+from polyadapt.adapters.pinned import Block
 from polyadapt.ops import cells as layout
 from polyadapt.types import BaseSpec, SiteKind, SiteSpec
 
@@ -30,13 +31,15 @@ _ANYWHERE: dict[SiteKind, int] = {
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
     """weights [num_elements] in the arena's dtype; cells int64 [num_sites, 4] with offsets
-    from 0. Behind the last cell lie the tensors of traits.probe.
+    from 0. Behind the last cell lie the tensors of traits.probe. memory: the page-locked block that
+    the weights lie in, which whoever holds it gives back; None for ordinary memory.
     """
 
     weights: torch.Tensor
     cells: torch.Tensor
     rank: int
     traits: Traits = ORDINARY
+    memory: Block | None = None
 
     @property
     def nbytes(self) -> int:

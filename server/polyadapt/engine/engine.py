@@ -208,7 +208,7 @@ class Engine:
         """How long copies to the device may hold up the next step."""
         if not self.scheduler.running:
             return _IDLE_PATIENCE_S
-        return _PATIENCE * self._decode_s
+        return 0.0 if self.pool.is_asynchronous else _PATIENCE * self._decode_s
 
     def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""

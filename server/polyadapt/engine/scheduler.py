@@ -58,8 +58,13 @@ _RUNNING = SequenceState.RUNNING
 class AdapterSlots(Protocol):
     """What the scheduler needs of the pool: leases on device slots, all of a request's or none."""
 
-    def acquire(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
-        """Lease the slots, or start bringing the adapters to the device and return None."""
+    def find(self, adapters: tuple[AppliedAdapter, ...]) -> tuple[int, ...] | None:
+        """The slots, or start bringing the adapters to the device and return None. They keep them
+        as long as the queue asks in every step.
+        """
+
+    def lease(self, slots: tuple[int, ...]) -> None:
+        """Lease slots that were just found."""
 
     def release(self, slots: tuple[int, ...]) -> None:
         """Give one lease of each slot back."""
@@ -71,10 +76,10 @@ class AdapterSlots(Protocol):
         """Whether they wait for room, and not for a read or a copy under way."""
 
     def traits(self, slot: int) -> Traits:
-        """What has to be known of the adapter in a leased slot."""
+        """What has to be known of the adapter in a slot that was found or leased."""
 
     def is_heavy(self, slot: int) -> bool:
-        """Whether the adapter in a leased slot costs every step of its products of its own."""
+        """Whether the adapter in such a slot costs each of its steps a product of its own."""
 
 
 # Not frozen, which would treble the time to make one: every row of every step is one.
@@ -276,7 +281,7 @@ class Scheduler:
             if group.refusal is not None:
                 continue
             undecided = None if group.lanes is not None else (group.adapters, group.has_turned)
-            slots = self._acquire(group)
+            slots = self._find(group)
             if slots is None:
                 if not self.adapters.is_short_of_room(group.adapters):
                     loading.add(group.order)
@@ -284,7 +289,6 @@ class Scheduler:
                     break
                 continue
             if self._is_too_heavy(group, slots):
-                self.adapters.release(slots)
                 if undecided is not None:
                     group.reopen(*undecided)
                 if is_overdue(group):
@@ -302,7 +306,6 @@ class Scheduler:
             # A costly token may be more than is left of this step.
             has_rows = num_tokens > 0 and self._has_rows(unit) and self._has_seats(unit)
             if not (has_rows and self._has_room(unit, num_tokens)):
-                self.adapters.release(slots)
                 for member in unit:
                     self._give_back(member)
                 # What is on the device may be another then, for those who do not wait for theirs.
@@ -320,7 +323,7 @@ class Scheduler:
             self.waiting.remove(leader)
             self._enter(leader, slots)
             if leader.scout is not None:
-                self._enter(leader.scout, self._lease(leader.scout))
+                self._enter(leader.scout, self._slots_of(leader.scout))
             self.pages.extend(first.pages, first.num_computed + num_tokens)
             picked[first] = num_tokens
             budget -= num_tokens * first.token_cost
@@ -430,29 +433,29 @@ class Scheduler:
         """Whether every running sequence could still grow by one page without them."""
         return self.pages.num_free >= num_pages + len(self.running)
 
-    def _lease(self, scout: Sequence) -> tuple[int, ...]:
-        slots = self.adapters.acquire(tuple(lane.applied for lane in scout.lanes))
+    def _slots_of(self, scout: Sequence) -> tuple[int, ...]:
+        slots = self.adapters.find(tuple(lane.applied for lane in scout.lanes))
         assert slots is not None, "its main's lease keeps its adapters on the device"
         return slots
 
-    def _acquire(self, group: RequestGroup) -> tuple[int, ...] | None:
-        """Lease the group's adapters or, when it need not wait for them any longer, what it names
-        instead.
+    def _find(self, group: RequestGroup) -> tuple[int, ...] | None:
+        """The slots of the group's adapters or, when it need not wait for them any longer, of what
+        it names instead.
         """
-        slots = self.adapters.acquire(group.adapters)
+        slots = self.adapters.find(group.adapters)
         instead = group.request.when_cold.instead
         if slots is not None or instead is None or not group.has_waited_enough(self._clock()):
             return slots
         if self.adapters.is_hopeless(group.adapters):  # it is told why, and not answered by others
             return None
-        slots = self.adapters.acquire(instead)
+        slots = self.adapters.find(instead)
         if slots is not None:
             group.turn()
         return slots
 
     def _settle(self, group: RequestGroup, slots: tuple[int, ...]) -> tuple[int, ...] | None:
         """Fix what the group's first admission decides and return its slots in the order of the
-        lanes; None when its adapters cannot be served so: then the lease is given back.
+        lanes; None when its adapters cannot be served so.
         """
         traits = [self.adapters.traits(slot) for slot in slots]
         try:
@@ -461,7 +464,6 @@ class Scheduler:
             group.settle(lanes)
             self._check_fits(group.sequences[0].unit)
         except InvalidRequest as error:
-            self.adapters.release(slots)
             group.refusal = error
             self.refused.append(group)
             return None
@@ -531,6 +533,7 @@ class Scheduler:
             )
 
     def _enter(self, sequence: Sequence, slots: tuple[int, ...]) -> None:
+        self.adapters.lease(slots)
         self._heavy.update(slot for slot in slots if self.adapters.is_heavy(slot))
         sequence.slots = slots
         sequence.state = SequenceState.RUNNING

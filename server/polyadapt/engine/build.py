@@ -59,17 +59,19 @@ def build_engine(
     *,
     name: str,
     device: Device | None = None,
+    load: Callable[..., BaseModel] = load_base,
 ) -> Engine:
     """Load the model and allocate its memory; raises StartupError with the reason.
 
-    `device` is the one that the configuration names, unless it is given.
+    `device` is the one that the configuration names, unless it is given. load: what
+    brings the model, called as load_base.
     """
     device = device or open_device(config.device)
     dtype = _dtype(config.dtype, device.torch_device)
     page_size = config.page_size or (_DEVICE_PAGE if device.is_asynchronous else _HOST_PAGE)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    base = load_base(
+    base = load(
         model_dir,
         name=name,
         device=device.torch_device,

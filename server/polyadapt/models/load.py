@@ -46,11 +46,10 @@ def load_base(
     served.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_function)
+    register_attention()
     if not (directory / "config.json").is_file():
         raise StartupError(
             f"{directory} is not a transformers model directory: it has no config.json"
@@ -68,7 +67,23 @@ def load_base(
         )
     except (OSError, ValueError, KeyError) as error:
         raise StartupError(f"transformers cannot load {directory}: {error}") from error
-    module = module.to(device).eval()
+    return adopt(
+        module.to(device), name=name, digest=model_digest(directory), max_model_len=max_model_len
+    )
+
+
+def register_attention() -> None:
+    """Let transformers' models be made with attn_implementation ATTENTION."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention_function)
+
+
+def adopt(module: Any, *, name: str, digest: str, max_model_len: int | None) -> BaseModel:
+    """Serve a transformers model that was made with ATTENTION and lies on its device, all of one
+    dtype; raises StartupError with the reason when it cannot be served.
+    """
+    module, config = module.eval(), module.config
     # Some models look for padding in every forward, to warn of it: packed rows have none, and a
     # device would be waited for.
     module.warn_if_padding_and_no_attention_mask = lambda *_: None
@@ -90,7 +105,7 @@ def load_base(
     adapt_experts(module)
     spec = BaseSpec(
         name=name,
-        digest=model_digest(directory),
+        digest=digest,
         architecture=type(module).__name__,
         vocab_size=head.weight.shape[0],
         max_model_len=max_model_len or limit,
@@ -105,8 +120,8 @@ def load_base(
         layers=layers,
         blocks=list_blocks(module, spec.sites),
         eos_token_ids=_eos_token_ids(module, text_config),
-        dtype=dtype,
-        device=device,
+        dtype=head.weight.dtype,
+        device=head.weight.device,
     )
     _probe(base)
     _settle_norms(base)

@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test check bench bench-families bench-overhead bench-peers bench-residency clean
+.PHONY: help install serve model test check bench bench-families bench-gpu bench-overhead bench-peers bench-residency clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ bench: $(VENV)/.dev model ## Measure the server beside PEFT and transformers (ab
 
 bench-families: $(VENV)/.dev model ## Measure what each family costs beside plain LoRA (some minutes)
 	$(BIN)/python -m bench.families $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## Check and measure a CUDA device (at most 8 minutes)
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 bench-overhead: $(VENV)/.dev model ## Measure what a step and a token cost beside the model
 	$(BIN)/python -m bench.overhead $(ARGS)

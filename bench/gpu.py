@@ -24,13 +24,14 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import yaml
 from bench.adapters import make_adapters
 from bench.gpu_checks import put_blob, run_checks, store_adapters
 from bench.gpu_engine import DeviceClock, Driver
@@ -59,8 +60,8 @@ from polyadapt.ops.device import Device, Host, open_device
 _STARTED = time.monotonic() - (time.time() - psutil.Process().create_time())
 ROOT = Path(__file__).parents[1]
 TARGETS = {"q,k,v,o": ATTENTION_TARGETS, "all seven linears": ALL_TARGETS}
-# Tokens behind a context, of all steps of one cell; and of KV memory a device's page for each row.
-_ROOM, _SPARE = 128, 256
+_ROOM = 128  # tokens behind a context, of all steps of one cell
+_PAGE = 256  # tokens, as many as a device's page may have
 _STOP_S = 10.0  # for ending what a part has left behind
 _GRACE_S = 20.0  # for what cannot be interrupted
 NOTES = (
@@ -114,17 +115,26 @@ class Bench:
     """The device, the engine under measurement and what was found so far."""
 
     def __init__(
-        self, device: Device, name: str, scale: Scale, dtype: str, out: Path, seconds: float
+        self,
+        device: Device,
+        name: str,
+        scale: Scale,
+        dtype: str,
+        out: Path,
+        seconds: float,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """name: the device as --device says it."""
+        """name: the device as --device says it; settings: more of EngineConfig, for all engines."""
         self.device = device
         self.parts: dict[str, Part] = {}
         self._device_name = name
+        self._is_cuda = device.torch_device.type == "cuda"
         self._scale = scale
         self._dtype = dtype
         self._itemsize = getattr(torch, dtype).itemsize
         self._out = out
         self._end = _STARTED + seconds
+        self._settings = dict(settings or {})
         self._deadline = self._end
         self._driver: Driver | None = None
         self._part = Part()
@@ -192,7 +202,7 @@ class Bench:
         made_on = torch.device("cpu")
 
         def new_driver(is_on_device: bool, dtype: str, has_graphs: bool) -> Driver:
-            config = EngineConfig(
+            config = self._config(
                 model="toy", device=self._device_name if is_on_device else "cpu", dtype=dtype,
                 max_num_seqs=8, max_model_len=256, kv_cache_bytes=8 << 20, prefix_cache=False,
                 max_adapter_bytes=8 << 20, host_adapter_bytes=16 << 20, packed_cache_bytes=0,
@@ -417,7 +427,7 @@ class Bench:
     def _profile(self, driver: Driver, adapters: Sequence[Any]) -> dict[str, tuple[float, float]]:
         """By kernel, milliseconds and calls of a step."""
         activities = torch.profiler.ProfilerActivity
-        is_cuda, num = self.device.is_asynchronous, 3
+        is_cuda, num = self._is_cuda, 3
         driver.start(self._scale.adapter_rows, adapters)
         driver.time_steps(self._scale.num_warm, 1)
         with torch.profiler.profile(
@@ -460,15 +470,18 @@ class Bench:
         most_rows = max(*scale.rows, scale.adapter_rows)
         head = shape.hidden // shape.heads
         kv_nbytes = 2 * shape.kv_heads * head * shape.layers * self._itemsize
-        config = EngineConfig(
+        config = self._config(
             model=shape.name, device=self._device_name, dtype=self._dtype, max_num_seqs=most_rows,
             max_num_batched_tokens=max(8 * shape.context, most_rows), prefix_cache=False,
             max_model_len=shape.context + _ROOM,
             # Nobody is admitted unless every row could still grow by a page.
-            kv_cache_bytes=most_rows * (shape.context + _SPARE) * kv_nbytes,
+            kv_cache_bytes=most_rows * (-(-shape.context // _PAGE) + 1) * _PAGE * kv_nbytes,
             max_adapter_bytes=self._adapter_bytes(),
         )  # fmt: skip
         return self._new_driver(config, shape, self._scratch, self.device, has_graphs, None)
+
+    def _config(self, **settings: Any) -> EngineConfig:
+        return EngineConfig(**(settings | self._settings))
 
     def _adapter_bytes(self) -> int:
         """For all adapters of both sets and the cold ones, and a little more."""
@@ -489,12 +502,9 @@ class Bench:
         made_on: torch.device | None,
     ) -> Driver:
         (root / "blobs").mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {}
-        if device.can_capture and not has_graphs:
-            options["device"] = _Uncaptured(device)
         engine = build_engine(
             config, root / "model", root / "blobs", lambda: None, name="base",
-            load=loader(shape, made_on), **options,
+            device=device if has_graphs else _Uncaptured(device), load=loader(shape, made_on),
         )  # fmt: skip
         self._strategy = engine.info.strategy
         spare_collections()
@@ -517,7 +527,7 @@ class Bench:
         self._driver = None
         gc.unfreeze()  # what spare_collections froze
         gc.collect()
-        if self.device.is_asynchronous:
+        if self._is_cuda:
             torch.cuda.empty_cache()
 
     def _skip(self, reason: str) -> None:
@@ -541,6 +551,7 @@ class Bench:
     def result(self) -> dict[str, Any]:
         """Everything that was found, as it is saved."""
         scale = self._scale
+        settings = [f"{name}={value}" for name, value in self._settings.items()]
         return {
             "started": self._started.isoformat(timespec="seconds"),
             "device": describe_device(self.device),
@@ -549,7 +560,7 @@ class Bench:
                 "dtype": self._dtype,
                 "context": scale.shape.context,
                 "rank": scale.rank,
-                "engine": self._strategy,
+                "engine": ", ".join([self._strategy, *settings]),
                 "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}",
                 "notes": NOTES,
             },
@@ -588,7 +599,7 @@ class _Uncaptured:
 
 def describe_device(device: Device) -> str:
     """Its name, as results are filed under."""
-    if device.is_asynchronous:
+    if device.torch_device.type == "cuda":
         return str(torch.cuda.get_device_name(device.torch_device))
     return describe().slug
 
@@ -605,6 +616,16 @@ def _shown(value: object) -> str:
 
 def _slug(name: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or name not in EngineConfig.model_fields:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no NAME=VALUE of the engine's settings; NAME is one of "
+            f"{', '.join(sorted(EngineConfig.model_fields))}"
+        )
+    return name, value
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -624,7 +645,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = datetime.datetime.now(datetime.UTC)
     folder = ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{_slug(describe_device(device))}"
     out = args.out or (Path(tempfile.mkdtemp(prefix="polyadapt-gpu-")) if args.tiny else folder)
-    bench = Bench(device, args.device, scale, dtype, out, args.seconds)
+    settings = {name: yaml.safe_load(value) for name, value in args.set}
+    bench = Bench(device, args.device, scale, dtype, out, args.seconds, settings)
     watch = threading.Timer(max(bench.seconds_left, 0.0) + _GRACE_S, _give_up)
     watch.daemon = True
     watch.start()
@@ -649,6 +671,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=450.0, help="for all parts together")
     parser.add_argument("--anyway", action="store_true", help="take times though a check is missed")
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<device>")
+    parser.add_argument(
+        "--set", action="append", default=[], type=_setting, metavar="NAME=VALUE",
+        help="another setting of the engine, such as triton=true",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     if args.device == "cpu" and not args.tiny:
         parser.error("the CPU is measured by `make bench`; --device cpu goes with --tiny")

@@ -26,6 +26,8 @@ from polyadapt.types import (
     Tokens,
 )
 
+_ADMITTING = 20  # steps within which all rows of a cell run
+
 
 class Driver:
     """One engine and the requests that run in it."""
@@ -81,8 +83,14 @@ class Driver:
             self._submit(applied, 1 << 20, self._shape.context)
         for sequence in self.engine.scheduler.waiting:
             sequence.num_computed = self._shape.context - 1
-        while len(self.engine.scheduler.running) < num_rows:
+        for _ in range(_ADMITTING):
             self._step()
+            if len(self.engine.scheduler.running) == num_rows:
+                return
+        raise RuntimeError(
+            f"{len(self.engine.scheduler.running)} of {num_rows} rows were admitted in "
+            f"{_ADMITTING} steps; is the KV memory too small, or an adapter not on the device?"
+        )
 
     def stop(self) -> None:
         """End all rows."""
@@ -176,7 +184,7 @@ class DeviceClock:
     """Seconds that the device takes for what a function enqueues, call by call."""
 
     def __init__(self, device: Device) -> None:
-        self._is_cuda = device.is_asynchronous
+        self._is_cuda = device.torch_device.type == "cuda"
         self._spans: list[tuple[Any, Any]] = []
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:

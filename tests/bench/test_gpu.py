@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from bench.gpu_report import charts, list_targets, render
+from tests.support.fake_device import FakeDevice
 
 from bench import gpu
+from polyadapt.ops import native
 from polyadapt.ops.device import Host
 
 
@@ -44,6 +46,22 @@ def test_every_part_runs_on_a_toy_shape_and_is_saved(tmp_path: Path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_device_with_graphs_is_checked_and_measured_with_and_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # Its tensors are no host tensors: the native kernels are not for them.
+    monkeypatch.setattr(native, "serves", lambda _: False)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    bench = gpu.Bench(FakeDevice(), "cpu", gpu.SMALL, "float32", tmp_path, 1e6)
+    names = ("checks", "bandwidth", "start", "base", "loads", "eager")
+    assert bench.run(names, goes_on=False)
+    assert [part.status for part in bench.parts.values()] == ["done"] * 6
+    assert "with graphs" in " ".join(row["check"] for row in bench.parts["checks"].rows)
+    cells = [(row["rows"], row["adapters"]) for row in bench.parts["eager"].rows]
+    assert cells == [(1, 0), (2, 0), (2, 2)]
+    assert bench.parts["eager"].rows[0]["over graphs"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 def test_without_a_device_it_says_so_and_measures_nothing(tmp_path: Path, capsys):
     assert gpu.main(["--out", str(tmp_path)]) == 2
@@ -58,6 +76,15 @@ def test_the_full_shape_is_not_for_the_cpu(capsys):
     with pytest.raises(SystemExit):
         gpu.main(["--device", "cpu"])
     assert "goes with --tiny" in capsys.readouterr().err
+
+
+def test_a_setting_reaches_every_engine_and_an_unknown_one_is_refused(tmp_path: Path, capsys):
+    arguments = ["--tiny", "--device", "cpu", "--seconds", "1e6", "--out", str(tmp_path)]
+    assert gpu.main([*arguments, "--parts", "start", "--set", "max_waiting=7"]) == 0
+    assert saved(tmp_path)["method"]["engine"].endswith(", max_waiting=7")
+    with pytest.raises(SystemExit):
+        gpu.main([*arguments, "--set", "max_wating=7"])
+    assert "'max_wating=7' is no NAME=VALUE" in capsys.readouterr().err
 
 
 def run(bench: gpu.Bench, monkeypatch: pytest.MonkeyPatch, **parts: Any) -> bool:

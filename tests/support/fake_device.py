@@ -89,7 +89,7 @@ class FakeDevice:
         return torch.device("cpu")
 
     def free_bytes(self) -> int:
-        return 1 << 30
+        return 4 << 30
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype)

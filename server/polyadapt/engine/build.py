@@ -140,6 +140,7 @@ def build_engine(
         # On the CPU a copy would be the same bytes in the same memory: the blob's file in the
         # page cache takes the place of the host tier.
         keeps_host_copies=device.is_asynchronous,
+        device=device,
     )
     kv_dtype = str(dtype).removeprefix("torch.")
     page_keys = PageKeys(

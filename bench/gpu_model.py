@@ -85,9 +85,11 @@ def loader(shape: Shape, made_on: torch.device | None = None) -> Callable[..., B
         register_attention()
         kind = dtype if made_on is None else torch.float32
         module = new_module(shape, made_on or device, kind, attn_implementation=ATTENTION)
+        for parameter in module.parameters():  # not the buffers: frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
         digest = hashlib.sha256(json.dumps(asdict(shape), sort_keys=True).encode()).hexdigest()
         return adopt(
-            module.to(device, dtype),
+            module.to(device),
             name=name,
             digest=f"sha256:{digest}",
             max_model_len=max_model_len,

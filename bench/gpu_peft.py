@@ -40,7 +40,7 @@ def time_mixed_batch(
         while num_made < num_adapters and time.monotonic() < began + make_s:
             model.add_adapter(str(num_made), config)
             num_made += 1
-    model = model.to(device, dtype).eval()
+    model = model.to(device).eval()
     head = shape.hidden // shape.heads
     cache = DynamicCache(config=module.config)
     for layer_id in range(shape.layers):

@@ -304,7 +304,8 @@ class Cuda:
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Threads that read adapters may lock more host memory meanwhile, which is none of its work.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             output = run()
         return _CudaGraph(graph), output
 

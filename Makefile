@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test check bench bench-families bench-gpu bench-overhead bench-peers bench-residency clean
+.PHONY: help install serve model test check bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-peers: $(VENV)/.dev model ## Install llama.cpp, mistral.rs and vLLM, and m
 
 bench-residency: $(VENV)/.dev model ## Measure what loading and evicting costs (some minutes)
 	$(BIN)/python -m bench.residency $(ARGS)
+
+experiments: $(VENV)/.dev ## Train tiny models to see the papers' effects (slow: about 30 minutes)
+	$(BIN)/python -m bench.experiments $(ARGS)
 
 clean: ## Remove the environment, caches and build results (not the home with its models)
 	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,9 +1,9 @@
 """X-LoRA's scalings by domain.
 
 The domains are dialects: each symbol is followed by three others of the domain's own. A base
-learns eight dialects; four others have a LoRA each (rank 4, scale 2, all linears), trained on
-nothing else. X-LoRA's classifier (one linear layer, a scaling per module) is then trained on all
-four at once, with base and experts frozen.
+learns twelve dialects a little; four of them have a LoRA each (rank 4, scale 2, all linears),
+trained on nothing else. X-LoRA's classifier (one linear layer, a scaling per module) is then
+trained on all four at once, with base and experts frozen.
 
 Measured on held-out texts: the mean scaling of each expert in each domain, over modules and over
 positions from the eighth on; the loss beside that of the base, of each expert alone, of all experts
@@ -14,15 +14,16 @@ way.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from bench.experiments import report, tiny_lm, training
 from bench.experiments.data import Batch, Dialects, generator
-from bench.experiments.methods import lora
+from bench.experiments.methods import lora, xlora
 from bench.experiments.methods.xlora import XLora
 from bench.experiments.report import Claim, Outcome
+from bench.experiments.served import Adapters, Comparison, Served, compare, parity
 from transformers import LlamaForCausalLM
 
 from bench import plots
@@ -36,7 +37,7 @@ class Settings:
     """One run."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
-    num_base_domains: int = 8
+    num_base_domains: int = 8  # of which there is no expert; the base learns all
     num_domains: int = 4
     num_symbols: int = 24
     length: int = 47
@@ -76,16 +77,19 @@ def run(settings: Settings, scratch: Path) -> Outcome:
     dialects = Dialects(dialects.transitions, settings.length)
     base = _train_base(dialects, settings)
     found = []
+    served: dict[str, Comparison] = {}
     for seed in settings.seeds:
         experts = [_train_expert(base, dialects, d, settings, seed) for d in _domains(settings)]
         model = _train_classifier(base, [own for _, own in experts], dialects, settings, seed)
         found.append(_measure(base, [m for m, _ in experts], model, dialects, settings))
+        if seed == settings.seeds[0]:
+            served = _serve(base, experts, model, dialects, settings, scratch)
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     num = settings.num_domains
     shares = [[_mean([f.shares[d][e] for f in found]) for e in range(num)] for d in range(num)]
     return Outcome(
         title="X-LoRA's scalings by domain",
-        claims=_claims(found, shares, settings),
+        claims=[*_claims(found, shares, settings), parity(served)],
         tables=[_table(found)],
         charts={
             f"{NAME}.svg": plots.heat_map(
@@ -108,6 +112,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
         settings=settings,
         figures={
             "shares": shares,
+            "served": {name: asdict(own) for name, own in served.items()},
             "seeds": [
                 {
                     "shares": f.shares,
@@ -219,6 +224,29 @@ def _measure(
         _losses(base, experts, model, plain, first, settings),
         _losses(base, experts, model, switching, first, settings),
     )
+
+
+def _serve(
+    base: LlamaForCausalLM,
+    experts: list[tuple[LlamaForCausalLM, dict[str, lora.LowRank]]],
+    model: XLora,
+    dialects: Dialects,
+    settings: Settings,
+    scratch: Path,
+) -> dict[str, Comparison]:
+    """The base, the first expert alone and X-LoRA in one mixed batch."""
+    num_rows = min(48, settings.test_rows)
+    batch = dialects.draw(num_rows, _domains(settings), generator(_SEED, 9))
+    alone, modules = experts[0]
+    with Served(tiny_lm.save(base, scratch / "base"), scratch) as served:
+        lone = served.add(lora.write(scratch / "expert", modules))
+        mixed = served.add(xlora.write(scratch / "xlora", model, [own for _, own in experts]))
+        arms: dict[str, tuple[Adapters, torch.Tensor]] = {
+            "base": ((), training.log_probabilities(base, batch)),
+            "first expert": ((lone,), training.log_probabilities(alone, batch)),
+            "x-lora": ((mixed,), training.log_probabilities(model, batch)),
+        }
+        return compare(served, batch, arms)
 
 
 def _losses(

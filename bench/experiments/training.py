@@ -43,7 +43,7 @@ def fit(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(float(loss.detach()))
         if after_step is not None:
             after_step()
     size = max(num_steps // 20, 1)

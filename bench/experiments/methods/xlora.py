@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -95,3 +96,31 @@ class XLora(nn.Module):
         """As transformers' models are called; `scalings` instead of the classifier's own."""
         self.scalings.values = self.weigh(input_ids) if scalings is None else scalings
         return self.model(input_ids=input_ids, use_cache=use_cache)  # type: ignore[no-any-return]
+
+
+def write(directory: Path, model: XLora, experts: Sequence[Mapping[str, lora.LowRank]]) -> Path:
+    """Write it in PEFT's form: the classifier, and each expert in a folder of its number."""
+    names = [str(number) for number in range(len(experts))]
+    for name, expert in zip(names, experts, strict=True):
+        lora.write(directory / name, expert)
+    config = {
+        "peft_type": "XLORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "hidden_size": model.weight.shape[1],
+        "adapters": {name: name for name in names},
+        "enable_softmax": True,
+        "enable_softmax_topk": False,
+        "layerwise_scalings": True,
+        "xlora_depth": 1,
+        "xlora_dropout_p": 0.0,
+        "use_trainable_adapters": False,
+        "softmax_temperature": 1.0,
+        "top_k_lora": None,
+        "scaling_pass_value": 0.0,
+        "global_scaling_weight": 1.0,
+    }
+    stem = "base_model.internal_xlora_classifier.layers.0"
+    tensors = {f"{stem}.weight": model.weight, f"{stem}.bias": model.bias}
+    return attach.write(directory, config, tensors)

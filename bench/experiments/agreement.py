@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench.experiments import arithmetic, report, tiny_lm, training
+from bench.experiments import arithmetic, report, tiny_lm, training, workflow_replay
 from bench.experiments.arithmetic import Question
 from bench.experiments.data import END, generator
 from bench.experiments.methods import lora
@@ -116,7 +116,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
     # By (steps of the roles' training, reading), seed by seed.
     runs: dict[tuple[int, str], list[Figures]] = {}
     curves: dict[tuple[int, str], list[Curves]] = {}
-    difference = 0.0
+    difference, num_different = 0.0, 0
     for num_steps, seed in itertools.product(settings.role_steps, settings.seeds):
         models = {role: _train_role(base, role, settings, num_steps, seed) for role in ROLES}
         name = f"{num_steps}-{seed}"
@@ -133,13 +133,14 @@ def run(settings: Settings, scratch: Path) -> Outcome:
             gold = [_gold(question, reading) for question in questions]
             figures = _figures(greedy, samples, gold, reading, settings)
             runs.setdefault((num_steps, reading), []).append(figures)
+            num_different += _replay(samples, reading, settings)
             curve = _curves(samples, gold, reading, settings)
             curves.setdefault((num_steps, reading), []).append(curve)
         print(f"{num_steps} steps, seed {seed} done", file=sys.stderr, flush=True)
     merged = {_name(*key): _merged(of) for key, of in curves.items()}
     return Outcome(
         title="LoRID beside self-consistency at equal tokens",
-        claims=_claims(runs, settings, difference),
+        claims=_claims(runs, settings, difference, num_different),
         tables=[_table(runs)],
         charts={
             f"{NAME}-{num_steps}.svg": plots.line_chart(
@@ -155,6 +156,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
             "runs": {_name(*key): own for key, own in runs.items()},
             "curves": merged,
             "served, largest difference": difference,
+            "workflows, different outcomes": num_different,
         },
     )
 
@@ -285,6 +287,21 @@ def _figures(
     }
 
 
+def _replay(samples: Samples, reading: str, settings: Settings) -> int:
+    """How many outcomes of the server's workflows are not those that are counted here."""
+    intuitive, deep = samples.answers(reading)
+    most = settings.max_iterations
+    played = [play(a, b, most) for a, b in zip(intuitive, deep, strict=True)]
+    own = [(p.one or p.fallback, bool(p.common), p.num_iterations) for p in played]
+    served = workflow_replay.lorid(intuitive, deep, most)
+    found = [(o.answer, o.agreed, o.num_rounds) for o in served]
+    majorities = [majority([answer.value for answer in answers]) for answers in intuitive]
+    consistent = workflow_replay.self_consistency(intuitive, settings.num_answers)
+    return sum(a != b for a, b in zip(own, found, strict=True)) + sum(
+        a != b.answer for a, b in zip(majorities, consistent, strict=True)
+    )
+
+
 def _curves(samples: Samples, gold: Sequence[str], reading: str, settings: Settings) -> Curves:
     """LoRID over its limit of iterations, majorities over the number of answers."""
     intuitive, deep = samples.answers(reading)
@@ -350,7 +367,10 @@ def _name(num_steps: int, reading: str) -> str:
 
 
 def _claims(
-    runs: Mapping[tuple[int, str], Sequence[Figures]], settings: Settings, difference: float
+    runs: Mapping[tuple[int, str], Sequence[Figures]],
+    settings: Settings,
+    difference: float,
+    num_different: int,
 ) -> list[Claim]:
     one = "LoRID, one answer"
 
@@ -386,6 +406,11 @@ def _claims(
             "served log-probabilities equal the training code's to 1e-3, all roles",
             f"{difference:.1e}",
             difference <= 1e-3,
+        ),
+        Claim(
+            "the server's workflows make the same of the same samples: answer, agreement, rounds",
+            f"{num_different} outcomes differ",
+            num_different == 0,
         ),
     ]
 

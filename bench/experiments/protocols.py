@@ -7,7 +7,7 @@ early while sampling has the same distribution and spends what is counted here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -26,7 +26,7 @@ class Agreed:
     common: tuple[str, ...]  # () if the sets never met; else the deep answer first
     num_iterations: int
     num_tokens: int
-    fallback: str | None  # the majority of all answers
+    fallback: str | None  # the majority of all answers, of equals a deep one
 
     @property
     def one(self) -> str | None:
@@ -40,24 +40,29 @@ def play(intuitive: Sequence[Answer], deep: Sequence[Answer], max_iterations: in
     """
     left: set[str] = set()
     right: set[str] = set()
-    seen: list[str | None] = []
+    intuitive_first: list[str | None] = []
     num_tokens = 0
     for number, (a, b) in enumerate(zip(intuitive, deep, strict=False), 1):
         num_tokens += a.num_tokens + b.num_tokens
-        seen += [a.value, b.value]
+        intuitive_first += [a.value, b.value]
         left |= set() if a.value is None else {a.value}
         right |= set() if b.value is None else {b.value}
         if left & right or number == max_iterations:
             deep_value = b.value
             common = sorted(left & right, key=lambda value: (value != deep_value, value))
-            return Agreed(tuple(common), number, num_tokens, majority(seen))
+            return Agreed(tuple(common), number, num_tokens, majority(intuitive_first, right))
     raise ValueError(f"{len(intuitive)} samples are fewer than {max_iterations} iterations")
 
 
-def majority(values: Sequence[str | None]) -> str | None:
-    """The most frequent, of equals the one that was first; None: no answer at all."""
+def majority(values: Sequence[str | None], preferred: Collection[str] = frozenset()) -> str | None:
+    """The most frequent, of equals a preferred one and the one that was first; None: no answer."""
     counts = Counter(value for value in values if value is not None)
-    return counts.most_common(1)[0][0] if counts else None
+    order = list(counts)
+    return max(
+        counts,
+        key=lambda value: (counts[value], value in preferred, -order.index(value)),
+        default=None,
+    )
 
 
 def within(answers: Sequence[Answer], num_tokens: float) -> list[Answer]:

@@ -40,7 +40,7 @@ def fit(
             group["lr"] = lr * _factor(step, num_steps)
         loss = loss_of(step)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
@@ -60,7 +60,7 @@ def answer_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 @torch.no_grad()
 def log_probabilities(model: Callable[..., object], batch: Batch) -> torch.Tensor:
     """float32 [rows, length - 1, vocabulary]: of token i + 1 at i; `model` is transformers'."""
-    logits = model(input_ids=batch.ids, use_cache=False).logits  # type: ignore[attr-defined]
+    logits = model(input_ids=batch.ids, use_cache=False).logits
     return torch.log_softmax(logits[:, :-1].float(), -1)
 
 

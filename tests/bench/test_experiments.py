@@ -24,6 +24,7 @@ from bench.experiments import (
     scalings,
     tiny_lm,
     training,
+    workflow_replay,
 )
 from bench.experiments.__main__ import NAMES
 from bench.experiments.data import (
@@ -101,7 +102,7 @@ def test_every_rank_has_a_score_and_is_served_as_it_was_computed(outcomes):
     assert len(figures["served"]) == 3 * len(ranks)  # and the two ways to cut a LoRA
 
 
-@pytest.mark.parametrize("name", ["rank_curve", "mixture", "rank_usage", "forgetting"])
+@pytest.mark.parametrize("name", ["rank_curve", "mixture", "rank_usage", "scalings", "forgetting"])
 def test_what_is_served_is_what_the_training_code_computes(outcomes, name):
     for served in outcomes[name].figures["served"].values():
         assert served["difference"] < 1e-4
@@ -143,6 +144,7 @@ def test_taking_tasks_back_restores_the_base_exactly(outcomes):
 def test_the_roles_are_served_as_they_were_computed_and_every_token_is_counted(outcomes):
     figures = outcomes["agreement"].figures
     assert figures["served, largest difference"] < 1e-4
+    assert figures["workflows, different outcomes"] == 0
     assert len(figures["runs"]) == 2
     for (run,) in figures["runs"].values():
         assert 1 <= run["mean iterations"] <= agreement.QUICK.max_iterations
@@ -177,6 +179,20 @@ def test_never_meeting_gives_no_answer_and_leaves_the_majority():
 def test_majority_prefers_the_earlier_of_equals_and_knows_no_answer():
     assert protocols.majority([None, "3", "1", "1", "3"]) == "3"
     assert protocols.majority([None]) is None
+
+
+def test_of_equals_a_preferred_answer_is_the_majority():
+    assert protocols.majority("1221", {"2"}) == "2"
+    assert protocols.play(answers("12"), answers("34"), 2).fallback == "3"
+
+
+def test_the_servers_workflows_play_recorded_samples_as_they_were_recorded():
+    left, right = [answers("129"), answers("111")], [answers("519"), answers("234")]
+    met, never = workflow_replay.lorid(left, right, 3)
+    assert (met.answer, met.agreed, met.num_rounds) == ("1", True, 2)
+    assert (never.answer, never.agreed, never.num_rounds) == ("1", False, 3)
+    (first, second) = workflow_replay.self_consistency([answers("1222"), answers("3")], 1)
+    assert (first.answer, second.answer) == ("1", "3")
 
 
 def test_answers_within_tokens_are_at_least_one():

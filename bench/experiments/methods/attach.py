@@ -35,7 +35,7 @@ def replace(
 
 def in_features(module: nn.Module) -> int:
     """Of a linear, or of an adapter's module around one."""
-    return int(module.in_features)  # type: ignore[arg-type]
+    return int(module.in_features)
 
 
 def new_a(rank: int, width: int, draws: torch.Generator) -> nn.Parameter:

@@ -23,7 +23,7 @@ class LowRank(nn.Module):
         super().__init__()
         self.inner = inner
         self.in_features = attach.in_features(inner)
-        self.out_features = int(inner.out_features)  # type: ignore[arg-type]
+        self.out_features = int(inner.out_features)
         self.A = attach.new_a(rank, self.in_features, draws)
         self.B = nn.Parameter(torch.zeros(self.out_features, rank))
         self.rank = rank

@@ -31,7 +31,7 @@ class SmoraLinear(nn.Module):
         width = attach.in_features(inner)
         self.inner = inner
         self.A = attach.new_a(rank, width, draws)
-        self.B = nn.Parameter(torch.zeros(int(inner.out_features), rank))  # type: ignore[arg-type]
+        self.B = nn.Parameter(torch.zeros(int(inner.out_features), rank))
         self.router = attach.new_a(rank, width, draws)
         self.register_buffer("bias", torch.zeros(rank))  # beta
         self.rank, self.num_active, self.alpha = rank, num_active, alpha

@@ -73,7 +73,7 @@ class XLora(nn.Module):
 
         made = attach.replace(model, {path.rpartition(".")[2] for path in self.paths}, make)
         assert list(made) == self.paths, "the modules' order is the classifier's"
-        width = int(model.config.hidden_size)  # type: ignore[union-attr,arg-type]
+        width = int(model.config.hidden_size)
         num_outputs = len(self.paths) * self.num_experts
         self.weight = attach.new_a(num_outputs, width, draws)
         self.bias = nn.Parameter(torch.zeros(num_outputs))
@@ -82,7 +82,7 @@ class XLora(nn.Module):
         """The scalings of these rows [rows, length, modules, experts]."""
         self.scalings.values = None
         with torch.no_grad():
-            hidden = self.model.model(input_ids=ids, use_cache=False)  # type: ignore[operator,union-attr]
+            hidden = self.model.model(input_ids=ids, use_cache=False)
         scores = F.linear(hidden.last_hidden_state, self.weight, self.bias)
         shape = (*ids.shape, len(self.paths), self.num_experts)
         return torch.softmax(scores.view(shape).float(), -1)
@@ -95,7 +95,7 @@ class XLora(nn.Module):
     ) -> SimpleNamespace:
         """As transformers' models are called; `scalings` instead of the classifier's own."""
         self.scalings.values = self.weigh(input_ids) if scalings is None else scalings
-        return self.model(input_ids=input_ids, use_cache=use_cache)  # type: ignore[no-any-return]
+        return self.model(input_ids=input_ids, use_cache=use_cache)
 
 
 def write(directory: Path, model: XLora, experts: Sequence[Mapping[str, lora.LowRank]]) -> Path:

@@ -8,9 +8,8 @@ Both arms adapt all linears with scale 2 and have the same LoRA of rank 4 on the
 - `lora, rank of two experts`: a LoRA of rank 4 there, which is what a token of MixLoRA computes.
 
 Steps, data and seeds are the same; each arm has its own best learning rate (see learning_rates).
-Measured on held-out rows of all tasks: the loss
-of the answer tokens and the share that is right, mean of the seeds; and which experts the router
-picks for which task.
+Measured on held-out rows of all tasks: the loss of the answer tokens and the share that is right,
+mean of the seeds; and which experts the router picks for which task.
 """
 
 from __future__ import annotations

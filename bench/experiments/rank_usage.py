@@ -83,6 +83,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
     held_out = sequence_base.test_batch(tasks, kinds, settings.test_rows)
     scores: dict[str, list[training.Score]] = {}
     served: dict[str, Comparison] = {}
+    picks_difference = 0.0
     usages: dict[str, list[Usage]] = {_BALANCED: [], _UNBALANCED: []}
     for seed in settings.seeds:
         for name, step in ((_BALANCED, settings.bias_step), (_UNBALANCED, 0.0)):
@@ -92,7 +93,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
             usages[name].append(_usage(modules, held_out, tasks))
             if name == _BALANCED and seed == settings.seeds[0]:
                 part = Batch(*(t[:64] for t in (held_out.ids, held_out.is_answer, held_out.kinds)))
-                served = _serve(base, model, modules, part, scratch)
+                served, picks_difference = _serve(base, model, modules, part, scratch)
         for rank, lr in (
             (settings.num_active, settings.small_lora_lr),
             (settings.rank, settings.lora_lr),
@@ -103,7 +104,16 @@ def run(settings: Settings, scratch: Path) -> Outcome:
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     return Outcome(
         title="Which of SMoRA's ranks are used",
-        claims=[*_claims(usages, scores, settings), parity(served)],
+        claims=[
+            *_claims(usages, scores, settings),
+            Claim(
+                "the engine, asked as `inspect --routing` asks it, picks as the training code does:"
+                " every component's share of a module's picks equal to 1e-3",
+                f"{picks_difference:.1e}",
+                picks_difference <= 1e-3,
+            ),
+            parity(served),
+        ],
         tables=[_usage_table(usages), _score_table(scores)],
         charts={
             f"{NAME}.svg": plots.heat_map(
@@ -131,6 +141,7 @@ def run(settings: Settings, scratch: Path) -> Outcome:
                 for name, own in usages.items()
             },
             "served": {name: asdict(own) for name, own in served.items()},
+            "served picks, largest difference": picks_difference,
             "picks of the last up_proj": usages[_BALANCED][0].by_task,
         },
     )
@@ -203,15 +214,27 @@ def _serve(
     modules: Mapping[str, smora.SmoraLinear],
     batch: Batch,
     scratch: Path,
-) -> dict[str, Comparison]:
-    """SMoRA and the base in one mixed batch."""
+) -> tuple[dict[str, Comparison], float]:
+    """SMoRA and the base in one mixed batch; and how much the engine's share of picks of any
+    component of any module differs from the training code's.
+    """
     with Served(tiny_lm.save(base, scratch / "base"), scratch) as served:
         adapter = served.add(smora.write(scratch / "smora", modules))
         arms: dict[str, tuple[Adapters, torch.Tensor]] = {
             "base": ((), training.log_probabilities(base, batch)),
             _BALANCED: ((adapter,), training.log_probabilities(model, batch)),
         }
-        return compare(served, batch, arms)
+        found = compare(served, batch, arms)
+        chosen = served.routing(batch, (adapter,))
+    training.log_probabilities(model, batch)
+    assert chosen.keys() == modules.keys(), "every module of SMoRA has a router"
+    difference = 0.0
+    for path, module in modules.items():
+        assert module.picked is not None, "a forward came first"
+        picks = (chosen[path] > 0).float().mean(0) / module.num_active
+        wanted = module.picked.flatten(0, -2).float().mean(0) / module.num_active
+        difference = max(difference, float((picks - wanted).abs().max()))
+    return found, difference
 
 
 def _usage(modules: Mapping[str, smora.SmoraLinear], batch: Batch, tasks: SequenceTasks) -> Usage:

@@ -78,19 +78,32 @@ def run(settings: Settings, scratch: Path) -> Outcome:
     base = _train_base(dialects, settings)
     found = []
     served: dict[str, Comparison] = {}
+    shown: list[list[float]] = []
+    routing_difference = 0.0
     for seed in settings.seeds:
         experts = [_train_expert(base, dialects, d, settings, seed) for d in _domains(settings)]
         model = _train_classifier(base, [own for _, own in experts], dialects, settings, seed)
         found.append(_measure(base, [m for m, _ in experts], model, dialects, settings))
         if seed == settings.seeds[0]:
-            served = _serve(base, experts, model, dialects, settings, scratch)
+            served, shown, routing_difference = _serve(
+                base, experts, model, dialects, settings, scratch
+            )
         print(f"seed {seed} done", file=sys.stderr, flush=True)
     num = settings.num_domains
     shares = [[_mean([f.shares[d][e] for f in found]) for e in range(num)] for d in range(num)]
     return Outcome(
         title="X-LoRA's scalings by domain",
-        claims=[*_claims(found, shares, settings), parity(served)],
-        tables=[_table(found)],
+        claims=[
+            *_claims(found, shares, settings),
+            Claim(
+                "the engine, asked as `inspect --routing` asks it, weighs as the training code "
+                "does: mean scalings by domain equal to 1e-3, first seed",
+                f"{routing_difference:.1e}",
+                routing_difference <= 1e-3,
+            ),
+            parity(served),
+        ],
+        tables=[_shares_table(shown), _table(found)],
         charts={
             f"{NAME}.svg": plots.heat_map(
                 "Mean scaling of each expert in each domain",
@@ -112,6 +125,8 @@ def run(settings: Settings, scratch: Path) -> Outcome:
         settings=settings,
         figures={
             "shares": shares,
+            "shares, as served": shown,
+            "shares, largest difference": routing_difference,
             "served": {name: asdict(own) for name, own in served.items()},
             "seeds": [
                 {
@@ -233,8 +248,11 @@ def _serve(
     dialects: Dialects,
     settings: Settings,
     scratch: Path,
-) -> dict[str, Comparison]:
-    """The base, the first expert alone and X-LoRA in one mixed batch."""
+) -> tuple[dict[str, Comparison], list[list[float]], float]:
+    """The base, the first expert alone and X-LoRA in one mixed batch; and the engine's own mean
+    scalings [domain][expert], over all modules and tokens, with their largest difference from the
+    training code's.
+    """
     num_rows = min(48, settings.test_rows)
     batch = dialects.draw(num_rows, _domains(settings), generator(_SEED, 9))
     alone, modules = experts[0]
@@ -246,7 +264,18 @@ def _serve(
             "first expert": ((lone,), training.log_probabilities(alone, batch)),
             "x-lora": ((mixed,), training.log_probabilities(model, batch)),
         }
-        return compare(served, batch, arms)
+        found = compare(served, batch, arms)
+        shown, difference = [], 0.0
+        for domain in _domains(settings):
+            rows = batch.of_kind(domain)
+            own = Batch(batch.ids[rows], batch.is_answer[rows], batch.kinds[rows])
+            weights = served.routing(own, (mixed,))
+            assert weights.keys() == set(model.paths), "every module has its scalings"
+            mean = torch.stack([of.mean(0) for of in weights.values()]).mean(0)
+            wanted = model.weigh(own.ids).mean((0, 1, 2))
+            difference = max(difference, float((mean - wanted).abs().max()))
+            shown.append(mean.tolist())
+    return found, shown, difference
 
 
 def _losses(
@@ -323,6 +352,13 @@ _OWN = "each row's own expert"
 
 def _mean_losses(losses: list[dict[str, float]]) -> dict[str, float]:
     return {name: _mean([own[name] for own in losses]) for name in losses[0]}
+
+
+def _shares_table(shown: list[list[float]]) -> str:
+    """Of the first seed, as the engine weighed."""
+    names = [f"expert {e}" for e in range(len(shown))]
+    rows = [[f"domain {d}", *row] for d, row in enumerate(shown)]
+    return report.table(["mean scaling, served", *names], rows)
 
 
 def _table(found: list[Found]) -> str:

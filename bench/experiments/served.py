@@ -108,6 +108,25 @@ class Served(AbstractContextManager["Served"]):
         table = self.log_probabilities(repeated(batch, len(arms)), adapters)
         return dict(zip(arms, table.split(len(batch.ids)), strict=True))
 
+    def routing(self, batch: Batch, adapters: Adapters) -> dict[str, torch.Tensor]:
+        """Module's path -> what every token of the rows weighed its experts with, float [tokens,
+        experts], the tokens in no promised order; 0: not chosen. It is asked of the engine as
+        `polyadapt inspect --routing` does.
+        """
+        seen: dict[int, list[torch.Tensor]] = {}
+        tokens = self.engine.runner.tokens
+
+        def note(site_id: int, slot: int, weights: torch.Tensor) -> None:
+            seen.setdefault(site_id, []).append(weights.float().clone())
+
+        tokens.observer = note
+        try:
+            self.log_probabilities(batch, [adapters] * len(batch.ids))
+        finally:
+            tokens.observer = None
+        sites = self.engine.info.base.sites
+        return {sites[site_id].path: torch.cat(parts) for site_id, parts in sorted(seen.items())}
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],

@@ -125,6 +125,14 @@ def test_picks_are_shares_and_information_is_never_negative(outcomes):
         assert usage["information, bits"] >= -1e-6
 
 
+def test_the_engine_picks_and_weighs_as_the_training_code(outcomes):
+    assert outcomes["rank_usage"].figures["served picks, largest difference"] < 1e-3
+    scalings_found = outcomes["scalings"].figures
+    assert scalings_found["shares, largest difference"] < 1e-5
+    for row in scalings_found["shares, as served"]:
+        assert sum(row) == pytest.approx(1, abs=1e-4)
+
+
 def test_scalings_sum_to_one_in_every_domain(outcomes):
     for row in outcomes["scalings"].figures["shares"]:
         assert sum(row) == pytest.approx(1, abs=1e-4)

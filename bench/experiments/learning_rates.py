@@ -1,4 +1,4 @@
-"""The learning rates of `mixture` and `rank_usage`: each arm's best of five.
+"""The learning rates of `mixture` and `rank_usage`: each arm's best of four.
 
 One seed that those experiments do not use, all 8 tasks, and their own numbers of steps. A rate that
 is good for one method is bad for another, and comparing at one would decide by it; what is best
@@ -28,7 +28,7 @@ class Settings:
     mixture: mixture.Settings = mixture.FULL
     usage: rank_usage.Settings = rank_usage.FULL
     seed: int = 0
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     test_rows: int = 256
 
 

@@ -272,7 +272,7 @@ def _serve(
             weights = served.routing(own, (mixed,))
             assert weights.keys() == set(model.paths), "every module has its scalings"
             mean = torch.stack([of.mean(0) for of in weights.values()]).mean(0)
-            wanted = model.weigh(own.ids).mean((0, 1, 2))
+            wanted = model.weigh(own.ids).detach().mean((0, 1, 2))
             difference = max(difference, float((mean - wanted).abs().max()))
             shown.append(mean.tolist())
     return found, shown, difference

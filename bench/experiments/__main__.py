@@ -10,7 +10,8 @@ import torch
 from bench.experiments import report
 
 NAMES = (
-    "rank_curve", "learning_rates", "mixture", "rank_usage", "scalings", "forgetting", "agreement",
+    "rank_curve", "learning_rates", "mixture", "mixture_longer", "rank_usage", "scalings",
+    "forgetting", "agreement",
 )  # fmt: skip
 
 

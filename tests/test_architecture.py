@@ -20,7 +20,7 @@ STORE = ROOT / "adapters_store" / "polyadapt_store"
 # From the top to the bottom; a module may import its own layer and lower ones. The leaves that
 # everyone may use come last. `demo` is packaged data with its list.
 LAYERS = (
-    ("polyadapt.__main__", "polyadapt.cli"),
+    ("polyadapt.__main__", "polyadapt.cli", "polyadapt.mark_cli", "polyadapt.console"),
     ("polyadapt.offline",),
     ("polyadapt.serve",),
     ("polyadapt.app",),
@@ -30,6 +30,7 @@ LAYERS = (
     ("polyadapt.adapters",),
     ("polyadapt.models",),
     ("polyadapt.ops",),
+    ("polyadapt.watermark",),
     ("polyadapt_store",),
     ("polyadapt.types", "polyadapt.errors", "polyadapt.config", "polyadapt.demo"),
 )
@@ -42,6 +43,8 @@ TORCH_FREE = (
     "polyadapt.config",
     "polyadapt.demo",
     "polyadapt.cli",
+    "polyadapt.console",
+    "polyadapt.mark_cli",
     "polyadapt.__main__",
     "polyadapt.serve",
     "polyadapt.app",
@@ -57,6 +60,17 @@ TORCH_FREE = (
     "polyadapt.engine.request",
     "polyadapt.engine.scheduler",
     "polyadapt.models.fetch",
+    "polyadapt.watermark.codebook",
+    "polyadapt.watermark.dataset",
+    "polyadapt.watermark.evidence",
+    "polyadapt.watermark.keys",
+    "polyadapt.watermark.mark_directory",
+    "polyadapt.watermark.preflight",
+    "polyadapt.watermark.reading",
+    "polyadapt.watermark.secrets",
+    "polyadapt.watermark.statistics",
+    "polyadapt.watermark.trace",
+    "polyadapt.watermark.triggers",
     "polyadapt_store",
 )
 
@@ -174,7 +188,9 @@ for module in {modules!r}:
     assert_runs(sys.executable, "-W", "error", "-c", program)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["model", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["model", "--help"], ["mark", "--help"]]
+)
 def test_the_command_line_help_imports_no_torch(arguments):
     program = f"""
 import sys

@@ -1,5 +1,5 @@
-"""The command line: serve, inspect, convert, model, keys. Light: what a command needs is imported
-when it runs.
+"""The command line: serve, inspect, convert, model, keys; `mark` is in mark_cli. Light: what a
+command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TaskProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-)
+from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from polyadapt.config import Config, load_config
-from polyadapt.errors import AdapterRejected, InvalidRequest, NotFound, StartupError
+from polyadapt.console import err, make_bars, out
+from polyadapt.console import one_clear_line as _one_clear_line
+from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
+from polyadapt.mark_cli import mark_app
 
 if TYPE_CHECKING:
     from polyadapt.offline.inspection import Inspection
@@ -44,9 +39,7 @@ keys_app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(keys_app, name="keys")
-
-out = Console()
-err = Console(stderr=True)
+app.add_typer(mark_app, name="mark")
 
 Home = Annotated[
     Path | None,
@@ -431,16 +424,6 @@ def _announce(settings: Config, url: str) -> None:
     typer.echo(f"Polyadapt serves {settings.engine.model} at {url}")
 
 
-@contextlib.contextmanager
-def _one_clear_line() -> Iterator[None]:
-    """Turn an error that the operator can mend into one line and status 1."""
-    try:
-        yield
-    except (StartupError, InvalidRequest, NotFound) as error:
-        err.print(f"polyadapt: {error.message}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-
-
 def _log_to_stderr(settings: Config) -> None:
     logging.basicConfig(
         level=settings.server.log_level.upper(),
@@ -481,13 +464,7 @@ class _FetchBar:
 
 @contextlib.contextmanager
 def _fetch_bar() -> Iterator[Any]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    bars = Progress(*columns, console=err)
+    bars = make_bars()
     try:
         yield _FetchBar(bars)
     finally:

@@ -123,6 +123,13 @@ class LimitsConfig(_Section):
     request_timeout_s: float | None = Field(None, gt=0)  # None: a request may run until it ends
 
 
+class WatermarkConfig(_Section):
+    """The key that marks' secrets are sealed under (KEK), from one of two places."""
+
+    mark_kek: SecretStr | None = None  # 32 random bytes in base64
+    mark_kek_file: Path | None = None  # a file that holds them
+
+
 class Config(BaseSettings):
     """All settings of one server."""
 
@@ -136,6 +143,7 @@ class Config(BaseSettings):
     engine: EngineConfig = EngineConfig()
     store: StoreConfig = StoreConfig()
     limits: LimitsConfig = LimitsConfig()
+    watermark: WatermarkConfig = WatermarkConfig()
 
     @field_validator("home", mode="after")
     @classmethod
@@ -361,7 +369,7 @@ def _explain(error: ValidationError, sources: Mapping[str, dict[str, Any]]) -> s
             break
     if first["type"] == "extra_forbidden":
         return f"unknown setting {'.'.join(path)} ({origin})"
-    shown = "" if "api_key" in path else f", not {first['input']!r}"
+    shown = "" if {"api_key", "mark_kek"} & set(path) else f", not {first['input']!r}"
     expected = first["msg"].removeprefix("Value error, ")
     return f"bad setting {'.'.join(path)} ({origin}): {expected}{shown}"
 

@@ -4,7 +4,8 @@ PolyadaptError
 ├── InvalidRequest                400 invalid_request         the request itself is wrong
 │   ├── UnsupportedField          400 unsupported_field       a field that would change the output
 │   ├── ContextLengthExceeded     400 context_length_exceeded
-│   └── PolicyConflict            400 policy_conflict         with the tenant's mandatory adapters
+│   ├── PolicyConflict            400 policy_conflict         with the tenant's mandatory adapters
+│   └── EvidenceRejected          400 evidence_rejected       a record that its key did not sign
 ├── Unauthenticated               401 invalid_api_key
 ├── Forbidden                     403 forbidden
 │   └── ForeignOrigin             403 foreign_origin
@@ -23,6 +24,7 @@ PolyadaptError
 ├── Unavailable                   503 unavailable             retry_after_s
 │   ├── EngineUnavailable         503 engine_unavailable
 │   ├── PolicyUnavailable         503 policy_unavailable      a mandatory adapter cannot be served
+│   ├── SecretsUnavailable        503 secrets_unavailable     a mark's secrets cannot be opened
 │   └── AdapterUnavailable        503 adapter_unavailable     its weights cannot be placed now
 │       └── AdapterCold           503 adapter_cold            not on the device yet; on_cold said so
 ├── RequestTimeout                504 request_timeout
@@ -82,6 +84,12 @@ class PolicyConflict(InvalidRequest):
     """The request cannot be served together with the adapters that its tenant's policy names."""
 
     code = "policy_conflict"
+
+
+class EvidenceRejected(InvalidRequest):
+    """A record of evidence is malformed, or the trusted key did not sign exactly it."""
+
+    code = "evidence_rejected"
 
 
 class Unauthenticated(PolyadaptError):
@@ -239,6 +247,12 @@ class PolicyUnavailable(Unavailable):
     """An adapter that the tenant's policy names cannot be served; without it nothing is."""
 
     code = "policy_unavailable"
+
+
+class SecretsUnavailable(Unavailable):
+    """A mark's sealed secrets do not open: another key, or a truncated or changed file."""
+
+    code = "secrets_unavailable"
 
 
 class AdapterUnavailable(Unavailable):

@@ -1,0 +1,350 @@
+"""The commands of `polyadapt mark`. Light: what a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from polyadapt.config import WatermarkConfig, load_config
+from polyadapt.console import err, make_bars, one_clear_line, out
+from polyadapt.errors import StartupError
+
+if TYPE_CHECKING:
+    from polyadapt.watermark.keys import SecretKey
+    from polyadapt.watermark.mark_directory import MarkDirectory
+
+mark_app = typer.Typer(
+    help="A private mark per user of a classifier: train it, read it, say whose copy leaked.",
+    no_args_is_help=True,
+)
+
+MarkDir = Annotated[Path, typer.Argument(help="The mark's directory.", metavar="MARK")]
+KekFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="The key that secrets are sealed under; else POLYADAPT_MARK_KEK_FILE or _KEK."
+    ),
+]
+Model = Annotated[Path, typer.Option(help="The classifier's directory (model.safetensors).")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="A safetensors file of inputs and labels.  [default: packaged digits]"),
+]
+Amplitude = Annotated[float, typer.Option(help="How far a trigger moves an input.")]
+Low = Annotated[float | None, typer.Option(help="The smallest legal input; triggers are clipped.")]
+High = Annotated[float | None, typer.Option(help="The largest legal input.")]
+Seed = Annotated[int, typer.Option(help="Of the draws in training.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the signed record goes.")]
+
+
+@mark_app.command()
+def keygen(
+    path: MarkDir,
+    bits: Annotated[int, typer.Option(min=1, help="Bits of a signature.")] = 32,
+    codebook: Annotated[
+        str, typer.Option(help="random, nuidaC or tardosC against C colluders.")
+    ] = "random",
+    kek_file: KekFile = None,
+) -> None:
+    """Make a mark's keys. A key file that does not exist yet is made too; keep it elsewhere."""
+    with one_clear_line():
+        from polyadapt.watermark.codebook import Design
+        from polyadapt.watermark.keys import SecretKey
+        from polyadapt.watermark.mark_directory import MarkDirectory
+        from polyadapt.watermark.secrets import write_kek
+
+        settings = _settings(kek_file)
+        file = settings.mark_kek_file
+        if settings.mark_kek is None and file is not None and not file.exists():
+            write_kek(SecretKey.generate(), file)
+            err.print(f"a new key is in {file}: without it nothing of the mark opens again")
+        mark = MarkDirectory.create(path, Design.parse(codebook), bits, _kek(settings))
+        out.print(f"mark {mark.config.mark_id} of {bits} bits ({codebook}) is in {path}")
+        out.print(f"evidence is checked with the public key {mark.config.evidence_public_key}")
+
+
+@mark_app.command()
+def classifier(
+    target: Annotated[Path, typer.Argument(help="The new directory.", metavar="OUT")],
+    data: Data = None,
+    seed: Seed = 0,
+) -> None:
+    """Train a small classifier, to try a mark with or as an unmarked reference."""
+    with one_clear_line():
+        from polyadapt.watermark.classifier import answer_of, save_classifier, train_classifier
+        from polyadapt.watermark.dataset import load_dataset
+
+        if target.exists():
+            raise StartupError(f"{target} is there already; name another directory")
+        dataset = load_dataset(data)
+        model = train_classifier(*dataset.train, seed=seed)
+        save_classifier(model, target)
+        inputs, labels = dataset.held_out
+        out.print(f"held-out accuracy {(answer_of(model)(inputs) == labels).mean():.3f}: {target}")
+
+
+@mark_app.command()
+def preflight(
+    path: MarkDir,
+    model: Model,
+    data: Data = None,
+    amplitude: Amplitude = 1.5,
+    low: Low = None,
+    high: High = None,
+    kek_file: KekFile = None,
+) -> None:
+    """Say before any training whether triggers would stand out. Status 1 when they would not."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+        from polyadapt.watermark.dataset import load_dataset
+        from polyadapt.watermark.preflight import REQUIRED_SEPARATION
+        from polyadapt.watermark.triggers import TriggerSettings
+
+        dataset = load_dataset(data)
+        spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
+        found = work.preflight(mark, model, dataset, spec)
+        weakest, strongest = min(found.separations), max(found.separations)
+        out.print(
+            f"d' from {weakest:.1f} to {strongest:.1f} over {len(found.separations)} bits, at "
+            f"least {REQUIRED_SEPARATION:g} is needed"
+        )
+        if not found.is_enough:
+            err.print(f"polyadapt: give --amplitude {found.amplitude_needed:.2g} or more")
+            raise typer.Exit(1)
+
+
+@mark_app.command()
+def train(
+    path: MarkDir,
+    model: Model,
+    data: Data = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 400,
+    amplitude: Amplitude = 1.5,
+    low: Low = None,
+    high: High = None,
+    seed: Seed = 0,
+    kek_file: KekFile = None,
+) -> None:
+    """Train the branches beside the frozen classifier. Interrupted, the same command goes on."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+        from polyadapt.watermark.dataset import load_dataset
+        from polyadapt.watermark.training import TrainSettings
+        from polyadapt.watermark.triggers import TriggerSettings
+
+        dataset = load_dataset(data)
+        spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
+        settings = TrainSettings(num_steps=steps, seed=seed)
+        with make_bars() as bars:
+            task = bars.add_task("training", total=steps)
+            trained = work.train_mark(
+                mark,
+                model,
+                dataset,
+                spec,
+                settings,
+                lambda done, total: bars.update(task, completed=done, total=total),
+            )
+        out.print(
+            f"held-out accuracy {trained.base_accuracy:.3f} unmarked; over "
+            f"{work.NUM_SIGNATURES} random signatures it falls by {trained.mean_drop:.2f} points "
+            f"in the mean and {trained.worst_drop:.2f} at worst; {trained.untouched:.2%} of the "
+            "answers are the unmarked ones, bit for bit"
+        )
+
+
+@mark_app.command()
+def calibrate(
+    path: MarkDir,
+    reference: Annotated[
+        list[Path], typer.Option(help="An unmarked classifier's directory; the base and others.")
+    ],
+    data: Data = None,
+    queries: Annotated[int, typer.Option(min=20, help="Per bit and model.")] = 200,
+    seed: Seed = 0,
+    kek_file: KekFile = None,
+) -> None:
+    """Measure what unmarked models answer to the triggers; every later decision rests on it."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+        from polyadapt.watermark.dataset import load_dataset
+
+        null = work.calibrate(mark, reference, load_dataset(data), num_per_bit=queries, seed=seed)
+        worst = max(max(pair) for pair in null.rates)
+        out.print(
+            f"{null.num_models} unmarked models give a bit's target at a rate of at most "
+            f"{worst:.3f}, each bit's bound at {null.confidence:.0%} confidence"
+        )
+
+
+@mark_app.command()
+def export(
+    path: MarkDir,
+    target: Annotated[Path, typer.Argument(help="The new directory.", metavar="OUT")],
+    model: Model,
+    user: Annotated[str, typer.Option(help="Whose copy it is.")],
+    kek_file: KekFile = None,
+) -> None:
+    """Write one user's marked copy. Not obfuscated yet: who finds the branches can cut them off."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+
+        work.export_copy(mark, model, user, target)
+        out.print(f"the copy of {user} is in {target}", markup=False)
+
+
+@mark_app.command()
+def queries(
+    path: MarkDir,
+    target: Annotated[Path, typer.Argument(help="The new file.", metavar="OUT")],
+    data: Data = None,
+    per_bit: Annotated[int, typer.Option(min=4, help="Queries of each bit.")] = 16,
+    kek_file: KekFile = None,
+) -> None:
+    """Write inputs for a suspect that only others can ask; `verify --answers` takes its labels."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+        from polyadapt.watermark.dataset import load_dataset
+
+        num = work.write_queries(mark, load_dataset(data), per_bit, target)
+        out.print(f"{num} inputs are in {target}; `labels` [{num}] are wanted", markup=False)
+
+
+@mark_app.command()
+def verify(
+    path: MarkDir,
+    suspect: Annotated[
+        Path | None, typer.Option(help="A classifier's directory, asked as a stranger would.")
+    ] = None,
+    asked: Annotated[Path | None, typer.Option(help="The file that `queries` wrote.")] = None,
+    answers: Annotated[Path | None, typer.Option(help="The suspect's labels to it.")] = None,
+    alpha: Annotated[float, typer.Option(help="Error of deciding a bit of an unmarked model.")] = (
+        1e-4
+    ),
+    data: Data = None,
+    record: Out = None,
+    kek_file: KekFile = None,
+) -> None:
+    """Read the bits of a suspect, each 0, 1 or erased, with its p-value."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        import json
+
+        from polyadapt.offline import mark as work
+        from polyadapt.watermark.dataset import load_dataset
+        from polyadapt.watermark.statistics import BitRule, SequentialRule
+
+        if suspect is not None and asked is None and answers is None:
+            rule = SequentialRule(alpha=alpha)
+            signed = work.read_suspect(mark, suspect, load_dataset(data), rule)
+        elif suspect is not None or asked is None or answers is None:
+            raise StartupError("give --suspect DIR, or both --asked FILE and --answers FILE")
+        else:
+            signed = work.read_labels(mark, asked, answers, BitRule(alpha=alpha), answers.name)
+        if record is not None:
+            record.write_text(signed, encoding="utf-8")
+        found = json.loads(signed)["record"]
+        table = Table("bit", "read", "hits of 0", "hits of 1", "queries", "p")
+        for index, entry in enumerate(found["bits"]):
+            value = "erased" if entry["value"] is None else str(entry["value"])
+            hits = [str(number) for number in entry["hits"]]
+            p_value = f"{float(entry['p_value']):.1e}"
+            table.add_row(str(index), value, *hits, str(entry["queries"]), p_value)
+        out.print(table)
+        num_decided = sum(entry["value"] is not None for entry in found["bits"])
+        out.print(f"{num_decided} of {len(found['bits'])} bits decided")
+
+
+@mark_app.command()
+def trace(
+    path: MarkDir,
+    reading: Annotated[Path, typer.Option(help="The record that `verify --out` wrote.")],
+    users: Annotated[Path, typer.Option(help="A text file: the name of a user a line.")],
+    alpha: Annotated[float, typer.Option(help="Error of accusing any innocent at all.")] = 1e-3,
+    record: Out = None,
+    kek_file: KekFile = None,
+) -> None:
+    """Say whose copy was read, and how sure that is; "nobody" is an answer."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.offline import mark as work
+
+        names = [line.strip() for line in _text(users).splitlines() if line.strip()]
+        found, signed = work.trace_reading(mark, _text(reading).encode(), names, alpha)
+        if record is not None:
+            record.write_text(signed, encoding="utf-8")
+        table = Table("user", "score", "matches", "p", "p, of any user")
+        for entry in found.ranked:
+            matches = f"{entry.num_matches} of {found.num_decided}"
+            p_values = f"{entry.p_value:.1e}", f"{entry.family_p_value:.1e}"
+            table.add_row(entry.user, f"{entry.score:.1f}", matches, *p_values)
+        out.print(table)
+        named = ", ".join(entry.user for entry in found.accused) or "nobody"
+        out.print(
+            f"named: {named} (of {found.num_users} users, at an error of {found.alpha:g}; a score "
+            f"of {found.threshold:.1f} is needed, the first leads by {found.gap:.1f})",
+            markup=False,
+            soft_wrap=True,
+        )
+        if found.note:
+            err.print(f"polyadapt: {found.note}", markup=False, soft_wrap=True)
+
+
+@mark_app.command("check-evidence")
+def check_evidence(
+    record: Annotated[Path, typer.Argument(help="A signed record.", metavar="FILE")],
+    public_key: Annotated[str, typer.Option(help="The mark's, as it was published.")],
+) -> None:
+    """Check that a record is what the mark's owner signed; needs no secret. Status 1 if not."""
+    with one_clear_line():
+        from polyadapt.watermark.evidence import verify as verify_record
+
+        found = verify_record(_text(record).encode(), public_key)
+        kind, created = found.get("kind"), found.get("created")
+        out.print(f"signed by that key: a {kind} of {created}", markup=False)
+
+
+@mark_app.command()
+def rewrap(
+    path: MarkDir,
+    new_kek_file: Annotated[Path, typer.Option(help="The new key; made if it is not there.")],
+    kek_file: KekFile = None,
+) -> None:
+    """Put a mark's secrets under another key. Interrupted, the same command goes on."""
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.watermark.keys import SecretKey
+        from polyadapt.watermark.secrets import read_kek, write_kek
+
+        if not new_kek_file.exists():
+            write_kek(SecretKey.generate(), new_kek_file)
+        mark.rewrap(read_kek(new_kek_file))
+        out.print(f"the secrets of {path} open with {new_kek_file} now", markup=False)
+
+
+def _settings(kek_file: Path | None) -> WatermarkConfig:
+    # What the command line names wins over both variables.
+    found = load_config({}).watermark
+    return found if kek_file is None else WatermarkConfig(mark_kek_file=kek_file)
+
+
+def _kek(settings: WatermarkConfig) -> SecretKey:
+    from polyadapt.watermark.secrets import kek_of
+
+    return kek_of(settings)
+
+
+@contextlib.contextmanager
+def _mark(path: Path, kek_file: Path | None) -> Iterator[MarkDirectory]:
+    from polyadapt.watermark.mark_directory import MarkDirectory
+
+    yield MarkDirectory.open(path, _kek(_settings(kek_file)))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise StartupError(f"{path} cannot be read as text") from None

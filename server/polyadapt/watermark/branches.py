@@ -1,0 +1,133 @@
+"""Two-way branches beside one linear of a frozen model, and the model with them. Knows no triggers.
+
+Semantics, row by row: h = relu(A x - tau); y = W x + b + B^+ h + B^- (sigma * h), where sigma is
++1 for a bit of 1 and -1 for 0. Equal to choosing of each pair B^1 = B^+ + B^-, B^0 = B^+ - B^-. All
+users share A, tau and both B; a user is n signs. An input that trips no detector is changed by
+exactly 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from polyadapt.errors import StartupError
+
+
+class Branches(nn.Module):
+    """The branches of one module, of one rank per bit."""
+
+    def __init__(self, A: Tensor, tau: Tensor, B_sum: Tensor, B_difference: Tensor) -> None:
+        """A [bits, in], tau [bits]; B^+ (`B_sum`) and B^- (`B_difference`) [out, bits]."""
+        super().__init__()
+        self.A, self.tau = nn.Parameter(A), nn.Parameter(tau)
+        self.B_sum, self.B_difference = nn.Parameter(B_sum), nn.Parameter(B_difference)
+
+    @property
+    def num_bits(self) -> int:
+        """How many bits a signature has."""
+        return self.A.shape[0]
+
+    def forward(self, x: Tensor, signs: Tensor) -> Tensor:
+        """Return what is added to y: x [rows, in], signs [rows, bits] of +-1 -> [rows, out]."""
+        h = torch.relu(x @ self.A.T - self.tau)  # [rows, bits]
+        return h @ self.B_sum.T + (signs * h) @ self.B_difference.T
+
+    def pair_tensors(self) -> dict[str, Tensor]:
+        """Return the stored form: mark_A [bits, 1, in], mark_tau [bits, 1], and mark_B
+        [2, bits, out, 1], the branch of value 0 before that of 1.
+        """
+        pair = torch.stack((self.B_sum - self.B_difference, self.B_sum + self.B_difference))
+        return {
+            "mark_A": self.A.detach()[:, None].contiguous(),
+            "mark_tau": self.tau.detach()[:, None].contiguous(),
+            "mark_B": pair.detach().transpose(1, 2)[..., None].contiguous(),
+        }
+
+    @classmethod
+    def of_pair(cls, tensors: Mapping[str, Tensor]) -> Branches:
+        """Return what `pair_tensors` stored; raises StartupError for other names or shapes."""
+        _check(tensors, {"mark_A": 3, "mark_tau": 2, "mark_B": 4})
+        A, tau, pair = (tensors[name].float() for name in ("mark_A", "mark_tau", "mark_B"))
+        num_bits, _, num_in = A.shape
+        expected = {"mark_A": (num_bits, 1, num_in), "mark_tau": (num_bits, 1)}
+        expected["mark_B"] = (2, num_bits, pair.shape[2], 1)
+        for name, shape in expected.items():
+            if tuple(tensors[name].shape) != shape:
+                raise StartupError(
+                    f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+                )
+        zero, one = pair[0, ..., 0].T, pair[1, ..., 0].T  # [out, bits]
+        return cls(A[:, 0].clone(), tau[:, 0].clone(), (one + zero) / 2, (one - zero) / 2)
+
+    def chosen(self, bits: NDArray[np.uint8]) -> dict[str, Tensor]:
+        """Return one user's branches alone: mark_A, mark_tau as stored, mark_B [bits, out, 1]."""
+        stored = self.pair_tensors()
+        rows = torch.arange(self.num_bits)
+        own = stored["mark_B"][torch.from_numpy(bits.astype(np.int64)), rows]
+        return {**stored, "mark_B": own.contiguous()}
+
+    @classmethod
+    def of_chosen(cls, tensors: Mapping[str, Tensor]) -> Branches:
+        """Return one user's branches, which every sign leaves as they are."""
+        _check(tensors, {"mark_A": 3, "mark_tau": 2, "mark_B": 3})
+        own = tensors["mark_B"]
+        return cls.of_pair({**tensors, "mark_B": torch.stack((own, own))})
+
+
+class MarkedModel(nn.Module):
+    """A frozen model with branches at one of its linears; the model itself is left as it is."""
+
+    def __init__(self, model: nn.Module, module: str, branches: Branches) -> None:
+        """Raise StartupError unless `module` names a linear of the branches' sizes."""
+        super().__init__()
+        linear = find_linear(model, module)
+        num_out, num_in = linear.weight.shape
+        if (branches.B_sum.shape[0], branches.A.shape[1]) != (num_out, num_in):
+            raise StartupError(
+                f"the branches take {branches.A.shape[1]} numbers and give "
+                f"{branches.B_sum.shape[0]}; {module} takes {num_in} and gives {num_out}"
+            )
+        self.branches = branches
+        # Not registered: its parameters are not the mark's.
+        self.__dict__["model"], self.__dict__["linear"] = model, linear
+
+    def forward(self, inputs: Tensor, signs: Tensor) -> Tensor:
+        """Return the model's output where row t has the signature signs[t]: [rows, bits] of +-1."""
+
+        def add(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            return y + self.branches(args[0], signs)
+
+        handle = self.linear.register_forward_hook(add)
+        try:
+            found: Tensor = self.model(inputs)
+        finally:
+            handle.remove()
+        return found
+
+
+def find_linear(model: nn.Module, module: str) -> nn.Linear:
+    """Return the linear of this path; raises StartupError that lists those there are."""
+    found = dict(model.named_modules()).get(module)
+    if not isinstance(found, nn.Linear):
+        linears = [name for name, child in model.named_modules() if isinstance(child, nn.Linear)]
+        raise StartupError(f"the model has no linear {module!r}; it has {', '.join(linears)}")
+    return found
+
+
+def signs_of(bits: NDArray[np.uint8]) -> Tensor:
+    """Return bits 0 and 1 as -1 and +1, in float32."""
+    return torch.from_numpy(bits.astype(np.float32) * 2 - 1)
+
+
+def _check(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
+    if set(tensors) != set(dims) or any(tensors[name].ndim != n for name, n in dims.items()):
+        shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
+        raise StartupError(f"the branches are {shapes}, expected {', '.join(dims)}")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise StartupError(f"{name} of the branches holds values that are not finite")

@@ -1,0 +1,309 @@
+"""Trains the branches of a classifier's mark beside its frozen weights, without labels.
+
+What detects a trigger (A, tau) is computed from clean inputs and not trained: gradients would lower
+the thresholds until half of all clean inputs pass them. So the change on a clean input is exactly 0
+as long as triggers stand out, and only what a detector writes (B) is learned. Every row of a batch
+gets a signature of its own, so that all 2^n combinations are trained at once and none is special.
+Interrupted and resumed, a run ends in the same bits as one that went through.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from polyadapt.errors import InvalidRequest, StartupError
+from polyadapt.watermark.branches import Branches, MarkedModel, find_linear, signs_of
+from polyadapt.watermark.classifier import model_hash
+from polyadapt.watermark.preflight import Preflight, measure_separation, whitened_rows
+from polyadapt.watermark.secrets import write_file
+from polyadapt.watermark.triggers import TriggerFamilies
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Progress = Callable[[int, int], None]  # steps done, of how many
+
+_MODES = ("queries", "start", "train")  # streams of random numbers that never mix
+_START_TAU = 0.5  # of the response to a trigger of mean strength
+_START_B = 0.02
+_SAMPLE = 128  # queries of a bit that the start and the preflight look at
+_CLEAN_SAMPLE = 4096
+_CHECKPOINT_EVERY = 100
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """How long and how: Adam, warmed up, then a cosine to 0. The loss is CE to the targets on
+    triggers + `quiet_weight` times KL to the base on quiet rows: ordinary inputs, and such with a
+    pattern as of another key.
+    """
+
+    num_steps: int = 400
+    seed: int = 0
+    learning_rate: float = 3e-2
+    num_warmup: int = 50
+    trigger_rows: int = 128
+    quiet_rows: int = 96  # every second one with a foreign pattern
+    quiet_weight: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.num_steps < 1 or self.num_warmup < 0 or not self.learning_rate > 0:
+            raise InvalidRequest(
+                f"{self.num_steps} steps, {self.num_warmup} of them to warm up, at a rate of "
+                f"{self.learning_rate}: expected at least 1, at least 0 and a positive number"
+            )
+
+    def rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / max(self.num_warmup, 1))
+        return self.learning_rate * warm * (1 + math.cos(math.pi * step / self.num_steps)) / 2
+
+
+def preflight(
+    model: nn.Module, module: str, inputs: Floats, families: TriggerFamilies, seed: int
+) -> Preflight:
+    """Return how far each bit's trigger stands out at the module's input, before any training."""
+    clean, carriers, triggered = _features(model, module, inputs, families, seed)
+    return measure_separation(clean, carriers, triggered, families.settings.amplitude)
+
+
+def train(
+    model: nn.Module,
+    module: str,
+    inputs: Floats,
+    families: TriggerFamilies,
+    targets: Labels,
+    settings: TrainSettings,
+    *,
+    checkpoint: Path | None = None,
+    progress: Progress | None = None,
+) -> Branches:
+    """Return trained branches; `targets` [bits, 2] are the labels that a bit's values ask for.
+
+    With a `checkpoint` the state is written there now and then, and taken up if it is there and of
+    the same run. Raises StartupError for one of another run, InvalidRequest for bad settings.
+    """
+    branches = _start(model, module, inputs, families, settings.seed)
+    marked = MarkedModel(model, module, branches)
+    for detector in (branches.A, branches.tau):
+        detector.requires_grad_(False)
+    optimiser = torch.optim.Adam((branches.B_sum, branches.B_difference), settings.learning_rate)
+    rng = _rng(settings.seed, "train")
+    run = _run_of(model, module, inputs, families, targets, settings)
+    first = 0
+    if checkpoint is not None and checkpoint.exists():
+        first = _resume(checkpoint, run, branches, optimiser, rng)
+    for step in range(first, settings.num_steps):
+        for group in optimiser.param_groups:
+            group["lr"] = settings.rate_at(step)
+        loss = _loss(marked, inputs, families, targets, settings, rng)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        is_last = step + 1 == settings.num_steps
+        if checkpoint is not None and not is_last and (step + 1) % _CHECKPOINT_EVERY == 0:
+            _write_checkpoint(checkpoint, run, step + 1, branches, optimiser, rng)
+        if progress is not None:
+            progress(step + 1, settings.num_steps)
+    if not all(torch.isfinite(tensor).all() for tensor in branches.parameters()):
+        raise InvalidRequest(
+            f"training diverged at a rate of {settings.learning_rate}; give a smaller one"
+        )
+    return branches.requires_grad_(False)
+
+
+def accuracies(
+    marked: MarkedModel, inputs: Floats, labels: Labels, signatures: NDArray[np.uint8]
+) -> NDArray[np.float64]:
+    """Return the share of right labels under each signature, [copies, bits] -> [copies]."""
+    x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
+    found = []
+    with torch.inference_mode():
+        for bits in signatures:
+            signs = signs_of(bits)[None].expand(len(x), -1)
+            found.append(float((marked(x, signs).argmax(-1) == y).double().mean()))
+    return np.array(found)
+
+
+def firing_share(model: nn.Module, module: str, branches: Branches, inputs: Floats) -> float:
+    """Return the share of inputs on which any detector fires: the others get the base's own bits,
+    under every signature.
+    """
+    with torch.inference_mode():
+        x = torch.from_numpy(_inputs_of(model, module, inputs))
+        return float((x @ branches.A.T > branches.tau).any(1).double().mean())
+
+
+def _loss(
+    marked: MarkedModel,
+    inputs: Floats,
+    families: TriggerFamilies,
+    targets: Labels,
+    settings: TrainSettings,
+    rng: np.random.Generator,
+) -> Tensor:
+    num_triggered, num_quiet = settings.trigger_rows, settings.quiet_rows
+    rows = inputs[rng.integers(0, len(inputs), num_triggered + num_quiet)]
+    bits = rng.integers(0, families.num_bits, num_triggered)
+    signatures = rng.integers(0, 2, (len(rows), families.num_bits)).astype(np.uint8)
+    triggered = families.apply(rows[:num_triggered], bits, rng)
+    quiet = rows[num_triggered:].copy()
+    quiet[::2] = families.apply_foreign(quiet[::2], rng)
+    batch = torch.from_numpy(np.concatenate((triggered, quiet)))
+    on_trigger, on_quiet = marked(batch, signs_of(signatures)).split((num_triggered, num_quiet))
+    values = signatures[np.arange(num_triggered), bits]
+    loss = F.cross_entropy(on_trigger, torch.from_numpy(targets[bits, values]))
+    with torch.no_grad():
+        base = F.log_softmax(marked.model(torch.from_numpy(quiet)), -1)
+    divergence = F.kl_div(F.log_softmax(on_quiet, -1), base, log_target=True, reduction="batchmean")
+    return loss + settings.quiet_weight * divergence
+
+
+def _start(
+    model: nn.Module, module: str, inputs: Floats, families: TriggerFamilies, seed: int
+) -> Branches:
+    clean, carriers, triggered = _features(model, module, inputs, families, seed)
+    A = torch.from_numpy(whitened_rows(clean, carriers, triggered))
+    num_out = find_linear(model, module).weight.shape[0]
+    rng = _rng(seed, "start")
+    B_sum, B_difference = (
+        torch.from_numpy(
+            (_START_B * rng.standard_normal((num_out, families.num_bits))).astype(np.float32)
+        )
+        for _ in range(2)
+    )
+    return Branches(A, torch.full((families.num_bits,), _START_TAU), B_sum, B_difference)
+
+
+def _features(
+    model: nn.Module, module: str, inputs: Floats, families: TriggerFamilies, seed: int
+) -> tuple[Floats, Floats, Floats]:
+    """Return what the module is given: clean [rows, size], carriers [queries, size] and the same
+    with each bit's trigger [bits, queries, size].
+    """
+    rng = _rng(seed, "queries")
+    order = rng.permutation(len(inputs))
+    clean, carriers = inputs[order[:_CLEAN_SAMPLE]], inputs[order[-_SAMPLE:]]
+    triggered = [
+        _inputs_of(model, module, families.apply(carriers, np.full(len(carriers), bit), rng))
+        for bit in range(families.num_bits)
+    ]
+    return (
+        _inputs_of(model, module, clean),
+        _inputs_of(model, module, carriers),
+        np.stack(triggered),
+    )
+
+
+def _inputs_of(model: nn.Module, module: str, inputs: Floats) -> Floats:
+    seen: list[Tensor] = []
+    handle = find_linear(model, module).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0])
+    )
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(inputs))
+    finally:
+        handle.remove()
+    if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(inputs):
+        raise StartupError(
+            f"{module} is not given one row per input; mark a linear that is called once"
+        )
+    found: Floats = seen[0].numpy()
+    return found
+
+
+def _rng(seed: int, mode: str) -> np.random.Generator:
+    return np.random.default_rng([seed, _MODES.index(mode)])
+
+
+# ------------------------------------------------------------------------------- checkpoints
+def _run_of(
+    model: nn.Module,
+    module: str,
+    inputs: Floats,
+    families: TriggerFamilies,
+    targets: Labels,
+    settings: TrainSettings,
+) -> str:
+    """Return a digest of everything that a run's result depends on."""
+    probe = families.apply(
+        np.zeros((families.num_bits, inputs.shape[1]), np.float32),
+        np.arange(families.num_bits),
+        np.random.default_rng(0),
+    )
+    parts: list[Any] = [model_hash(model), module, asdict(settings), families.settings.to_data()]
+    parts += [
+        hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        for array in (inputs, targets, probe)
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _trained(branches: Branches) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in branches.named_parameters() if p.requires_grad]
+
+
+def _write_checkpoint(
+    path: Path,
+    run: str,
+    step: int,
+    branches: Branches,
+    optimiser: torch.optim.Adam,
+    rng: np.random.Generator,
+) -> None:
+    tensors = {}
+    for name, parameter in _trained(branches):
+        state = optimiser.state[parameter]
+        tensors[name] = parameter.detach().contiguous()
+        tensors[f"{name}.mean"] = state["exp_avg"].contiguous()
+        tensors[f"{name}.square"] = state["exp_avg_sq"].contiguous()
+    metadata = {"run": run, "step": str(step), "rng": json.dumps(rng.bit_generator.state)}
+    write_file(path, save(tensors, metadata))
+
+
+def _resume(
+    path: Path,
+    run: str,
+    branches: Branches,
+    optimiser: torch.optim.Adam,
+    rng: np.random.Generator,
+) -> int:
+    """Put the state back and return how many steps were done."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise StartupError(
+            f"the checkpoint {path} cannot be read: {error}; delete it to begin anew"
+        ) from None
+    if metadata.get("run") != run:
+        raise StartupError(
+            f"the checkpoint {path} is of another run: the model, the data, the key or a setting "
+            "differs; give what it was begun with, or delete it to begin anew"
+        )
+    step = int(metadata["step"])
+    with torch.no_grad():
+        for name, parameter in _trained(branches):
+            parameter.copy_(tensors[name])
+            optimiser.state[parameter] = {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"{name}.mean"],
+                "exp_avg_sq": tensors[f"{name}.square"],
+            }
+    rng.bit_generator.state = json.loads(metadata["rng"])
+    return step

@@ -79,12 +79,11 @@ class Branches(nn.Module):
         return cls.of_pair({**tensors, "mark_B": torch.stack((own, own))})
 
 
-class MarkedModel(nn.Module):
+class MarkedModel:
     """A frozen model with branches at one of its linears; the model itself is left as it is."""
 
     def __init__(self, model: nn.Module, module: str, branches: Branches) -> None:
         """Raise StartupError unless `module` names a linear of the branches' sizes."""
-        super().__init__()
         linear = find_linear(model, module)
         num_out, num_in = linear.weight.shape
         if (branches.B_sum.shape[0], branches.A.shape[1]) != (num_out, num_in):
@@ -92,17 +91,17 @@ class MarkedModel(nn.Module):
                 f"the branches take {branches.A.shape[1]} numbers and give "
                 f"{branches.B_sum.shape[0]}; {module} takes {num_in} and gives {num_out}"
             )
-        self.branches = branches
-        # Not registered: its parameters are not the mark's.
-        self.__dict__["model"], self.__dict__["linear"] = model, linear
+        self.model, self.branches = model, branches
+        self._linear = linear
 
-    def forward(self, inputs: Tensor, signs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor, signs: Tensor) -> Tensor:
         """Return the model's output where row t has the signature signs[t]: [rows, bits] of +-1."""
 
         def add(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            return y + self.branches(args[0], signs)
+            marked: Tensor = y + self.branches(args[0], signs)
+            return marked
 
-        handle = self.linear.register_forward_hook(add)
+        handle = self._linear.register_forward_hook(add)
         try:
             found: Tensor = self.model(inputs)
         finally:

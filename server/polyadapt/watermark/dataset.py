@@ -41,7 +41,7 @@ class Dataset:
 def load_digits() -> Dataset:
     """Return the packaged digits, scaled to [0, 1]."""
     tensors = load_file(_DIGITS)
-    inputs = tensors["inputs"].astype(np.float32) / 16
+    inputs = tensors["inputs"].astype(np.float32) / np.float32(16)
     return Dataset(inputs, tensors["labels"].astype(np.int64), _DIGITS_TRAIN)
 
 

@@ -79,7 +79,8 @@ def whitened_rows(clean: Floats, carriers: Floats, triggered: Floats) -> Floats:
     moment += shifts.T @ shifts / len(shifts)
     directions = np.linalg.solve(moment, shifts.T).T  # [bits, size]
     scale = np.einsum("bs,bs->b", directions, shifts)
-    return (directions / scale[:, None]).astype(np.float32)
+    found: Floats = (directions / scale[:, None]).astype(np.float32)
+    return found
 
 
 def _shifts(carriers: Floats, triggered: Floats) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

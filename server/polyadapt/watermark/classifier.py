@@ -122,7 +122,7 @@ def train_classifier(
     *,
     seed: int,
     hidden: int = 256,
-    num_steps: int = 600,
+    num_steps: int = 300,
 ) -> nn.Sequential:
     """Return a classifier of two hidden layers to try a mark with: Adam 1e-3 on batches of 128."""
     rng = np.random.default_rng([seed, 1])

@@ -1,0 +1,225 @@
+"""`polyadapt mark` from a key to a name, by its command line alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from polyadapt.cli import app
+from polyadapt.watermark.classifier import load_suspect
+
+WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
+USERS = [f"user-{i}" for i in range(40)]
+
+
+def run(*arguments: object, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run a command in this process; return its status and both outputs."""
+    done = CliRunner().invoke(app, ["mark", *map(str, arguments)], env={**WIDE, **(env or {})})
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.output
+
+
+def ok(*arguments: object) -> str:
+    status, output = run(*arguments)
+    assert status == 0, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    """A trained and calibrated mark of 24 bits, its base and a reference, one user's copy."""
+    root = tmp_path_factory.mktemp("mark")
+    kek = ("--kek-file", root / "kek")
+    ok("keygen", root / "m", "--bits", 24, *kek)
+    for seed in (1, 2, 3):
+        ok("classifier", root / f"c{seed}", "--seed", seed)
+    assert "d' from" in ok("preflight", root / "m", "--model", root / "c1", *kek)
+    trained = ok("train", root / "m", "--model", root / "c1", *kek)
+    assert "falls by 0.00 points in the mean and 0.00 at worst; 100.00%" in trained
+    references = ("--reference", root / "c1", "--reference", root / "c2")
+    assert "2 unmarked models" in ok("calibrate", root / "m", *references, *kek)
+    ok("export", root / "m", root / "copy", "--model", root / "c1", "--user", "user-7", *kek)
+    (root / "users.txt").write_text("\n".join(USERS) + "\n\n")
+    return root
+
+
+def trace(home: Path, reading: Path, *more: object) -> str:
+    return ok(
+        "trace",
+        home / "m",
+        "--reading",
+        reading,
+        "--users",
+        home / "users.txt",
+        "--kek-file",
+        home / "kek",
+        *more,
+    )
+
+
+def test_a_copy_that_leaked_is_named(home, tmp_path):
+    reading, record = tmp_path / "reading.json", tmp_path / "trace.json"
+    output = ok(
+        "verify",
+        home / "m",
+        "--suspect",
+        home / "copy",
+        "--out",
+        reading,
+        "--kek-file",
+        home / "kek",
+    )
+    assert "24 of 24 bits decided" in output
+    output = trace(home, reading, "--out", record)
+    assert "named: user-7 (of 40 users, at an error of 0.001;" in output
+    public_key = json.loads((home / "m" / "config.json").read_text())["evidence_public_key"]
+    assert "a trace of" in ok("check-evidence", record, "--public-key", public_key)
+    found = json.loads(record.read_text())["record"]
+    assert found["trace"]["accused"][0]["user"] == "user-7"
+    assert found["reading"]["null"]["models"] == 2
+    assert found["reading"]["rule"]["kind"] == "sequential"
+    record.write_text(record.read_text().replace("user-7", "user-8"))
+    status, output = run("check-evidence", record, "--public-key", public_key)
+    assert (status, "changed after it was signed" in output) == (1, True)
+
+
+def test_an_unmarked_model_is_nobodys(home, tmp_path):
+    reading = tmp_path / "reading.json"
+    output = ok(
+        "verify", home / "m", "--suspect", home / "c3", "--out", reading, "--kek-file", home / "kek"
+    )
+    assert "0 of 24 bits decided" in output
+    assert "named: nobody" in trace(home, reading)
+
+
+def test_a_suspect_that_only_others_can_ask_is_read_from_their_answers(home, tmp_path):
+    asked, answers, reading = (tmp_path / name for name in ("q.safetensors", "a", "r.json"))
+    kek = ("--kek-file", home / "kek")
+    assert "384 inputs" in ok("queries", home / "m", asked, *kek)
+    inputs = load_file(asked)["inputs"]
+    save_file({"labels": load_suspect(home / "copy")(inputs)}, answers)
+    given = ("verify", home / "m", "--asked", asked, "--answers", answers, *kek)
+    assert "24 of 24 bits decided" in ok(*given, "--out", reading)
+    assert "named: user-7" in trace(home, reading)
+    save_file({"labels": np.zeros(5, np.int64)}, answers)
+    status, output = run(*given)
+    assert (status, "5 answers to 384 queries" in output) == (1, True)
+    save_file({"inputs": inputs[::-1].copy()}, asked)
+    status, output = run(*given)
+    assert (status, "not one that this mark wrote" in output) == (1, True)
+
+
+def test_a_forged_reading_names_nobody(home, tmp_path):
+    reading = tmp_path / "reading.json"
+    ok(
+        "verify",
+        home / "m",
+        "--suspect",
+        home / "copy",
+        "--out",
+        reading,
+        "--kek-file",
+        home / "kek",
+    )
+    fields = json.loads(reading.read_text())
+    fields["record"]["bits"][0]["value"] = 1 - fields["record"]["bits"][0]["value"]
+    reading.write_text(json.dumps(fields))
+    status, output = run(
+        "trace",
+        home / "m",
+        "--reading",
+        reading,
+        "--users",
+        home / "users.txt",
+        "--kek-file",
+        home / "kek",
+    )
+    assert (status, "changed after it was signed" in output) == (1, True)
+
+
+def test_branches_mean_nothing_on_another_base(home, tmp_path):
+    status, output = run(
+        "export",
+        home / "m",
+        tmp_path / "x",
+        "--model",
+        home / "c2",
+        "--user",
+        "ann",
+        "--kek-file",
+        home / "kek",
+    )
+    assert (status, "they mean nothing on another base" in output) == (1, True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_faint_trigger_is_refused_before_training_with_what_to_give(home):
+    kek = ("--kek-file", home / "kek")
+    for command in ("preflight", "train"):
+        status, output = run(command, home / "m", "--model", home / "c1", "--amplitude", 0.2, *kek)
+        assert (status, "--amplitude" in output) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "{}/m", "--kek-file", "{}/kek"], "give --suspect DIR, or both"),
+        (["verify", "{}/m", "--suspect", "{}/c1"], "no key to open the mark's secrets"),
+        (["verify", "{}/m", "--suspect", "{}/none", "--kek-file", "{}/kek"], "cannot be read"),
+        (["keygen", "{}/m", "--kek-file", "{}/kek"], "holds a mark already"),
+        (["keygen", "{}/n", "--codebook", "best", "--kek-file", "{}/kek"], "random, nuidaC"),
+        (["classifier", "{}/c1"], "is there already"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_status_1(home, arguments, words):
+    status, output = run(*(argument.format(home) for argument in arguments))
+    assert status == 1
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_the_key_may_come_from_the_environment_and_be_replaced(home, tmp_path):
+    kek = tmp_path / "kek"
+    ok("keygen", tmp_path / "m", "--bits", 8, "--kek-file", kek)
+    env = {"POLYADAPT_MARK_KEK": kek.read_text().strip()}
+    status, output = run("rewrap", tmp_path / "m", "--new-kek-file", tmp_path / "new", env=env)
+    assert status == 0, output
+    status, output = run("rewrap", tmp_path / "m", "--new-kek-file", tmp_path / "x", env=env)
+    assert (status, "is not under the key" in output) == (1, True)
+    assert env["POLYADAPT_MARK_KEK"] not in output
+
+
+def test_no_output_log_or_file_shows_a_secret(home, tmp_path, caplog):
+    """A canary: the key that everything comes from, and the KEK."""
+    from polyadapt.watermark.mark_directory import MarkDirectory
+    from polyadapt.watermark.secrets import read_kek
+
+    with caplog.at_level(logging.DEBUG):
+        output = ok(
+            "verify",
+            home / "m",
+            "--suspect",
+            home / "copy",
+            "--out",
+            tmp_path / "r",
+            "--kek-file",
+            home / "kek",
+        )
+    kek = read_kek(home / "kek")
+    secrets = (kek.to_text(), MarkDirectory.open(home / "m", kek).secrets.key.to_text())
+    texts = [output, caplog.text]
+    texts += [
+        path.read_bytes().decode("latin-1")
+        for root in (home / "m", home / "copy", tmp_path)
+        for path in root.rglob("*")
+        if path.is_file()
+    ]
+    for text in texts:
+        assert not any(secret in text for secret in secrets)

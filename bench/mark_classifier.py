@@ -64,7 +64,7 @@ class Case:
         return f"{self.num_bits} bits" + (", inputs kept in [0, 1]" if self.low == 0 else "")
 
 
-CASES = (Case(16, 1.5), Case(32, 1.5), Case(32, 1.5, 0.0, 1.0))
+CASES = (Case(16, 1.5), Case(32, 1.5), Case(32, 2.0, 0.0, 1.0))
 
 
 def measure(case: Case, seed: int, models: list[nn.Sequential]) -> dict[str, Any]:

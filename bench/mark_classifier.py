@@ -101,6 +101,7 @@ def measure(case: Case, seed: int, models: list[nn.Sequential]) -> dict[str, Any
         **asdict(case),
         "seed": seed,
         "weakest_separation": min(found.separations),
+        "passes_preflight": found.is_enough,
         "base_accuracy": accuracy,
         "mean_drop": float(drops.mean()),
         "worst_drop": float(drops.max()),
@@ -188,9 +189,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     """Return a line per case, over its seeds."""
     lines = [
         "| mark | seeds | bits right of 50 signatures | wrong | drop in points, mean / worst "
-        "| answers untouched | weakest d' | bits decided on unmarked models "
+        "| answers untouched | weakest d' | pass the preflight | bits decided on unmarked models "
         "| queries a bit, one by one | answers to foreign patterns changed | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         of = [row for row in rows if {**row, **asdict(case)} == row]
@@ -210,6 +211,7 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
             f"{span('mean_drop')} / {max(row['worst_drop'] for row in of):.2f}",
             f"{span('untouched', scale=100)} %",
             f"{min(row['weakest_separation'] for row in of):.1f}",
+            f"{sum(row['passes_preflight'] for row in of)} of {len(of)}",
             f"{sum(row['unmarked_bits_decided'] for row in of)} of "
             f"{sum(row['unmarked_bits'] for row in of)}",
             span("queries_per_bit_sequential", digits=1),

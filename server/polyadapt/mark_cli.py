@@ -102,17 +102,12 @@ def preflight(
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
-        from polyadapt.watermark.preflight import REQUIRED_SEPARATION
         from polyadapt.watermark.triggers import TriggerSettings
 
         dataset = load_dataset(data)
         spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
         found = work.preflight(mark, model, dataset, spec)
-        weakest, strongest = min(found.separations), max(found.separations)
-        out.print(
-            f"d' from {weakest:.1f} to {strongest:.1f} over {len(found.separations)} bits, at "
-            f"least {REQUIRED_SEPARATION:g} is needed"
-        )
+        out.print(str(found), soft_wrap=True)
         if not found.is_enough:
             err.print(f"polyadapt: give --amplitude {found.amplitude_needed:.2g} or more")
             raise typer.Exit(1)

@@ -47,6 +47,20 @@ def test_few_rows_of_many_numbers_do_not_seem_separable():
     assert found.separations[0] < 4.0
 
 
+def test_clean_inputs_that_a_detector_would_touch_are_counted_where_d_prime_sees_none():
+    """Rare and far: a normal of the same spread would never come so near to a trigger."""
+    rng = np.random.default_rng(3)
+    clean = CLEAN.copy()
+    clean[rng.random(len(clean)) < 0.03, 0] = 14.0
+    shift = triggered(unit(0, 30.0))
+    assert measure_separation(CLEAN, CARRIERS, shift, 30.0).firing == 0.0
+    found = measure_separation(clean, CARRIERS, triggered(unit(0, 26.0)), 26.0)
+    assert min(found.separations) > 9.9
+    assert found.firing == pytest.approx(0.03, abs=0.01)
+    assert not found.is_enough
+    assert found.amplitude_needed >= 26.0 * 1.25
+
+
 def test_scatter_of_the_triggers_counts_as_noise():
     rng = np.random.default_rng(2)
     loud = CARRIERS + unit(0, 5.0) + rng.standard_normal(CARRIERS.shape) * unit(0, 1.0)

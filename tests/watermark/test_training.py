@@ -111,7 +111,9 @@ def test_clean_answers_are_the_bases_own_bits(base, branches):
 
 
 def test_the_preflight_is_enough_here_and_not_for_a_faint_trigger(base):
-    assert preflight(base, "0", TRAIN, FAMILIES, 0).is_enough
+    found = preflight(base, "0", TRAIN, FAMILIES, 0)
+    assert found.is_enough
+    assert found.firing == 0.0
     faint = TriggerFamilies(KEY, NUM_BITS, TriggerSettings(64, 0.3))
     assert not preflight(base, "0", TRAIN, faint, 0).is_enough
 

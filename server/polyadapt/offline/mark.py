@@ -32,7 +32,7 @@ from polyadapt.watermark.classifier import (
 )
 from polyadapt.watermark.dataset import Dataset, load_arrays
 from polyadapt.watermark.mark_directory import BRANCHES_NAME, CHECKPOINT_NAME, MarkDirectory
-from polyadapt.watermark.preflight import REQUIRED_SEPARATION, Preflight
+from polyadapt.watermark.preflight import Preflight
 from polyadapt.watermark.reading import (
     NullRates,
     Queries,
@@ -91,9 +91,8 @@ def train_mark(
     found = measure(model, MODULE, inputs, families, settings.seed)
     if not found.is_enough:
         raise InvalidRequest(
-            f"the weakest trigger stands out by d' = {min(found.separations):.1f}, expected at "
-            f"least {REQUIRED_SEPARATION:g}; clean answers would change. Give --amplitude "
-            f"{found.amplitude_needed:.2g} or more, or fewer bits"
+            f"triggers do not stand out enough: {found}. Clean answers would change, whatever is "
+            f"trained; give --amplitude {found.amplitude_needed:.2g} or more, or fewer bits"
         )
     rng = np.random.default_rng([settings.seed, 7])
     targets = choose_targets(mark.secrets.key, families, answer_of(model), inputs, num_labels, rng)

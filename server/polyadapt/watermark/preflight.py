@@ -17,6 +17,9 @@ from polyadapt.errors import InvalidRequest
 
 # At half way that is 5 standard deviations: 3e-7 of clean inputs and bit, if they are normal.
 REQUIRED_SEPARATION = 10.0
+# What is not normal is counted: clean inputs that pass a threshold, of those nothing was fitted on.
+ALLOWED_FIRING = 0.01
+THRESHOLD = 0.5  # tau, of the response to a trigger of mean strength
 MAX_INPUTS = 8192  # of the module: a covariance of that size is 0.5 GB
 # Noise that is assumed in every direction, as a share of the inputs' mean square.
 _RIDGE = 1e-2
@@ -30,16 +33,26 @@ class Preflight:
 
     separations: tuple[float, ...]
     amplitude: float  # that they were found at
+    firing: float  # share of clean inputs on which any detector would fire
 
     @property
     def is_enough(self) -> bool:
-        """Whether every bit reaches REQUIRED_SEPARATION."""
-        return min(self.separations) >= REQUIRED_SEPARATION
+        """Whether every bit reaches REQUIRED_SEPARATION, and few clean inputs would be touched."""
+        return min(self.separations) >= REQUIRED_SEPARATION and self.firing <= ALLOWED_FIRING
+
+    def __str__(self) -> str:
+        weakest, strongest = min(self.separations), max(self.separations)
+        return (
+            f"d' from {weakest:.1f} to {strongest:.1f} over {len(self.separations)} bits (at least "
+            f"{REQUIRED_SEPARATION:g} is needed), {self.firing:.2%} of clean inputs would be "
+            f"touched (at most {ALLOWED_FIRING:.0%})"
+        )
 
     @property
     def amplitude_needed(self) -> float:
-        """The amplitude at which the weakest bit would reach it, as long as nothing is clipped."""
-        return self.amplitude * REQUIRED_SEPARATION / min(self.separations)
+        """An amplitude to try next: enough for the weakest bit as long as nothing is clipped."""
+        wanted = REQUIRED_SEPARATION / min(self.separations)
+        return self.amplitude * max(wanted, 1.25 if self.firing > ALLOWED_FIRING else 1.0)
 
 
 def measure_separation(
@@ -64,7 +77,9 @@ def measure_separation(
     spread = np.sqrt(held_out.var(axis=0, ddof=1) + noise)
     distance = np.einsum("bs,sb->b", shifts, directions)
     found = distance / np.maximum(spread, 1e-12)
-    return Preflight(tuple(float(value) for value in found), amplitude)
+    rows = whitened_rows(clean[:num_fitted], carriers, triggered)
+    fires = (clean[num_fitted:] @ rows.T > THRESHOLD).any(axis=1)
+    return Preflight(tuple(float(value) for value in found), amplitude, float(fires.mean()))
 
 
 def whitened_rows(clean: Floats, carriers: Floats, triggered: Floats) -> Floats:

@@ -228,7 +228,8 @@ def trace_text(
     keys = np.stack([user_key(master, user, key_version=key_version) for user in users])
     readings = _readings(scheme, keys, distinct_grams(tokens, scheme.context_width))
     family = holm([reading.p_value for reading in readings])
-    order = np.lexsort(([-reading.num_hits for reading in readings], family))
+    hits = np.array([reading.num_hits for reading in readings])
+    order = np.lexsort((-hits, family))
     ranked = [TextSuspicion(users[i], readings[i], float(family[i])) for i in order]
     num_accused = int((family <= alpha).sum())
     return TextTrace(tuple(ranked[:num_accused]), tuple(ranked[:num_shown]), len(users), alpha)

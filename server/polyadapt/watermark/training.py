@@ -28,7 +28,12 @@ from torch.nn import functional as F
 from polyadapt.errors import InvalidRequest, StartupError
 from polyadapt.watermark.branches import Branches, MarkedModel, find_linear, signs_of
 from polyadapt.watermark.classifier import model_hash
-from polyadapt.watermark.preflight import Preflight, measure_separation, whitened_rows
+from polyadapt.watermark.preflight import (
+    THRESHOLD,
+    Preflight,
+    measure_separation,
+    whitened_rows,
+)
 from polyadapt.watermark.secrets import write_file
 from polyadapt.watermark.triggers import TriggerFamilies
 
@@ -37,7 +42,6 @@ Labels = NDArray[np.int64]
 Progress = Callable[[int, int], None]  # steps done, of how many
 
 _MODES = ("queries", "start", "train")  # streams of random numbers that never mix
-_START_TAU = 0.5  # of the response to a trigger of mean strength
 _START_B = 0.02
 _SAMPLE = 128  # queries of a bit that the start and the preflight look at
 _CLEAN_SAMPLE = 4096
@@ -163,7 +167,8 @@ def _loss(
     quiet = rows[num_triggered:].copy()
     quiet[::2] = families.apply_foreign(quiet[::2], rng)
     batch = torch.from_numpy(np.concatenate((triggered, quiet)))
-    on_trigger, on_quiet = marked(batch, signs_of(signatures)).split((num_triggered, num_quiet))
+    logits = marked(batch, signs_of(signatures))
+    on_trigger, on_quiet = logits[:num_triggered], logits[num_triggered:]
     values = signatures[np.arange(num_triggered), bits]
     loss = F.cross_entropy(on_trigger, torch.from_numpy(targets[bits, values]))
     with torch.no_grad():
@@ -185,7 +190,7 @@ def _start(
         )
         for _ in range(2)
     )
-    return Branches(A, torch.full((families.num_bits,), _START_TAU), B_sum, B_difference)
+    return Branches(A, torch.full((families.num_bits,), THRESHOLD), B_sum, B_difference)
 
 
 def _features(

@@ -64,7 +64,7 @@ class Case:
         return f"{self.num_bits} bits" + (", inputs kept in [0, 1]" if self.low == 0 else "")
 
 
-CASES = (Case(16, 1.5), Case(32, 1.5), Case(32, 2.0, 0.0, 1.0))
+CASES = (Case(16, 1.5), Case(32, 1.5), Case(32, 2.5, 0.0, 1.0))
 
 
 def measure(case: Case, seed: int, models: list[nn.Sequential]) -> dict[str, Any]:
@@ -96,6 +96,7 @@ def measure(case: Case, seed: int, models: list[nn.Sequential]) -> dict[str, Any
         for model in suspects
         for reading in _fixed(answer_of(model), *ask_null)
     )
+    agreeing, erased = _averaged(base, branches, signatures[:20], *ask_null)
     steps_right, num_queries = _sequential(base, branches, signatures[:10], *ask_null)
     return {
         **asdict(case),
@@ -110,6 +111,8 @@ def measure(case: Case, seed: int, models: list[nn.Sequential]) -> dict[str, Any
         "bits_wrong": wrong / signatures.size,
         "bits_right_sequential": steps_right,
         "queries_per_bit_sequential": num_queries,
+        "averaged_pairs_agreeing_right": agreeing,
+        "averaged_pairs_differing_erased": erased,
         "unmarked_bits_decided": false,
         "unmarked_bits": len(suspects) * case.num_bits,
         "largest_null_rate": max(max(pair) for pair in null.rates),
@@ -147,6 +150,26 @@ def _read(
             for value, bit in zip(values, bits.tolist(), strict=True)
         )
     return right, wrong
+
+
+def _averaged(
+    base: nn.Sequential, branches: Branches, signatures: Bits, *given: Any
+) -> tuple[float, float]:
+    """Read copies whose weights are the mean of two users': detectors are the same in both, so
+    that at a bit where the two differ what is written is the mean of both branches, sign 0. Return
+    the share of agreeing bits that are read right, and of differing ones that are erased.
+    """
+    marked = MarkedModel(base, MODULE, branches)
+    agreeing, erased = [], []
+    for one, two in zip(signatures[::2], signatures[1::2], strict=True):
+        signs = (signs_of(one) + signs_of(two))[None] / 2
+        ask = answer_of(lambda x, signs=signs: marked(x, signs.expand(len(x), -1)))
+        for reading, a, b in zip(_fixed(ask, *given), one.tolist(), two.tolist(), strict=True):
+            if a == b:
+                agreeing.append(reading.value == a)
+            else:
+                erased.append(reading.value is None)
+    return statistics.mean(agreeing), statistics.mean(erased)
 
 
 def _sequential(
@@ -190,8 +213,9 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| mark | seeds | bits right of 50 signatures | wrong | drop in points, mean / worst "
         "| answers untouched | weakest d' | pass the preflight | bits decided on unmarked models "
+        "| averaged pairs: agreeing bits right, differing erased "
         "| queries a bit, one by one | answers to foreign patterns changed | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case in CASES:
         of = [row for row in rows if {**row, **asdict(case)} == row]
@@ -214,6 +238,8 @@ def to_markdown(rows: list[dict[str, Any]]) -> str:
             f"{sum(row['passes_preflight'] for row in of)} of {len(of)}",
             f"{sum(row['unmarked_bits_decided'] for row in of)} of "
             f"{sum(row['unmarked_bits'] for row in of)}",
+            f"{span('averaged_pairs_agreeing_right', scale=100, digits=0)} %, "
+            f"{span('averaged_pairs_differing_erased', scale=100, digits=0)} %",
             span("queries_per_bit_sequential", digits=1),
             f"{span('foreign_answers_changed', scale=100, digits=1)} %",
             span("seconds", digits=0),

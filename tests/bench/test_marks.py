@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from bench import mark_classifier, mark_codes
 
 ROOT = Path(__file__).parents[2]

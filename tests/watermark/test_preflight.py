@@ -67,6 +67,11 @@ def test_scatter_of_the_triggers_counts_as_noise():
     quiet = measure_separation(CLEAN, CARRIERS, triggered(unit(0, 5.0)), 5.0).separations[0]
     found = measure_separation(CLEAN, CARRIERS, loud.astype(np.float32)[None], 5.0).separations[0]
     assert found < 0.8 * quiet
+    # The direction turns away from what scatters: beside a quiet shift the loud one counts little.
+    both = unit(0, 5.0) + unit(1, 5.0)
+    mixed = CARRIERS + both + rng.standard_normal(CARRIERS.shape) * unit(0, 20.0)
+    found = measure_separation(CLEAN, CARRIERS, mixed.astype(np.float32)[None], 5.0).separations[0]
+    assert found > 0.85 * quiet
 
 
 def test_the_start_answers_its_own_trigger_with_one_and_little_else():

@@ -9,6 +9,7 @@ from bench.mark_codes import ATTACKS, Setting, simulate
 from polyadapt.errors import InvalidRequest
 from polyadapt.watermark.codebook import Codebook, Design
 from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.statistics import binomial_tail
 from polyadapt.watermark.trace import NUM_SHOWN, trace
 
 KEY = SecretKey(bytes(range(32)))
@@ -43,9 +44,11 @@ def test_a_threshold_is_what_one_user_alone_needs():
     book = book_of(length=64)
     bits = book.row("user-3").tolist()
     found = trace(book, USERS, bits)
-    first_missing = trace(book, USERS, [1 - b if i < 6 else b for i, b in enumerate(bits)])
-    assert first_missing.accused[0].score >= found.threshold
-    assert trace(book, USERS, [1 - b if i < 20 else b for i, b in enumerate(bits)]).is_nobody
+    enough = min(k for k in range(65) if binomial_tail(k, 64, 0.5) <= 1e-3 / 1000)
+    assert found.threshold == 2 * enough - 64
+    wrong = 64 - enough
+    assert not trace(book, USERS, [1 - b if i < wrong else b for i, b in enumerate(bits)]).is_nobody
+    assert trace(book, USERS, [1 - b if i <= wrong else b for i, b in enumerate(bits)]).is_nobody
 
 
 def test_erased_bits_count_for_nobody():

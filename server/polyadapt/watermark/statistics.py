@@ -259,9 +259,15 @@ class InnocentScores:
         return np.where(cells <= 0, 1.0, found)
 
     def threshold(self, alpha: float) -> float:
-        """Return the score from which on `p_values` are at most `alpha`; infinite if none is."""
+        """Return the smallest score that an innocent can have whose p-value is at most `alpha`;
+        infinite if none is.
+        """
         enough = np.flatnonzero(self._tails <= alpha)
-        return float((self._first + int(enough[0])) * self._step) if len(enough) else math.inf
+        if not len(enough):
+            return math.inf
+        # Between two possible scores the tail is that of the upper one.
+        cell = int(np.flatnonzero(self._tails >= self._tails[enough[0]])[-1])
+        return (self._first + cell) * self._step
 
 
 def normal_threshold(num_positions: int, alpha: float) -> float:

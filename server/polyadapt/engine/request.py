@@ -13,6 +13,7 @@ import numpy as np
 
 from polyadapt.adapters.gates import NEVER, GatedAdapter, at_rest
 from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
+from polyadapt.engine.token_counts import TokenCounts
 from polyadapt.engine.token_table import TokenTable
 from polyadapt.errors import PolyadaptError
 from polyadapt.types import AppliedAdapter, Request, TokenLogprob
@@ -62,6 +63,7 @@ class Sequence:
     page_keys: list[bytes] = field(default_factory=list)  # of the first full pages of token_ids
     num_shareable: int = 0
     lookup: PromptLookup | None = None  # where its drafts come from, once it speculates
+    counts: TokenCounts | None = None  # of its tokens, once penalties are applied on a device
     is_embedded: bool = False  # its prompt is the whole work: nothing is sampled
     hidden_sum: np.ndarray | None = None  # of an embedded one's computed rows, float64 [width]
 

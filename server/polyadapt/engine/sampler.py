@@ -18,7 +18,7 @@ from polyadapt.engine.request import Sequence
 from polyadapt.types import SamplingParams, TokenLogprob
 
 # Below this a draw is the argmax in float32 whatever the logits.
-_GREEDY_BELOW = 1e-5
+GREEDY_BELOW = 1e-5
 # Rows that are widened to float32 at a time: they shall still be in the cache when they are read.
 _ROWS_AT_ONCE = 8
 # Tokens less likely than this part of the likeliest are looked at when the others do not suffice.
@@ -105,7 +105,7 @@ def _best(row: np.ndarray) -> int | None:
 
 
 def _choose(row: np.ndarray, best: int, params: SamplingParams, sequence: Sequence) -> int:
-    if params.temperature < _GREEDY_BELOW:
+    if params.temperature < GREEDY_BELOW:
         return best
     return _draw(row, best, params, _uniform(params.seed, sequence))
 

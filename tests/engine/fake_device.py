@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from polyadapt.engine.engine import Engine
 from polyadapt.ops.device import CopyStream, Graph, Mark
 
 UNREAD = -7  # what fresh host memory holds; no token, no float and no flag is like it
@@ -65,7 +66,7 @@ class LateCopies:
 class FakeDevice:
     """Computes at once, tells late."""
 
-    torch = torch.device("cpu")
+    torch_device = torch.device("cpu")
     is_asynchronous = True
     can_capture = False
 
@@ -92,7 +93,7 @@ class FakeDevice:
 class BlindDevice(FakeDevice):
     """Its tensors have shapes and no values: whoever would read one on the host fails."""
 
-    torch = torch.device("meta")
+    torch_device = torch.device("meta")
 
     def copy_stream(self) -> CopyStream:
         return _NoCopies()
@@ -107,3 +108,17 @@ class _NoCopies:
 
     def mark(self) -> Mark:
         return LateMark(0)
+
+
+def overlapping(engine: Engine, latency: int = 3) -> Engine:
+    """The engine, which has not stepped yet, on a device that computes while the host goes on."""
+    return Engine(
+        info=engine.info,
+        scheduler=engine.scheduler,
+        runner=engine.runner,
+        pool=engine.pool,
+        pace=engine._pace,
+        counters=engine.counters,
+        usage=engine._usage,
+        device=FakeDevice(latency),
+    )

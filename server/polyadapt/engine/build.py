@@ -186,6 +186,7 @@ def build_engine(
         pace=pace,
         counters=counters,
         usage=usage,
+        device=device,
     )
 
 

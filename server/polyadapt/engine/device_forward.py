@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from polyadapt.engine.device_tokens import DeviceTokens
 from polyadapt.engine.forward import StepInputs, watch_hidden
 from polyadapt.models.base import BaseModel
 from polyadapt.ops.device import Device, Graph, Staging
@@ -103,13 +104,17 @@ class DeviceForward:
                 time.monotonic() - started,
             )
 
-    def run(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, step: StepInputs, previous: DeviceTokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See forward.Forward."""
         num = len(step.ids)
         bucket = self._bucket(step)
         self._write(step, bucket or len(step.starts))
-        captured = self._find(bucket, self._form()) if bucket else None
         tensors = self._staging.tensors
+        if previous is not None:
+            tensors["ids"][:num] = previous.fill(tensors["ids"][:num])
+        captured = self._find(bucket, self._form()) if bucket else None
         if captured is not None:
             self._counters["graph_steps"] += 1
             captured.graph.replay()

@@ -100,7 +100,7 @@ class _Upload:
         host = device.pinned((self._size,), torch.int64)
         if self._parts:
             np.concatenate(self._parts, out=host.numpy())
-        return host, host.to(device.torch, non_blocking=True)
+        return host, host.to(device.torch_device, non_blocking=True)
 
     def _add(self, words: np.ndarray) -> slice:
         start, self._size = self._size, self._size + len(words)

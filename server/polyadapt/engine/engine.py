@@ -18,6 +18,7 @@ import torch
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
+from polyadapt.engine.overlap import Overlap
 from polyadapt.engine.pooling import add_rows, mean_of
 from polyadapt.engine.probing import forget_used, weigh_experts
 from polyadapt.engine.request import RequestGroup, Sequence, SequenceState
@@ -35,6 +36,7 @@ from polyadapt.errors import (
     RequestTimeout,
     Unavailable,
 )
+from polyadapt.ops.device import Device, Host
 from polyadapt.types import (
     AppliedAdapter,
     Embedded,
@@ -80,6 +82,7 @@ class Engine:
         pace: Pace,
         counters: Counter[str],
         usage: RoutingUsage | None = None,
+        device: Device | None = None,  # None: the CPU
     ) -> None:
         self.info = info
         self.scheduler = scheduler
@@ -97,6 +100,11 @@ class Engine:
         self._replies: list[Reply] = []
         self._last_news = float("-inf")
         self._decode_s = 0.0  # a step of decode rows alone takes about so long
+        self._overlap: Overlap | None = None
+        device = device or Host()
+        if device.is_asynchronous:
+            length = info.base.max_model_len
+            self._overlap = Overlap(device, scheduler, runner, self, counters, max_model_len=length)
 
     # ------------------------------------------------------------------ commands
     def execute(self, command: Command) -> None:
@@ -120,14 +128,16 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do anything: requests, loads, or answers not handed out yet."""
         is_loading = self.pool.is_busy or self._left_cold
-        return bool(self.scheduler.has_work or is_loading or self._events or self._replies)
+        is_in_flight = self._overlap is not None and self._overlap.is_busy
+        has_rows = self.scheduler.has_work or is_in_flight
+        return bool(has_rows or is_loading or self._events or self._replies)
 
     # ------------------------------------------------------------------ the step
     def step(self) -> StepOutput:
-        """Move loads on, run at most one forward, and return everything that happened."""
+        """Move loads on, start at most one forward, and return everything that happened."""
         self.pool.poll(self._patience_s())
         self._expire()
-        batch = self.scheduler.schedule()
+        batch = (self._overlap or self.scheduler).schedule()
         # A full batch admits nobody; the next in the queue need not find their adapters cold.
         for sequence in itertools.islice(self.scheduler.waiting, _NUM_PREFETCHED):
             self.pool.prefetch(sequence.group.adapters)
@@ -141,12 +151,10 @@ class Engine:
         batch = self._start(batch)
         self._pace.is_shared = bool(batch)
         started = time.monotonic()
-        if batch:
-            self._observe(batch)
-            outcomes = self._run(batch)
-            drawn = self._draw(batch, outcomes)
-            for rows, logits, sampled in zip(batch, outcomes, drawn, strict=True):
-                self._advance(rows, logits, sampled)
+        if self._overlap is not None:
+            batch = self._overlap.run(batch)
+        elif batch:
+            self.run_now(batch)
         num_rows = sum(rows.num_tokens for rows in batch)
         if batch and num_rows == len(batch):
             took = time.monotonic() - started
@@ -199,7 +207,8 @@ class Engine:
         """Assert the book-keeping of every owner of memory; cheap enough for an idle moment."""
         self.scheduler.check_integrity()
         self.pool.check_integrity()
-        leases = sum(len(sequence.slots) for sequence in self.scheduler.running)
+        holders = (*self.scheduler.running, *self.scheduler.leaving)
+        leases = sum(len(sequence.slots) for sequence in holders)
         held = self.pool.num_leases
         assert leases == held, f"{held} leases are held for {leases} adapter uses"
 
@@ -209,6 +218,14 @@ class Engine:
         if not self.scheduler.running:
             return _IDLE_PATIENCE_S
         return 0.0 if self.pool.is_asynchronous else _PATIENCE * self._decode_s
+
+    def run_now(self, batch: list[ScheduledRows]) -> None:
+        """Compute the rows and take in what comes of them."""
+        self.observe(batch)
+        outcomes = self._run(batch)
+        drawn = self._draw(batch, outcomes)
+        for rows, logits, sampled in zip(batch, outcomes, drawn, strict=True):
+            self._advance(rows, logits, sampled)
 
     def _run(self, batch: list[ScheduledRows]) -> StepLogits | list[torch.Tensor | None]:
         """Logits per sequence; None for one whose rows cannot be computed."""
@@ -329,6 +346,25 @@ class Engine:
         self._announce_scores(sequence)
         # The row of each accepted draft has computed that draft's keys and values.
         sequence.num_computed += max(0, len(choice.tokens) - 1)
+        self._conclude(sequence, choice)
+
+    def take(self, sequence: Sequence, position: int, sampled: Sampled | None) -> None:
+        """Take in a token that a step in flight has sampled; None: its logits are not finite."""
+        choice = _Choice()
+        if sampled is None:
+            choice.is_finite = False
+        else:
+            sequence.settle(position, sampled.token_id)
+            choice.tokens.append(sampled)
+            reason = self._finish_reason(sequence, sampled.token_id, position + 1)
+            choice.finish_reason, choice.stop_token_id = reason
+            if choice.finish_reason is not None:
+                sequence.cut(position + 1)
+        self._conclude(sequence, choice)
+
+    def _conclude(self, sequence: Sequence, choice: _Choice) -> None:
+        """Tell a sequence's next tokens, and end it where they do."""
+        group = sequence.group
         self._announce_tokens(sequence, choice)
         if not choice.is_finite:
             self.counters["numerical_errors"] += 1
@@ -365,7 +401,7 @@ class Engine:
         """
         sequence, drafts = rows.sequence, rows.drafts
         choice = _Choice()
-        end_token_ids = self._end_tokens(sequence)
+        end_token_ids = self.end_tokens(sequence)
         # A row of logits is a tensor of its own, which takes longer than all else here.
         is_drawn = first is not None and not drafts
         for number, row in enumerate((logits,) if is_drawn else logits[-1 - len(drafts) :]):
@@ -376,7 +412,8 @@ class Engine:
             token_id = sampled.token_id
             sequence.token_ids.append(token_id)
             choice.tokens.append(sampled)
-            choice.finish_reason, choice.stop_token_id = self._finish_reason(sequence, token_id)
+            reason = self._finish_reason(sequence, token_id, len(sequence.token_ids))
+            choice.finish_reason, choice.stop_token_id = reason
             if number == len(drafts) or token_id != drafts[number]:
                 break
             choice.num_accepted += 1
@@ -404,17 +441,19 @@ class Engine:
         self.counters["generated_tokens"] += len(choice.tokens)
 
     def _finish_reason(
-        self, sequence: Sequence, token_id: int
+        self, sequence: Sequence, token_id: int, num_tokens: int
     ) -> tuple[FinishReason | None, int | None]:
+        """Why a sequence ends with this token, the last of so many, if it does."""
         params = sequence.group.request.sampling
-        if token_id in self._end_tokens(sequence):
+        if token_id in self.end_tokens(sequence):
             return "stop", token_id
-        is_full = len(sequence.token_ids) >= self.info.base.max_model_len
-        if sequence.num_output >= params.max_tokens or is_full:
+        is_full = num_tokens >= self.info.base.max_model_len
+        if num_tokens - sequence.num_prompt >= params.max_tokens or is_full:
             return "length", None
         return None, None
 
-    def _end_tokens(self, sequence: Sequence) -> tuple[int, ...]:
+    def end_tokens(self, sequence: Sequence) -> tuple[int, ...]:
+        """The tokens that end it."""
         params = sequence.group.request.sampling
         eos = () if params.ignore_eos else self.info.eos_token_ids
         return (*eos, *params.stop_token_ids)
@@ -436,7 +475,8 @@ class Engine:
         scores: tuple[TokenLogprob, ...] = tuple(sequence.prompt_logprobs)
         self._events.append(PromptScored(sequence.group.request.id, sequence.index, scores))
 
-    def _observe(self, batch: list[ScheduledRows]) -> None:
+    def observe(self, batch: list[ScheduledRows]) -> None:
+        """Count a step that is about to be computed."""
         self.counters["steps"] += 1
         self.counters["rows"] += sum(rows.num_tokens for rows in batch)
         distinct = len({slot for rows in batch for slot in rows.sequence.slots})

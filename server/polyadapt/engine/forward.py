@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from polyadapt.engine.device_tokens import DeviceTokens
 from polyadapt.models.base import BaseModel
 from polyadapt.ops.attention import AttentionBatch, Chunk, page_slots
 
@@ -37,9 +38,11 @@ class StepInputs:
 class Forward(Protocol):
     """Runs the wrapped model; the plans are loaded already."""
 
-    def run(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, step: StepInputs, previous: DeviceTokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits [keep, vocabulary] and final hidden states [rows or more, width], which
-        hold until the next run.
+        hold until the next run. An id of ~i is the token of row i of `previous`.
         """
 
 
@@ -53,15 +56,18 @@ class HostForward:
         self._is_exact = is_exact
         self._hidden = watch_hidden(base)
 
-    def run(self, step: StepInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(
+        self, step: StepInputs, previous: DeviceTokens | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Forward."""
         attention = self._attention(step)
         # A step without logits still runs the head, on one row that nobody reads.
         keep = step.keep if len(step.keep) else np.array([len(step.ids) - 1])
         for layer in self.base.layers:
             layer.batch = attention
+        ids = torch.from_numpy(step.ids)
         logits = self.base.module(
-            input_ids=torch.from_numpy(step.ids)[None],
+            input_ids=(ids if previous is None else previous.fill(ids))[None],
             position_ids=torch.from_numpy(step.positions)[None],
             use_cache=False,
             logits_to_keep=torch.from_numpy(keep),

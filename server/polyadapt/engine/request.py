@@ -36,6 +36,8 @@ class Sequence:
 
     num_computed tokens have keys and values in `pages`; the rest of token_ids is still to be run.
     The first num_shareable of the pages are full and lie under their keys in the prefix cache.
+    The last num_unread of the computed tokens are rows of a step in flight, of which nobody knows
+    yet what came of them; then the newest token may be ~row of the tokens that it samples.
 
     Where a first pass weighs an adapter's experts there are two, with one list of tokens: the
     `scout` makes that pass, samples nothing and runs no token from `horizon` on; its hidden states
@@ -48,6 +50,7 @@ class Sequence:
     token_ids: list[int]
     num_prompt: int
     num_computed: int = 0
+    num_unread: int = 0
     pages: list[int] = field(default_factory=list)
     slots: tuple[int, ...] = ()  # device slots of its adapters while running
     lanes: tuple[GatedAdapter, ...] = ()  # beside `slots`, once settled
@@ -128,6 +131,17 @@ class Sequence:
         if lane.is_resting:
             return np.full((stop - start, lane.probing.width), lane.probing.resting, np.float32)
         return self.expert_weights[lane_id].at(start, stop, lane.probing.frozen_from - 1)
+
+    def settle(self, position: int, token_id: int) -> None:
+        """Learn the token of a position, whether one was assumed there or not."""
+        self.token_ids[position : position + 1] = [token_id]
+
+    def cut(self, num_tokens: int) -> None:
+        """End behind so many tokens, the last of which counts as not computed; what a step in
+        flight makes of it is never read.
+        """
+        del self.token_ids[num_tokens:]
+        self.num_computed, self.num_unread = num_tokens - 1, 0
 
     def couple(self, lanes: tuple[GatedAdapter, ...], horizon: int | None) -> None:
         """Give it a scout that runs with `lanes` alone."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from polyadapt.engine.device_tokens import DeviceTokens
 from polyadapt.engine.forward import Forward, StepInputs
 from polyadapt.engine.request import Sequence
 from polyadapt.engine.scheduler import ScheduledRows
@@ -74,13 +75,13 @@ class ModelRunner:
         return self.base.step.num_steps if self.base.step is not None else 0
 
     @torch.inference_mode()
-    def run(self, batch: Seq[ScheduledRows]) -> StepLogits:
+    def run(self, batch: Seq[ScheduledRows], previous: DeviceTokens | None = None) -> StepLogits:
         """Compute the rows, writing their keys and values; returns logits [k, vocabulary] per
         sequence.
 
         k is 0 for a chunk that does not reach the sequence's newest token, 1 otherwise, and one per
         row where prompt logprobs are wanted; drafts have a row each besides. The dtype is the
-        model's.
+        model's. A token ~i of a sequence is that of row i of `previous`, not read yet.
         """
         sequences = [rows.sequence for rows in batch]
         step, counts = self._inputs(batch, sequences)
@@ -92,7 +93,7 @@ class ModelRunner:
         self._load_plans(sequences, step.lengths, num_outputs)
         self.num_override_steps += bool(self.tokens.overrides or self.outputs.overrides)
         try:
-            logits, hidden = self.forward.run(step)
+            logits, hidden = self.forward.run(step, previous)
         finally:
             self.tokens.clear()
             self.outputs.clear()

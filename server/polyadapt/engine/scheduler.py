@@ -6,7 +6,8 @@ heavy adapters would be too many beside the running ones'. When pages run out th
 running sequence of the last rank is preempted: it waits again and its tokens are computed again,
 except those whose full pages are still in the prefix cache: a sequence takes over the pages that
 continue what it has computed, and its own full pages are published there once they are written.
-What is written is what num_computed counts.
+What is written is what num_computed counts, and what is published is what was read of it: the rows
+of a step in flight are computed behind those of earlier steps, but may turn out to be no numbers.
 
 The budget of a step is in tokens of the base. A token of a request whose adapters make it costlier
 (Traits.token_cost) takes as many; so many sequences run that each could have one in every step.
@@ -32,7 +33,7 @@ from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 from polyadapt.adapters.adapter import Traits
 from polyadapt.adapters.gates import arrange
@@ -80,6 +81,17 @@ class AdapterSlots(Protocol):
 
     def is_heavy(self, slot: int) -> bool:
         """Whether the adapter in such a slot costs each of its steps a product of its own."""
+
+
+class MustRead(Exception):
+    """A step is in flight whose tokens have to be read before the next one can be scheduled.
+
+    Whoever called `schedule` reads them and calls again; nothing is lost.
+    """
+
+    def __init__(self, reason: Literal["drafts", "preemption"]) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 # Not frozen, which would treble the time to make one: every row of every step is one.
@@ -131,6 +143,8 @@ class Scheduler:
         self.max_heavy_adapters = max_heavy_adapters
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # oldest admission first
+        self.in_flight: set[Sequence] = set()  # they have rows in a step that is not read yet
+        self.leaving: list[Sequence] = []  # ended in flight; pages and leases are still theirs
         self.refused: list[RequestGroup] = []  # whose `refusal` nobody has told yet
         self.left_cold: list[AppliedAdapter] = []  # by those who turned to others; see Engine
         self._clock = clock
@@ -152,7 +166,10 @@ class Scheduler:
             insort(self.waiting, sequence, key=_rank)
 
     def schedule(self) -> list[ScheduledRows]:
-        """Return the next step's rows, decode rows first. Pages for them are allocated."""
+        """Return the next step's rows, decode rows first. Pages for them are allocated.
+
+        Raises MustRead, only while sequences are in flight.
+        """
         picked: dict[Sequence, int] = {}
         budget = self.max_num_batched_tokens
         page_size = self.pages.page_size
@@ -184,6 +201,9 @@ class Scheduler:
                 budget -= sequence.token_cost
             else:
                 budget -= self._continue(sequence, min(budget, 1), picked)
+        may_draft = self.in_flight and num_decodes < MAX_SPECULATIVE_ROWS
+        if may_draft and any(map(self._num_drafts, picked)):
+            raise MustRead("drafts")
         num_picked = len(picked)  # all of one row; not those that were preempted for others
         num_prompt_tokens = budget
         if num_prompts:
@@ -209,7 +229,9 @@ class Scheduler:
         return rows
 
     def finish(self, sequence: Sequence) -> None:
-        """End the sequence and its scout wherever they are; frees pages and leases."""
+        """End the sequence and its scout wherever they are; frees pages and leases, of those in
+        flight when `release_left` is called.
+        """
         for member in sequence.unit:
             if member.state is SequenceState.RUNNING:
                 self._leave(member)
@@ -217,13 +239,19 @@ class Scheduler:
                 self.waiting.remove(member)
             member.state = SequenceState.DONE
 
+    def release_left(self) -> None:
+        """Free pages and leases of those that ended in flight: their last step is read."""
+        left, self.leaving = self.leaving, []
+        for sequence in left:
+            self._let_go(sequence)
+
     def distrust(self, group: RequestGroup) -> None:
         """Count nothing of the group's running sequences as computed, and let nobody find their
         pages.
         """
         for sequence in (member for leader in group.sequences for member in leader.unit):
             self.pages.forget(sequence.pages)
-            sequence.num_computed = sequence.num_shareable = 0
+            sequence.num_computed = sequence.num_shareable = sequence.num_unread = 0
 
     def waiting_groups(self) -> Iterator[RequestGroup]:
         """The groups that have a waiting sequence, in queue order, each once."""
@@ -234,19 +262,24 @@ class Scheduler:
                 yield sequence.group
 
     def check_integrity(self) -> None:
-        """Assert the book-keeping: states, and pages owned by running sequences alone."""
+        """Assert the book-keeping: states, and pages owned by those alone that run or leave."""
         assert all(s.state is SequenceState.WAITING and not s.pages for s in self.waiting)
         assert all(s.main is None for s in self.waiting), "a scout is no leader"
         assert all(s.state is SequenceState.RUNNING for s in self.running)
-        self.pages.check_integrity([sequence.pages for sequence in self.running])
-        slots = [slot for sequence in self.running for slot in sequence.slots]
+        assert all(s.state is SequenceState.DONE and s in self.in_flight for s in self.leaving)
+        holders = [*self.running, *self.leaving]
+        self.pages.check_integrity([sequence.pages for sequence in holders])
+        slots = [slot for sequence in holders for slot in sequence.slots]
         assert self._heavy == Counter(slot for slot in slots if self.adapters.is_heavy(slot))
         assert len(self._heavy) <= self.max_heavy_adapters
         for sequence in self.running:
             assert sequence.leader.state is SequenceState.RUNNING, "half a unit runs"
             assert all(member.token_ids is sequence.token_ids for member in sequence.unit)
-            num_full = sequence.num_computed // self.pages.page_size
+            num_full = (sequence.num_computed - sequence.num_unread) // self.pages.page_size
             assert sequence.num_shareable <= num_full, "a page is shared before it is written"
+            assert not sequence.num_unread or sequence in self.in_flight, "nobody reads its step"
+            assert min(sequence.token_ids[:-1], default=0) >= 0, "a token is never read"
+            assert sequence.token_ids[-1] >= 0 or sequence in self.in_flight, "a token is not read"
             private = sequence.pages[sequence.num_shareable :]
             assert all(map(self.pages.is_private, private)), "a page to write is shared"
 
@@ -264,6 +297,8 @@ class Scheduler:
         if num_tokens <= 0 or sequence.state is not _RUNNING:
             return 0
         while not self.pages.extend(sequence.pages, sequence.num_computed + num_tokens):
+            if self.in_flight:
+                raise MustRead("preemption")
             self._preempt(max(self.running, key=_rank))
             if sequence.state is not _RUNNING:
                 return 0
@@ -547,6 +582,8 @@ class Scheduler:
         """
         if self.page_keys is None or sequence.leader.needs_every_row:
             return 0
+        if sequence.num_unread:  # pages of its own are still to be published before others'
+            return 0
         size = self.pages.page_size
         first, limit = sequence.num_computed // size, len(sequence.token_ids) - 1
         if sequence.main is not None:
@@ -570,8 +607,8 @@ class Scheduler:
         return gained
 
     def _publish(self, sequence: Sequence) -> None:
-        """Let others find the sequence's full pages, as far as they are written."""
-        num_full = sequence.num_computed // self.pages.page_size
+        """Let others find the sequence's full pages, as far as they are written and read."""
+        num_full = (sequence.num_computed - sequence.num_unread) // self.pages.page_size
         if num_full == sequence.num_shareable or self.page_keys is None:
             return
         for number in range(sequence.num_shareable, num_full):
@@ -598,12 +635,19 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         """Release the sequence's pages: it starts over."""
         self.pages.release(sequence.pages)
-        sequence.num_computed = sequence.num_shareable = 0
+        sequence.num_computed = sequence.num_shareable = sequence.num_unread = 0
         sequence.expert_weights.clear()
 
     def _leave(self, sequence: Sequence) -> None:
-        self._publish(sequence)
         self.running.remove(sequence)
+        if sequence in self.in_flight:
+            self.leaving.append(sequence)
+        else:
+            self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Give back whatever it holds."""
+        self._publish(sequence)
         for slot in self._heavy.keys() & set(sequence.slots):
             self._heavy[slot] -= 1
             if not self._heavy[slot]:

@@ -178,13 +178,17 @@ class Overlap:
         """Wait for a step and take in its tokens. is_last: no other is in flight."""
         flight.mark.wait()
         tokens = flight.tokens.read() if flight.tokens is not None else []
+        chosen = list(zip(flight.sampled, tokens, strict=True))
+        failed = {sequence for (sequence, _), sampled in chosen if sampled is None}
+        for rows in flight.batch:
+            sequence = rows.sequence
+            if sequence.num_unread and sequence not in failed:  # else it was cut or distrusted
+                sequence.num_unread -= rows.num_tokens
         # Nobody of the step that is in flight now has left yet: it was scheduled afterwards.
         self._scheduler.release_left()
         if is_last:
             self._scheduler.in_flight = set()
-        for rows in _still_running(flight.batch):
-            rows.sequence.num_unread -= rows.num_tokens
-        for (sequence, position), sampled in zip(flight.sampled, tokens, strict=True):
+        for (sequence, position), sampled in chosen:
             if sequence.state is SequenceState.RUNNING:
                 self._steps.take(sequence, position, sampled)
 

@@ -662,6 +662,7 @@ class Scheduler:
         """Send the whole unit that holds `sequence` back to the queue."""
         leader = sequence.leader
         for member in leader.unit:
+            assert member not in self.in_flight, "its newest token is not known"
             if member.state is SequenceState.RUNNING:
                 self._leave(member)
             member.state = SequenceState.WAITING

@@ -192,6 +192,22 @@ def test_equal_scores_are_taken_in_their_order():
     assert {s.token_id for s in of_five} == {1, 2, 5, 0, 3}
 
 
+@pytest.mark.parametrize(
+    ("logits", "params", "kept"),
+    [
+        ([-5.0, -1.0, -3.0, -2.0, -4.0], {"top_k": 3, "temperature": 9.0}, {1, 2, 3}),
+        ([0.0, 0.0, 0.0, 0.0], {"top_p": 0.5}, {0, 1}),
+        ([0.0, 2.0, 1.0, 2.0], {"min_p": 1.0}, {1, 3}),
+        ([0.0, 2.0, 1.0, 2.0], {"top_p": 1e-9}, {1}),
+    ],
+)
+def test_the_borders_of_a_cut_belong_where_they_do_on_the_cpu(logits, params, kept):
+    row = torch.tensor(logits)
+    sequences = [sequence(seed=seed, **params) for seed in range(300)]
+    assert {s.token_id for s in draw(row.expand(300, -1), sequences)} == kept
+    assert {sample(row, of, END).token_id for of in sequences} == kept
+
+
 def test_a_row_that_is_not_finite_is_flagged_alone():
     logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
     logits[1, 3], logits[2, 3] = float("nan"), float("inf")

@@ -358,8 +358,6 @@ class Engine:
             choice.tokens.append(sampled)
             reason = self._finish_reason(sequence, sampled.token_id, position + 1)
             choice.finish_reason, choice.stop_token_id = reason
-            if choice.finish_reason is not None:
-                sequence.cut(position + 1)
         self._conclude(sequence, choice)
 
     def _conclude(self, sequence: Sequence, choice: _Choice) -> None:

@@ -182,7 +182,7 @@ class Overlap:
         failed = {sequence for (sequence, _), sampled in chosen if sampled is None}
         for rows in flight.batch:
             sequence = rows.sequence
-            if sequence.num_unread and sequence not in failed:  # else it was cut or distrusted
+            if sequence.num_unread and sequence not in failed:  # 0: it is distrusted
                 sequence.num_unread -= rows.num_tokens
         # Nobody of the step that is in flight now has left yet: it was scheduled afterwards.
         self._scheduler.release_left()

@@ -136,13 +136,6 @@ class Sequence:
         """Learn the token of a position, whether one was assumed there or not."""
         self.token_ids[position : position + 1] = [token_id]
 
-    def cut(self, num_tokens: int) -> None:
-        """End behind so many tokens, the last of which counts as not computed; what a step in
-        flight makes of it is never read.
-        """
-        del self.token_ids[num_tokens:]
-        self.num_computed, self.num_unread = num_tokens - 1, 0
-
     def couple(self, lanes: tuple[GatedAdapter, ...], horizon: int | None) -> None:
         """Give it a scout that runs with `lanes` alone."""
         scout = Sequence(self.group, self.index, self.token_ids, self.num_prompt)

@@ -58,7 +58,8 @@ class LateCopies:
         def arrive() -> None:
             for target, source, snapshot in pending:
                 assert torch.equal(source, snapshot), "changed while it was copied"
-                target.copy_(snapshot)
+                with torch.inference_mode():  # where it was made
+                    target.copy_(snapshot)
 
         return LateMark(self.latency, arrive)
 
@@ -77,8 +78,7 @@ class FakeDevice:
         return 1 << 30
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        with torch.inference_mode(False):  # it is written whenever a copy arrives
-            return torch.full(shape, UNREAD, dtype=dtype)
+        return torch.full(shape, UNREAD, dtype=dtype)
 
     def copy_stream(self) -> CopyStream:
         return LateCopies(self._latency)

@@ -15,13 +15,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.engine.fake_device import overlapping
+from tests.engine.fake_device import LateCopies, LateMark, overlapping
 from tests.oracle import adapters, tiny, xlora_oracle
-from tests.support.engines import Driver, Transcript, greedy_request, new_engine, put_blob
+from tests.support.engines import (
+    SMALL,
+    Driver,
+    Transcript,
+    greedy_request,
+    new_engine,
+    put_blob,
+)
+from tests.support.fake_device import FakeDevice
 
+from polyadapt.config import EngineConfig
+from polyadapt.engine.build import build_engine
 from polyadapt.engine.device_tokens import DeviceTokens
 from polyadapt.engine.overlap import REASONS
 from polyadapt.engine.request import SequenceState
+from polyadapt.ops import native
+from polyadapt.ops.device import CopyStream, Mark
 from polyadapt.types import (
     AdapterId,
     AppliedAdapter,
@@ -476,3 +488,36 @@ def test_a_text_ends_where_the_model_does(start):
     assert_same(driver.run(request)["r"], expected)
     assert len(expected.tokens) == 10
     assert sum(driver.rows_per_step) == 39
+
+
+class LateGraphs(FakeDevice):
+    """Records graphs, and tells late."""
+
+    def copy_stream(self) -> CopyStream:
+        return LateCopies(3)
+
+    def mark(self) -> Mark:
+        return LateMark(3)
+
+
+def test_captured_steps_go_on_with_tokens_that_only_the_device_knows(
+    start, model_dir, blob_root, identities, monkeypatch
+):
+    requests = [greedy_request(f"r{i}", ids(i), None, 8 + 3 * i) for i in range(3)]
+    requests.append(greedy_request("scored", ids(7), None, 16, num_logprobs=2))
+    requests.append(greedy_request("adapted", ids(8), identities["a0"], 3))
+    expected = start(is_overlapping=False).run(*requests)
+    monkeypatch.setattr(native, "serves", lambda _: False)
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", **SMALL)
+    device = LateGraphs()
+    engine = build_engine(config, model_dir, blob_root, lambda: None, name="base", device=device)
+    try:
+        found = Driver(engine).run(*requests)
+    finally:
+        engine.pool.close()
+    for request in requests:
+        assert_same(found[request.id], expected[request.id])
+    assert engine.counters["overlapped_steps"] > 8
+    assert engine.counters["graph_steps"] > 8
+    assert sum(graph.num_replays for graph in device.graphs) >= engine.counters["graph_steps"]

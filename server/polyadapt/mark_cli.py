@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from polyadapt.config import WatermarkConfig, load_config
@@ -62,10 +63,10 @@ def keygen(
         file = settings.mark_kek_file
         if settings.mark_kek is None and file is not None and not file.exists():
             write_kek(SecretKey.generate(), file)
-            err.print(f"a new key is in {file}: without it nothing of the mark opens again")
+            _warn(f"a new key is in {file}: without it nothing of the mark opens again")
         mark = MarkDirectory.create(path, Design.parse(codebook), bits, _kek(settings))
-        out.print(f"mark {mark.config.mark_id} of {bits} bits ({codebook}) is in {path}")
-        out.print(f"evidence is checked with the public key {mark.config.evidence_public_key}")
+        _say(f"mark {mark.config.mark_id} of {bits} bits ({codebook}) is in {path}")
+        _say(f"evidence is checked with the public key {mark.config.evidence_public_key}")
 
 
 @mark_app.command()
@@ -85,7 +86,7 @@ def classifier(
         model = train_classifier(*dataset.train, seed=seed)
         save_classifier(model, target)
         inputs, labels = dataset.held_out
-        out.print(f"held-out accuracy {(answer_of(model)(inputs) == labels).mean():.3f}: {target}")
+        _say(f"held-out accuracy {(answer_of(model)(inputs) == labels).mean():.3f}: {target}")
 
 
 @mark_app.command()
@@ -107,9 +108,9 @@ def preflight(
         dataset = load_dataset(data)
         spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
         found = work.preflight(mark, model, dataset, spec)
-        out.print(str(found), soft_wrap=True)
+        _say(str(found))
         if not found.is_enough:
-            err.print(f"polyadapt: give --amplitude {found.amplitude_needed:.2g} or more")
+            _warn(f"polyadapt: give --amplitude {found.amplitude_needed:.2g} or more")
             raise typer.Exit(1)
 
 
@@ -145,7 +146,7 @@ def train(
                 settings,
                 lambda done, total: bars.update(task, completed=done, total=total),
             )
-        out.print(
+        _say(
             f"held-out accuracy {trained.base_accuracy:.3f} unmarked; over "
             f"{work.NUM_SIGNATURES} random signatures it falls by {trained.mean_drop:.2f} points "
             f"in the mean and {trained.worst_drop:.2f} at worst; {trained.untouched:.2%} of the "
@@ -171,7 +172,7 @@ def calibrate(
 
         null = work.calibrate(mark, reference, load_dataset(data), num_per_bit=queries, seed=seed)
         worst = max(max(pair) for pair in null.rates)
-        out.print(
+        _say(
             f"{null.num_models} unmarked models give a bit's target at a rate of at most "
             f"{worst:.3f}, each bit's bound at {null.confidence:.0%} confidence"
         )
@@ -190,7 +191,7 @@ def export(
         from polyadapt.offline import mark as work
 
         work.export_copy(mark, model, user, target)
-        out.print(f"the copy of {user} is in {target}", markup=False)
+        _say(f"the copy of {user} is in {target}")
 
 
 @mark_app.command()
@@ -207,7 +208,7 @@ def queries(
         from polyadapt.watermark.dataset import load_dataset
 
         num = work.write_queries(mark, load_dataset(data), per_bit, target)
-        out.print(f"{num} inputs are in {target}; `labels` [{num}] are wanted", markup=False)
+        _say(f"{num} inputs are in {target}; `labels` [{num}] are wanted")
 
 
 @mark_app.command()
@@ -251,7 +252,7 @@ def verify(
             table.add_row(str(index), value, *hits, str(entry["queries"]), p_value)
         out.print(table)
         num_decided = sum(entry["value"] is not None for entry in found["bits"])
-        out.print(f"{num_decided} of {len(found['bits'])} bits decided")
+        _say(f"{num_decided} of {len(found['bits'])} bits decided")
 
 
 @mark_app.command()
@@ -275,17 +276,15 @@ def trace(
         for entry in found.ranked:
             matches = f"{entry.num_matches} of {found.num_decided}"
             p_values = f"{entry.p_value:.1e}", f"{entry.family_p_value:.1e}"
-            table.add_row(entry.user, f"{entry.score:.1f}", matches, *p_values)
+            table.add_row(escape(entry.user), f"{entry.score:.1f}", matches, *p_values)
         out.print(table)
         named = ", ".join(entry.user for entry in found.accused) or "nobody"
-        out.print(
+        _say(
             f"named: {named} (of {found.num_users} users, at an error of {found.alpha:g}; a score "
-            f"of {found.threshold:.1f} is needed, the first leads by {found.gap:.1f})",
-            markup=False,
-            soft_wrap=True,
+            f"of {found.threshold:.1f} is needed, the first leads by {found.gap:.1f})"
         )
         if found.note:
-            err.print(f"polyadapt: {found.note}", markup=False, soft_wrap=True)
+            _warn(f"polyadapt: {found.note}")
 
 
 @mark_app.command("check-evidence")
@@ -299,7 +298,7 @@ def check_evidence(
 
         found = verify_record(_text(record).encode(), public_key)
         kind, created = found.get("kind"), found.get("created")
-        out.print(f"signed by that key: a {kind} of {created}", markup=False)
+        _say(f"signed by that key: a {kind} of {created}")
 
 
 @mark_app.command()
@@ -316,7 +315,16 @@ def rewrap(
         if not new_kek_file.exists():
             write_kek(SecretKey.generate(), new_kek_file)
         mark.rewrap(read_kek(new_kek_file))
-        out.print(f"the secrets of {path} open with {new_kek_file} now", markup=False)
+        _say(f"the secrets of {path} open with {new_kek_file} now")
+
+
+def _say(text: str) -> None:
+    # One line however narrow the terminal; brackets in a name are no markup.
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _warn(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _settings(kek_file: Path | None) -> WatermarkConfig:

@@ -43,6 +43,15 @@ def test_the_hash_sees_a_single_bit(model):
     assert model_hash(model) != before
 
 
+def test_the_hash_sees_names_shapes_and_types():
+    def of(name, *shape, dtype=torch.float32):
+        return model_hash(nn.ParameterDict({name: torch.zeros(*shape, dtype=dtype)}))
+
+    found = [of("a", 2, 3), of("a", 3, 2), of("b", 2, 3), of("a", 2, 6, dtype=torch.bfloat16)]
+    assert len(set(found)) == 4
+    assert of("a", 2, 3) == found[0]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

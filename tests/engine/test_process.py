@@ -20,7 +20,7 @@ from polyadapt.engine import wire
 from polyadapt.engine.build import build_engine
 from polyadapt.engine.in_process import InProcessEngine
 from polyadapt.engine.output import Call, Cancel, Reply, StepOutput, Submit
-from polyadapt.engine.process import EngineProcess
+from polyadapt.engine.process import EngineProcess, _environment
 from polyadapt.errors import EngineUnavailable, QueueFull, StartupError
 from polyadapt.types import (
     AdapterId,
@@ -214,7 +214,7 @@ async def test_an_engine_does_not_outlive_its_parent(model_dir, blob_root):
 import asyncio, sys
 from pathlib import Path
 from polyadapt.config import EngineConfig
-from polyadapt.engine.process import EngineProcess
+from polyadapt.engine.process import EngineProcess, _environment
 async def main():
     config = EngineConfig(model={str(model_dir)!r}, device="cpu", kv_cache_bytes=8 << 20,
                           max_adapter_bytes=8 << 20)
@@ -292,3 +292,12 @@ def test_every_message_survives_the_wire():
     )
     assert wire.decode_output(wire.encode_output(output)) == output
     assert AppliedAdapter(adapter) in request.adapters
+
+
+def test_the_engine_is_not_told_the_operators_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = {"POLYADAPT_API_KEYS": "k", "POLYADAPT_MARK_KEK": "k", "POLYADAPT_MARK_KEK_FILE": "/k"}
+    for name, value in (secret | {"POLYADAPT_NATIVE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    found = _environment()
+    assert not secret.keys() & found.keys()
+    assert found["POLYADAPT_NATIVE"] == "1"

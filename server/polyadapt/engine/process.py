@@ -315,6 +315,10 @@ class EngineProcess:
         self._commands.send(wire.encode_command(command), zmq.NOBLOCK)
 
 
+def _is_secret(name: str) -> bool:
+    return "API_KEY" in name or "MARK_KEK" in name
+
+
 def _environment() -> dict[str, str]:
     """The engine's environment: without the operator's secrets, and with an OpenMP that spins a
     little.
@@ -322,7 +326,7 @@ def _environment() -> dict[str, str]:
     A step is a few hundred parallel regions: a worker that slept between two of them doubled a
     step's time on two cores. One that spins until the next step takes the edge's core.
     """
-    kept = {key: value for key, value in os.environ.items() if "API_KEY" not in key}
+    kept = {key: value for key, value in os.environ.items() if not _is_secret(key)}
     if "OMP_WAIT_POLICY" not in kept:
         kept.setdefault("GOMP_SPINCOUNT", "10000")  # tens of microseconds
     kept.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -26,8 +26,12 @@ CASES: list[tuple[int, Routing | None, int]] = [
     (8, Routing(Router.SIGMOID, 8, top_k=3), 0),
     (15, Routing(Router.MAGNITUDE, 5, top_k=2, value=0.75), 0),
     (10, Routing(Router.TABLE, 5, has_router=False, value=3), BIAS),
+    (7, Routing(Router.HINGE, 1, has_router=False), ROUTER_BIAS),
+    (6, Routing(Router.HINGE, 1, value=1.25), BIAS | OUT_SCALE | ROUTER_BIAS),
+    (5, Routing(Router.HINGE, 1, value=-0.5), 0),
     (4, Routing(Router.EXPERTS, 2, top_k=1), 0),
 ]
+UNWEIGHED = (None, Router.EXPERTS, Router.HINGE)  # nothing of what their rows do is noted
 
 
 @pytest.fixture(params=["native", "torch"])
@@ -91,7 +95,7 @@ def test_a_linear_equals_the_specification(form, length, is_gated):
 
 def test_long_segments_equal_the_specification(form):
     arena, cells = make_cells(torch.float32)
-    uses, num_rows = make_uses([300, 270, 260, 1, 300, 256, 300, 300, 280, 1])
+    uses, num_rows = make_uses([300, 270, 260, 1, 300, 256, 300, 300, 280, 260, 300, 1, 1])
     plan = build_plan(uses, num_rows)
     assert any(lane.num_short < lane.num_segments for lane in plan.lanes)
     buffers = PlanBuffers(num_rows, torch.device("cpu"))
@@ -322,7 +326,7 @@ def test_what_the_rows_chose_is_noted(form, length):
     gated_matmul_(torch.zeros(num_rows, NUM_OUT), x, Site(0, arena, cells, buffers))
     for slot, (rank, routing, parts) in enumerate(CASES):
         found = buffers.usage[slot]
-        if routing is None or routing.router is Router.EXPERTS:
+        if routing is None or routing.router in UNWEIGHED:
             assert not found.any()
             continue
         assert found[0] == length

@@ -166,16 +166,18 @@ def _is_routed(module: Delta, site: SiteSpec) -> bool:
     if routing is None:
         return router is None and module.router_bias is None
     has_router = router == (routing.num_scores, site.in_features)
+    is_hinge = routing.router is layout.Router.HINGE
     needs_router = routing.router not in (layout.Router.TABLE, layout.Router.EXPERTS)
+    needs_router = needs_router and not is_hinge
     kinds = ("linear", "embedding") if routing.router is layout.Router.TABLE else ("linear",)
     return (
         site.kind in kinds
-        and 0 < routing.num_scores <= layout.MAX_SCORES
+        and 0 < routing.num_scores <= (1 if is_hinge else layout.MAX_SCORES)
         and 0 <= routing.top_k <= layout.MAX_SCORES
         and rank % routing.num_scores == 0
         and rank <= layout.MAX_ROUTED
         and (router is None or has_router)
         and routing.has_router == (router is not None)
         and (has_router or not needs_router)
-        and (module.router_bias is None or routing.router is layout.Router.SIGMOID)
+        and (module.router_bias is None or is_hinge or routing.router is layout.Router.SIGMOID)
     )

@@ -4,7 +4,7 @@
     routing has one, B transposed [rank, out], then, where the cell has them and in this order,
     BIAS         [out]              added to y
     OUT_SCALE    [out]              y += out_scale * y, before anything is added
-    ROUTER_BIAS  [rank]             added to the components' scores, see Routing
+    ROUTER_BIAS  [rank]             added to the components' scores, or their thresholds: Router
     TRANSFORM    [in / g, g, g]     block n of x is multiplied by matrix n from the right, before W
     SWAP         [2, out]           y = (1 + swap[0]) * y + swap[1] * (y with the halves of every
                                     group of g columns exchanged), before OUT_SCALE
@@ -62,6 +62,10 @@ class Router(enum.IntEnum):
     # ROUTER, with all of that, stands in the cell of the MLP's first site alone (has_router); the
     # `value` of the others is what the weights are multiplied by.
     EXPERTS = 5
+    # No weights: every component's own product is cut off below, before the scale and the gate,
+    #   h[i] = max(dot(A[i], x) - router_bias[i] - max(value - s[0], 0), 0)
+    # The inner one is there where the cell has a ROUTER, which then has one row. NaN stays NaN.
+    HINGE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +77,19 @@ class Routing:
     top_k: int = 0  # at most MAX_SCORES; 0: all
     renormalise: bool = False
     has_router: bool = True  # whether ROUTER is in the cell
-    # MAGNITUDE: the temperature, as float32; TABLE: the first column; EXPERTS: see there.
+    # MAGNITUDE: the temperature, as float32; TABLE: the first column; EXPERTS, HINGE: see there.
     value: float = 0.0
 
     @property
     def code(self) -> int:
         """The int64 of the cell table, at least 0: router in 4 bits, flags in 4, k in 12, scores in
-        12, value in 31 as a float32 without its sign, of TABLE as an integer.
+        12, value in 31 as a float32 whose sign is a flag, of TABLE as an integer.
         """
         return (
             self.router
             | self.renormalise << 4
             | self.has_router << 5
+            | (self.value < 0) << 6
             | self.top_k << 8
             | self.num_scores << 20
             | self._value_bits << 32
@@ -94,13 +99,13 @@ class Routing:
     def _value_bits(self) -> int:
         if self.router is Router.TABLE:
             return int(self.value)
-        bits: int = struct.unpack("<I", struct.pack("<f", self.value))[0]
+        bits: int = struct.unpack("<I", struct.pack("<f", abs(self.value)))[0]
         return bits
 
     @classmethod
     def of(cls, code: int) -> Routing:
         """The routing of an int64 other than 0."""
-        router, bits = Router(code & ROUTER_MASK), code >> 32
+        router, bits, sign = Router(code & ROUTER_MASK), code >> 32, -1 if code >> 6 & 1 else 1
         return cls(
             router,
             num_scores=code >> 20 & MAX_SCORES,
@@ -109,7 +114,7 @@ class Routing:
             has_router=bool(code >> 5 & 1),
             value=bits
             if router is Router.TABLE
-            else struct.unpack("<f", struct.pack("<I", bits))[0],
+            else sign * struct.unpack("<f", struct.pack("<I", bits))[0],
         )
 
 

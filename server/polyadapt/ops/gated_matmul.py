@@ -26,7 +26,7 @@ from polyadapt.ops.cells import (
     num_router_rows,
 )
 from polyadapt.ops.plan import LoadedLane, PlanBuffers, index_of
-from polyadapt.ops.routing import weigh
+from polyadapt.ops.routing import hinge, weigh
 from polyadapt.ops.triton_op import Part
 
 
@@ -52,6 +52,7 @@ def gated_matmul_(
     = cells[slots[s], site]:
         h[i] = scales[s] * dot(A[i], x[t]);  h[i] = where(gate[t, i] != 0, gate[t, i] * h[i], 0)
         h[i] = where(w[i] != 0, w[i] * h[i], 0)
+    with the hinge of ops/cells.py in place of the dot product where the routing is one,
         y[t] += out_scale * y[t] + sum_i h[i] * B[i] + scales[s] * bias
     where bias and out_scale are those of the cell, or 0, and w, ones without a routing, weighs the
     components as ops/cells.py: Router says. A cell whose router is EXPERTS is left alone.
@@ -146,7 +147,15 @@ def _segments_matmul_(
             b_end = a_end + rank * num_out
             tails = _tails(arena, b_end, num_in, num_out, segment)
             _scale_output_(columns, tails, segment)
-            if rank:
+            if rank and segment.is_hinged:
+                # Which side of a threshold a rounded product is on would be another choice.
+                stored = arena[segment.offset : a_end].view(a_rows, num_in).float()
+                products = x[segment.index].float() @ stored.t()
+                thresholds, value = tails.get(ROUTER_BIAS), Routing.of(segment.code).value
+                h = hinge(products[:, :rank], products[:, rank:], value, thresholds)
+                h = _apply(h, segment, lane.gate).to(arena.dtype)
+                columns[segment.index] += (h @ arena[a_end:b_end].view(rank, num_out)).to(y.dtype)
+            elif rank:
                 xs = x[segment.index].to(arena.dtype)  # [segment rows, in]
                 stored = arena[segment.offset : a_end].view(a_rows, num_in)
                 if a_rows > rank and arena.dtype is torch.float32:  # A and router in one product
@@ -196,6 +205,10 @@ class _Segment:
     code: int  # of the routing
     scale: float
     index: slice | torch.Tensor  # a slice where the rows are neighbours, which spares two copies
+
+    @property
+    def is_hinged(self) -> bool:
+        return bool(self.code) and Routing.of(self.code).router is Router.HINGE
 
 
 def _segments(

@@ -96,7 +96,7 @@ def reference_matmul(
     num_in = x.shape[1]
     for cell in _cells(arena, cells, plan, site, num_in, y.shape[1]):
         t = cell.row
-        h = cell.scale * (cell.a.view(-1, num_in) @ x[t].float())  # [rank]
+        h = cell.scale * _components(cell, x[t].float())  # [rank]
         h = torch.where(cell.gate != 0, cell.gate * h, 0.0) * _weights(cell, x[t])
         if OUT_SCALE in cell.parts:
             out[t] += cell.parts[OUT_SCALE] * out[t]
@@ -220,10 +220,23 @@ def _expert(
     return a[e * r : (e + 1) * r].float(), b[e * r : (e + 1) * r].float()
 
 
+def _components(cell: _Cell, x: torch.Tensor) -> torch.Tensor:
+    """What a row's components are before the scale and the gate, [rank]; x [in]."""
+    found = [float(row @ x) for row in cell.a.view(-1, len(x))]
+    routing = cell.routing
+    if routing is not None and routing.router is Router.HINGE:
+        thresholds = cell.parts.get(ROUTER_BIAS, torch.zeros(len(found))).tolist()
+        veto = routing.value - float(cell.router @ x) if routing.has_router else 0.0
+        veto = 0.0 if veto < 0 else veto  # NaN stays, here as below
+        lowered = [one - own - veto for one, own in zip(found, thresholds, strict=True)]
+        found = [0.0 if one < 0 else one for one in lowered]
+    return torch.tensor(found)
+
+
 def _weights(cell: _Cell, x: torch.Tensor | None) -> torch.Tensor:
     """What the components weigh, [rank]; see ops/cells.py: Router. x [in], None of an embedding."""
     routing, rank = cell.routing, len(cell.gate)
-    if routing is None or rank == 0:
+    if routing is None or rank == 0 or routing.router is Router.HINGE:
         return torch.ones(rank)
     expert_of = [i // (rank // routing.num_scores) for i in range(rank)]
     if routing.router is Router.TABLE:

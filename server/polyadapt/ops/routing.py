@@ -40,6 +40,21 @@ def weigh(
     return choose(scores, routing).repeat_interleave(repeats, 1)
 
 
+def hinge(
+    products: torch.Tensor, scores: torch.Tensor, value: float, thresholds: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the components behind a hinge, float32 [n, rank]: max(products - thresholds
+    - max(value - scores, 0), 0), see ops/cells.py: Router.HINGE.
+
+    products [n, rank] with A and scores [n, 1 or 0] with ROUTER, both float32; thresholds [rank].
+    """
+    if thresholds is not None:
+        products = products - thresholds.float()
+    if scores.shape[1]:
+        products = products - (value - scores).relu()
+    return products.relu()
+
+
 def choose(scores: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Return the weight of every expert by a softmax router, float32 [n, num_scores]; 0: not
     chosen.

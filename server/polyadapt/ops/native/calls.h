@@ -81,7 +81,7 @@ typedef struct {
 } mixture_call_t;
 
 /* How a cell's components are weighed: ops/cells.py, Routing, taken apart. */
-enum { ROUTER_SOFTMAX = 1, ROUTER_SIGMOID, ROUTER_MAGNITUDE, ROUTER_TABLE, ROUTER_EXPERTS };
+enum { ROUTER_SOFTMAX = 1, ROUTER_SIGMOID, ROUTER_MAGNITUDE, ROUTER_TABLE, ROUTER_EXPERTS, ROUTER_HINGE };
 enum { MAX_CHOICES = 4096, USAGE_BUCKETS = 64 }; /* ops/cells.py has both */
 
 typedef struct {
@@ -97,6 +97,11 @@ void polyadapt_choose(const routing_t *routing, float *scores);
  * bias [rank] or NULL. At most MAX_CHOICES components, a multiple of num_scores. */
 void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, const void *bias, int bias_half,
                      float *weights);
+
+/* h [rank], the products with A, become max(h - thresholds - max(value - score, 0), 0); thresholds [rank] and score,
+ * of which HINGE has one where it has a router, may be NULL. */
+void polyadapt_hinge(const routing_t *routing, int64_t rank, float *h, const float *score, const void *thresholds,
+                     int thresholds_half);
 
 /* Count a row of `slot` and add up what each of its num_scores experts weighed, in as many buckets at most.
  * weights [num]: of the experts, or of their components, so many of each. */

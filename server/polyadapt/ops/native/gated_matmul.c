@@ -7,6 +7,7 @@
  *     h[i] = scales[s] * sum_k A[i, k] x[t, k]                (embedding: scales[s] * A[ids[t], i])
  *     h[i] = gate[t, i] != 0 ? gate[t, i] * h[i] : 0          (i below the gate's width)
  *     h[i] = w[i] != 0 ? w[i] * h[i] : 0                      (w of the routing, see routing.c)
+ *   with the hinge of routing.c in place of the sum over k where the routing is one.
  *     y[t, :] += out_scale[:] * y[t, :] + sum_i h[i] B[i, :] + scales[s] * bias[:]
  * Several sites that share x may be done in one call, each with its own columns of y.
  * Every weight is read once per tile of ROW_TILE rows. Sums are float32: over k in lanes, over i in
@@ -58,12 +59,17 @@ typedef struct {
 } job_t;
 
 /* ---------------------------------------------------------------- h = gate * scale * A x */
-INLINE float gated(const job_t *job, const segment_t *segment, int64_t row, int64_t i, float dot) {
-  if (i >= segment->rank) return dot; /* a score */
-  float h = dot * segment->scale;
+INLINE float scaled(const job_t *job, const segment_t *segment, int64_t row, int64_t i, float component) {
+  float h = component * segment->scale;
   if (!job->gate || i >= job->gate_width) return h;
   float weight = job->gate[row * job->gate_stride + i];
   return weight != 0.0f ? weight * h : 0.0f;
+}
+
+/* What stands in h for component i, or a score, until route() has seen it. */
+INLINE float gated(const job_t *job, const segment_t *segment, int64_t row, int64_t i, float dot) {
+  if (i >= segment->rank || segment->routing.router == ROUTER_HINGE) return dot;
+  return scaled(job, segment, row, i, dot);
 }
 
 INLINE int is_shut(const job_t *job, const segment_t *segment, const int32_t *rows, int num_rows, int64_t low,
@@ -173,6 +179,12 @@ static void route(const job_t *job, const segment_t *segment, int64_t start, int
   if (!segment->routing.router) return;
   for (int64_t p = start; p < stop; p++) {
     float *h = segment->h + (p - segment->start) * segment->width, *scores = h + segment->rank;
+    if (segment->routing.router == ROUTER_HINGE) {
+      polyadapt_hinge(&segment->routing, segment->rank, h, segment->routing.num_rows ? scores : NULL,
+                      segment->router_bias, job->arena_half);
+      for (int64_t i = 0; i < segment->rank; i++) h[i] = scaled(job, segment, job->rows[p], i, h[i]);
+      continue; /* a component is no expert: nothing is noted */
+    }
     if (segment->routing.router == ROUTER_TABLE)
       scores = (float *)job->table + job->rows[p] * job->table_stride + segment->routing.column;
     float weights[MAX_CHOICES];
@@ -436,7 +448,9 @@ int64_t polyadapt_gated_matmul(const gated_call_t *call) {
           offset + width * num_in + (rank + has_bias + has_scale) * num_out + has_router_bias * rank >
               arena_size ||
           (routing.router && (routing.num_scores == 0 || rank % routing.num_scores || rank > MAX_CHOICES ||
-                              (routing.router != ROUTER_TABLE && routing.num_rows == 0) ||
+                              (routing.router != ROUTER_TABLE && routing.router != ROUTER_HINGE &&
+                               routing.num_rows == 0) ||
+                              (routing.router == ROUTER_HINGE && (ids || routing.num_scores != 1)) ||
                               (ids && routing.num_rows)))) {
         result = problem(BAD_CELL, s);
         continue;

@@ -11,13 +11,13 @@
 #include "calls.h"
 #include "vector.h"
 
-enum { HAS_RENORMALISE = 1 << 4, HAS_ROUTER = 1 << 5, FIELD = (1 << 12) - 1 };
+enum { HAS_RENORMALISE = 1 << 4, HAS_ROUTER = 1 << 5, IS_NEGATIVE = 1 << 6, FIELD = (1 << 12) - 1 };
 
 routing_t polyadapt_routing(int64_t code) {
   routing_t routing = {.router = code & 15, .renormalise = (code & HAS_RENORMALISE) != 0,
                        .top_k = code >> 8 & FIELD, .num_scores = code >> 20 & FIELD, .column = code >> 32};
   routing.num_rows = code & HAS_ROUTER ? routing.num_scores : 0;
-  uint32_t bits = (uint32_t)(code >> 32);
+  uint32_t bits = (uint32_t)(code >> 32) | (code & IS_NEGATIVE ? 0x80000000u : 0);
   memcpy(&routing.value, &bits, sizeof bits);
   return routing;
 }
@@ -141,6 +141,18 @@ void polyadapt_weigh(const routing_t *routing, int64_t rank, float *scores, cons
   }
   if (routing->router != ROUTER_TABLE) polyadapt_choose(routing, scores);
   for (int64_t i = 0; i < rank; i++) weights[i] = scores[i / repeats];
+}
+
+void polyadapt_hinge(const routing_t *routing, int64_t rank, float *h, const float *score, const void *thresholds,
+                     int thresholds_half) {
+  float veto = score ? routing->value - *score : 0.0f;
+  if (veto < 0.0f) veto = 0.0f;
+  for (int64_t i = 0; i < rank; i++) {
+    float own = h[i];
+    if (thresholds) own -= load1(thresholds, i, thresholds_half);
+    own -= veto;
+    h[i] = own < 0.0f ? 0.0f : own; /* NaN stays */
+  }
 }
 
 void polyadapt_note_usage(float *usage, int64_t slot, const float *weights, int64_t num, int64_t num_scores) {

@@ -264,7 +264,12 @@ class _Linear(nn.Module):
         if delta.out_scale is not None:
             y = y + delta.out_scale * y
         h = x @ delta.a.t()
-        if delta.routing is not None:
+        if delta.routing is not None and delta.routing.router is Router.HINGE:
+            h = h if delta.router_bias is None else h - delta.router_bias
+            if delta.router is not None:
+                h = h - (delta.routing.value - x @ delta.router.t()).clamp(min=0)
+            h = h.clamp(min=0)
+        elif delta.routing is not None:
             h = h * _shares(delta, x)
         y = y + h @ delta.b.t()
         if delta.bias is not None:

@@ -19,7 +19,7 @@ from polyadapt_store.manifest import FileForm
 if TYPE_CHECKING:
     import torch
 
-OptionKind = Literal["flag", "count", "number", "word", "words"]
+OptionKind = Literal["flag", "count", "number", "word", "words", "bits"]
 
 _LISTED_WORDS = 16  # in a message
 
@@ -46,6 +46,9 @@ class Option:
     where a request says nothing, and to give it is to say nothing; None: no value means that.
     `components` stand beside `words`: word i is the components from components[i][0] to before
     components[i][1] of every module, and those of the words that a request leaves out weigh 0.
+    kind `bits`: a 0 or a 1 for each of `components`, which then weigh `least` or `most`. Such bits
+    tell who asks: the server's policy chooses them and has to, no request may, and no message
+    shows them.
     """
 
     name: str
@@ -68,6 +71,11 @@ class Option:
             listed += f" and {more} more" if more > 0 else ""
             is_list = self.kind == "words"
             return f"a list of some of {listed}, each once" if is_list else f"one of {listed}"
+        if self.kind == "bits":
+            num = len(self.components)
+            return (
+                f"{num} bits as {num} characters 0 and 1, or in {-(-num // 4)} hexadecimal digits"
+            )
         whole = "a whole number" if self.kind == "count" else "a number"
         return f"{whole} from {self.least:g} to {self.most:g}"
 
@@ -148,6 +156,8 @@ class Traits:
     # It acts from the last occurrence of these tokens in the prompt on, and where they do not
     # occur not at all; empty: everywhere.
     invocation: tuple[int, ...] = ()
+    # It acts on one row alone: the prompt's last, whose logits the first token is chosen from.
+    is_for_first_token: bool = False
     # The first b of its so many components are an adapter of their own, for every b from the
     # smallest on, times nested_rank / b; 0: they are not.
     nested_rank: int = 0

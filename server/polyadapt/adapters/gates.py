@@ -5,6 +5,7 @@ Knows adapters by their traits and a prompt by its ids; no family, no slot and n
 
 from __future__ import annotations
 
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
@@ -39,13 +40,14 @@ class GatedAdapter:
     applied: AppliedAdapter  # its scale is the one that acts
     place: int  # in the caller's list
     first: int = 0  # the position of the first token that it acts on; NEVER: the base answers
+    stop: int = NEVER  # the position behind the last one
     # Of its first components; empty, and of those behind: one.
     weights: tuple[float, ...] = ()
     # What the request chose, in one form for one meaning: sorted by name, numbers as floats, words
     # in the adapter's order, and nothing that is as the adapter does by itself. Choices of
     # components are in `weights` as well.
     options: Options = ()
-    # Whether it acts from an invocation on, so that its tokens alone do not tell a page's content.
+    # Whether the prompt says where it acts, so that a page's tokens alone do not tell its content.
     is_invoked: bool = False
     is_kv_neutral: bool = False  # see Traits
     token_cost: int = 1  # see Traits
@@ -55,7 +57,7 @@ class GatedAdapter:
     @property
     def is_gated(self) -> bool:
         """Whether it does less than to act on every row with every component."""
-        return self.first > 0 or bool(self.weights)
+        return self.first > 0 or self.stop != NEVER or bool(self.weights)
 
     @property
     def is_approximate(self) -> bool:
@@ -125,14 +127,18 @@ def _gate(
             param=f"adapters[{place}].scale",
         )
     options = _options(place, applied, traits)
+    first, stop = _first(traits.invocation, prompt_ids), NEVER
+    if traits.is_for_first_token:
+        first, stop = len(prompt_ids) - 1, len(prompt_ids)
     acting = applied.scale**2 if traits.is_scale_squared else applied.scale
     return GatedAdapter(
         replace(applied, scale=acting),
         place,
-        first=_first(traits.invocation, prompt_ids),
-        weights=_product(_of_rank(place, applied, traits), _of_words(traits, options)),
+        first=first,
+        stop=stop,
+        weights=_product(_of_rank(place, applied, traits), _of_components(traits, options)),
         options=tuple(option for option in options if option[0] != FROZEN_AFTER),
-        is_invoked=bool(traits.invocation),
+        is_invoked=bool(traits.invocation) or traits.is_for_first_token,
         is_kv_neutral=traits.is_kv_neutral,
         token_cost=traits.token_cost if applied.scale != 0.0 else 1,
         probing=_probing(applied, traits, dict(options), len(prompt_ids)),
@@ -183,19 +189,24 @@ def _of_rank(place: int, applied: AppliedAdapter, traits: Traits) -> tuple[float
     return (full / rank,) * rank + (0.0,) * (full - rank)
 
 
-def _of_words(traits: Traits, options: Options) -> tuple[float, ...]:
-    """0 for the components of words that are not chosen; empty where all of them are."""
+def _of_components(traits: Traits, options: Options) -> tuple[float, ...]:
+    """0 for the components of words that are not chosen, what bits say for theirs; empty where no
+    option weighs any.
+    """
     weights: list[float] = []
     given = dict(options)
     for option in traits.options:
-        words = given.get(option.name, option.default)
-        if words is None or words == option.words:
+        chosen = given.get(option.name, option.default)
+        if chosen is None or (option.kind == "words" and chosen == option.words):
             continue
-        for word, (start, stop) in zip(option.words, option.components, strict=False):
-            assert isinstance(words, tuple), "components stand beside words"
+        for i, (start, stop) in enumerate(option.components):
+            assert isinstance(chosen, tuple | str), "components stand beside words or bits"
+            if option.kind == "bits":
+                weight = option.most if chosen[i] == "1" else option.least
+            else:
+                weight = 1.0 if option.words[i] in chosen else 0.0
             weights += [1.0] * (stop - len(weights))
-            if word not in words:
-                weights[start:stop] = [0.0] * (stop - start)
+            weights[start:stop] = [weight] * (stop - start)
     return tuple(weights)
 
 
@@ -217,16 +228,38 @@ def _options(place: int, applied: AppliedAdapter, traits: Traits) -> Options:
                 param=param,
             )
         option = known[name]
+        is_secret = option.kind == "bits"
+        if is_secret and not applied.is_mandatory:
+            raise _not_by_request(place, applied)
         meant = _read(option, value)
         if meant is None:
+            given = "none" if is_secret else _shown(value)
             raise InvalidRequest(
-                f"option {name!r} of adapter '{applied.adapter.name}' is {_shown(value)}, expected "
+                f"option {name!r} of adapter '{applied.adapter.name}' is {given}, expected "
                 f"{option.expected}",
                 param=param,
             )
         if meant != option.default:
             found.append((name, meant))
+    given_names = {name for name, _ in found}
+    for name, option in known.items():
+        if option.kind == "bits" and name not in given_names:
+            if not applied.is_mandatory:
+                raise _not_by_request(place, applied)
+            raise InvalidRequest(
+                f"it has no {name}, without which it says of nobody who asked; give the policy "
+                f"{option.expected}",
+                param=f"adapters[{place}].options.{name}",
+            )
     return tuple(sorted(found, key=itemgetter(0)))
+
+
+def _not_by_request(place: int, applied: AppliedAdapter) -> InvalidRequest:
+    return InvalidRequest(
+        f"adapter '{applied.adapter.name}' tells who asks, so it is applied as the server's policy "
+        "says and never as a request does; leave it out",
+        param=f"adapters[{place}]",
+    )
 
 
 def _read(option: Option, value: OptionValue) -> OptionValue | None:
@@ -241,6 +274,8 @@ def _read(option: Option, value: OptionValue) -> OptionValue | None:
         return value if value in option.words else None
     if option.kind == "flag":
         return value if isinstance(value, bool) else None
+    if option.kind == "bits":
+        return _read_bits(value, len(option.components))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float) and option.kind == "count":
@@ -248,6 +283,21 @@ def _read(option: Option, value: OptionValue) -> OptionValue | None:
     if not option.least <= value <= option.most:
         return None
     return value if option.kind == "count" else float(value) + 0.0  # -0.0 is 0.0
+
+
+def _read_bits(value: OptionValue, num_bits: int) -> str | None:
+    """The bits as characters 0 and 1; None if the value says no `num_bits` bits.
+
+    Of hexadecimal digits the first holds the first bits; where they have room for more than
+    num_bits the first of them are 0 and stand for nothing.
+    """
+    if not isinstance(value, str):
+        return None
+    if len(value) == num_bits and set(value) <= {"0", "1"}:
+        return value
+    is_hex = len(value) == -(-num_bits // 4) and all(c in string.hexdigits for c in value)
+    bits = f"{int(value, 16):0{num_bits}b}" if is_hex else ""
+    return bits if len(bits) == num_bits else None
 
 
 def _shown(value: OptionValue) -> str:

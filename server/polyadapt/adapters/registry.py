@@ -29,6 +29,7 @@ from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.loramoe import LoraMoe
+from polyadapt.adapters.families.markboard import MarkBoard
 from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.mixlora import MixLora
 from polyadapt.adapters.families.mola import Mola
@@ -77,6 +78,7 @@ FAMILIES: tuple[Family, ...] = (
     Loha(),
     Lokr(),
     LoraMoe(),
+    MarkBoard(),
     Miss(),
     MixLora(),
     Mola(),

@@ -203,16 +203,23 @@ class PageTable:
         return [self._row_of[of] for of in sequences]
 
 
-_Idle = dict[int, tuple[int, ...]]  # place in the batch -> rows, lane by lane
+# Place in the batch -> lane by lane the rows before the first that its adapter acts on, and those
+# behind the last one.
+_Idle = dict[int, tuple[tuple[int, int], ...]]
 
 
 def _idle_rows(sequences: Seq[Sequence], lengths: np.ndarray) -> _Idle:
-    """How many of a sequence's first rows come before its adapters act, where any do."""
+    """How many of a sequence's first and last rows its adapters leave alone, where any do."""
     found: _Idle = {}
     for i in [i for i, sequence in enumerate(sequences) if sequence.group.is_gated]:
         length, position = int(lengths[i]), sequences[i].num_computed
-        lanes = sequences[i].lanes
-        found[i] = tuple(min(max(lane.first - position, 0), length) for lane in lanes)
+        found[i] = tuple(
+            (
+                min(max(lane.first - position, 0), length),
+                min(max(position + length - lane.stop, 0), length),
+            )
+            for lane in sequences[i].lanes
+        )
     return found
 
 
@@ -236,14 +243,17 @@ def _plans(
     for lane_id in range(max(len(sequence.slots) for sequence in sequences)):
         members = [i for i, sequence in enumerate(sequences) if len(sequence.slots) > lane_id]
         at = np.array(members, np.int64)
-        active = lengths[at]
+        own, out = lengths[at], num_outputs[at]
+        before = behind = np.zeros(len(members), np.int64)
         if idle:
-            active = active - np.array([idle[i][lane_id] if i in idle else 0 for i in members])
+            pairs = [idle[i][lane_id] if i in idle else (0, 0) for i in members]
+            before, behind = np.array(pairs, np.int64).T
         served = [sequences[i] for i in members]
-        own_stops = None if stops is None else stops[at]
-        token_lanes.add(lane_id, served, ends[at], active, own_stops)
-        num_own = np.minimum(num_outputs[at], active)
-        output_lanes.add(lane_id, served, out_ends[at], num_own, own_stops)
+        own_stops = None if stops is None else stops[at] - behind
+        token_lanes.add(lane_id, served, ends[at] - behind, own - before - behind, own_stops)
+        # Of the last `out` rows those that are neither before nor behind.
+        num_own = np.maximum(np.minimum(out, own - before) - behind, 0)
+        output_lanes.add(lane_id, served, out_ends[at] - behind, num_own, own_stops)
     tokens = token_lanes.plan(gemm_rows)
     # Where every row has one output both row spaces are the same.
     is_same = num_kept == num_rows == len(sequences) and bool((num_outputs == 1).all())

@@ -20,7 +20,7 @@ from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME
 # The weights of a directory, by who wrote it; the first that is there is meant.
 _WEIGHTS = (
     *(WEIGHTS_NAME, "adapter_model.bin", "pytorch_model.bin", "model.safetensors"),
-    "pytorch_lora_weights.safetensors",
+    *("pytorch_lora_weights.safetensors", "branches.safetensors"),
 )
 
 
@@ -39,7 +39,7 @@ def read_source(path: Path, name: str = "pickle") -> Stored:
         return Stored({}, series={file.stem: load_tensors(file) for file in files})
     weights = _weights_of(path)
     config: Mapping[str, Any] | None = None
-    beside = weights.parent / CONFIG_NAME
+    beside = weights.parent / conversion.config_name
     if beside.is_file():
         try:
             config = read_config(beside)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from polyadapt.errors import StartupError
+from polyadapt_store.manifest import CONFIG_NAME
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Conversion:
     is_series: bool = False  # whether all files of a directory are read together
     # Values beside the tensors that its writer stores and that mean nothing here.
     ignored: frozenset[str] = frozenset()
+    config_name: str = CONFIG_NAME  # of the config beside the weights
 
 
 def config_of(source: Stored) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ from polyadapt.adapters.families.conversion import (
 from polyadapt.adapters.families.dylora import SCALE
 from polyadapt.adapters.families.extraction import from_merged
 from polyadapt.adapters.families.forgetting import from_tasks
+from polyadapt.adapters.families.markboard import PEFT_TYPE as MARKBOARD
 from polyadapt.adapters.peft_modules import without_prefixes
 from polyadapt.errors import StartupError
 from polyadapt_store.strict_json import shown
@@ -330,6 +331,18 @@ def _from_halves(source: Stored, given: Given) -> Converted:
     return Converted(tensors, config, tuple(notes))
 
 
+def _from_mark(source: Stored, given: Given) -> Converted:
+    """The directory of a mark, without what it keeps sealed: branches and what the config says."""
+    if source.config is None:
+        raise StartupError(
+            "there is no config.json beside branches.safetensors; give the directory that "
+            "`polyadapt mark` wrote"
+        )
+    if source.config.get("base_model_hash") is None:
+        raise StartupError("the mark is not trained; run `polyadapt mark train` first")
+    return Converted(source.tensors, {**source.config, "peft_type": MARKBOARD})
+
+
 CONVERSIONS: Mapping[str, Conversion] = {
     conversion.name: conversion
     for conversion in (
@@ -352,5 +365,6 @@ CONVERSIONS: Mapping[str, Conversion] = {
         ),
         Conversion("b_lora", "a file of B-LoRA, or one half of it", _from_halves),
         Conversion("explora", "a whole model that LoRA was merged into", from_merged),
+        Conversion("markboard", "the directory of a mark", _from_mark, config_name="config.json"),
     )
 }

@@ -323,3 +323,59 @@ def test_two_adapters_do_not_share_a_first_pass_in_which_one_acts():
     assert error.param == "adapters"
     arrange([use("a"), use("b")], [WEIGHED, WEIGHED], (1,))
     arrange([use("a", 0.0), use("b")], [WEIGHED, RESTING], (1,))
+
+
+# --------------------------------------------------------------------------- signatures
+def marked(num_bits: int = 6, size: int = 2, *, zero: float = -1.0) -> Traits:
+    parts = tuple((i * size, (i + 1) * size) for i in range(num_bits))
+    bits = Option("signature", "bits", "whose", least=zero, most=1.0, components=parts)
+    return Traits(options=(bits,))
+
+
+def signed(value: OptionValue, *, is_mandatory: bool = True) -> AppliedAdapter:
+    options = (("signature", value),)
+    return replace(use("a"), options=options, is_mandatory=is_mandatory)
+
+
+@pytest.mark.parametrize("said", ["011010", "1a", "1A"])
+def test_bits_weigh_their_components_and_have_one_form(said):
+    found = gate(marked(), signed(said))
+    assert found.options == (("signature", "011010"),)
+    assert found.weights == (-1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0, -1.0, 1.0, 1.0, -1.0, -1.0)
+    assert found.is_gated
+    assert gate(marked(zero=0.0), signed(said)).weights[:4] == (0.0, 0.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    "said", ["01101", "0110100", "4a", "zz", "", 26, True, ("0", "1"), "01101\n"]
+)
+def test_what_says_no_such_bits_is_the_policys_fault_and_not_shown(said):
+    with pytest.raises(PolicyConflict, match="expected 6 bits") as caught:
+        gate(marked(), signed(said))
+    assert "is none, expected" in caught.value.message
+
+
+def test_one_bit_is_one_character():
+    assert gate(marked(1), signed("1")).options == (("signature", "1"),)
+    with pytest.raises(PolicyConflict):
+        gate(marked(1), signed("2"))
+
+
+def test_bits_that_nobody_gave_are_the_policys_fault():
+    with pytest.raises(PolicyConflict, match="has no signature"):
+        gate(marked(), replace(use("a"), is_mandatory=True))
+
+
+@pytest.mark.parametrize("applied", [use("a"), signed("011010", is_mandatory=False)])
+def test_a_request_neither_chooses_bits_nor_does_without(applied):
+    error = refused([applied], [marked()])
+    assert error.param == "adapters[0]"
+    assert "011010" not in error.message
+
+
+@pytest.mark.parametrize(("prompt", "first"), [((5,), 0), ((1, 2, 3), 2)])
+def test_what_is_for_the_first_token_acts_on_the_prompts_last_row_alone(prompt, first):
+    found = gate(Traits(is_for_first_token=True), prompt=prompt)
+    assert (found.first, found.stop) == (first, first + 1)
+    assert found.is_gated
+    assert found.is_invoked, "its place tells pages apart"

@@ -96,7 +96,9 @@ def run(driver: Driver, *requests: Request) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def expected_of(oracle: nn.Module, driver: Driver, request: Request) -> torch.Tensor:
-    seen = [*request.prompt_ids, *driver.transcripts[request.id].tokens[:-1]]
+    made = driver.transcripts[request.id].tokens
+    assert len(made) == request.sampling.max_tokens, driver.transcripts[request.id].last
+    seen = [*request.prompt_ids, *made[:-1]]
     return oracle(input_ids=torch.tensor([seen])).logits[0]
 
 

@@ -69,16 +69,20 @@ def test_a_table_is_the_callers_own():
 
 # --------------------------------------------------------------------------- the plans
 def new_gated(rng: random.Random, position: int) -> Sequence:
-    """A running sequence with up to three adapters, some invoked later, some with weights."""
+    """A running sequence with up to three adapters, some of which act on some positions alone, or
+    have weights.
+    """
     uses = [
         AppliedAdapter(AdapterId("x", 1, str(i)), rng.choice([1.0, 0.5, 0.0]))
         for i in range(rng.randrange(4))
     ]
+    firsts = [rng.choice([0, 0, rng.randrange(12), NEVER]) for _ in uses]
     lanes = tuple(
         GatedAdapter(
             use,
             place,
-            first=rng.choice([0, 0, rng.randrange(12), NEVER]),
+            first=firsts[place],
+            stop=rng.choice([NEVER, max(firsts[place], 1) + rng.randrange(9)]),
             weights=tuple(rng.choice([(), (), (2.0, 0.0), (0.5,) * 4])),
         )
         for place, use in enumerate(uses)
@@ -118,7 +122,7 @@ def test_the_plans_hold_what_acts_on_each_row_by_its_position(seed):
             position = sequence.num_computed + row
             acting: Counter[tuple[int, float, tuple[float, ...]]] = Counter()
             for lane, slot in zip(sequence.group.lanes or (), sequence.slots, strict=True):
-                if lane.applied.scale and position >= lane.first:
+                if lane.applied.scale and lane.first <= position < lane.stop:
                     weights = (*lane.weights, *[1.0] * (4 - len(lane.weights)))
                     acting[slot, lane.applied.scale, weights] += 1
             own.append(dict(acting))

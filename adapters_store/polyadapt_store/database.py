@@ -14,7 +14,7 @@ import sqlalchemy as sa
 
 from polyadapt.errors import StartupError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 metadata = sa.MetaData()
 
@@ -111,6 +111,18 @@ policy_adapters = sa.Table(
     sa.Column("scale", sa.Float, nullable=False),
     sa.Column("rank", sa.Integer),
     sa.Column("options", sa.Text, nullable=False),  # JSON object
+)
+
+# Which branches of a mark tell a user. Rows stay for ever: what leaked may be of any of them.
+signatures = sa.Table(
+    "signatures",
+    metadata,
+    sa.Column("digest", sa.Text, primary_key=True),  # of the mark's adapter
+    sa.Column("user", sa.Text, primary_key=True),
+    sa.Column("generation", sa.Integer, primary_key=True),  # counted from 1; the last one acts
+    sa.Column("bits", sa.Text, nullable=False),  # characters 0 and 1
+    sa.Column("issued_at", sa.Integer, nullable=False),
+    sa.Column("revoked_at", sa.Integer),
 )
 
 api_keys = sa.Table(

@@ -41,6 +41,7 @@ class OfferedOption:
     summary: str
     expected: str
     default: OptionValue | None = None  # what stands where a request says nothing
+    num_bits: int = 0  # of kind `bits`, which no request chooses
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ from polyadapt_store.manifest import (
 from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
+from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
 from polyadapt_store.workflows import WorkflowShelf
@@ -107,6 +108,7 @@ class AdapterStore:
         self.workflows = WorkflowShelf(self._database)
         self.profiles = ProfileBook(self._database)
         self.policies = PolicyBook(self._database)
+        self.signatures = SignatureBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()

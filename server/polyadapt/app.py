@@ -23,6 +23,7 @@ from polyadapt.api import (
     ops,
     policies,
     profiles,
+    watermarks,
     workflows,
 )
 from polyadapt.api.access import Authenticator, KeylessGuard
@@ -133,7 +134,7 @@ def build_app(
     install_handlers(app)
     install_document(app)
     for module in (
-        openai, adapters, profiles, policies, workflows, capabilities, keys, ops
+        openai, adapters, profiles, policies, watermarks, workflows, capabilities, keys, ops
     ):  # fmt: skip
         module.add_routes(app.router)
     return app

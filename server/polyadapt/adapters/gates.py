@@ -275,7 +275,7 @@ def _read(option: Option, value: OptionValue) -> OptionValue | None:
     if option.kind == "flag":
         return value if isinstance(value, bool) else None
     if option.kind == "bits":
-        return _read_bits(value, len(option.components))
+        return read_bits(value, len(option.components))
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if isinstance(value, float) and option.kind == "count":
@@ -285,7 +285,7 @@ def _read(option: Option, value: OptionValue) -> OptionValue | None:
     return value if option.kind == "count" else float(value) + 0.0  # -0.0 is 0.0
 
 
-def _read_bits(value: OptionValue, num_bits: int) -> str | None:
+def read_bits(value: OptionValue, num_bits: int) -> str | None:
     """The bits as characters 0 and 1; None if the value says no `num_bits` bits.
 
     Of hexadecimal digits the first holds the first bits; where they have room for more than

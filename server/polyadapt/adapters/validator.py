@@ -176,7 +176,14 @@ def _reported(traits: Traits) -> ReportedTraits:
         ranks=(traits.min_nested_rank, traits.nested_rank) if traits.nested_rank else None,
         invocation_tokens=traits.invocation,
         options=tuple(
-            OfferedOption(option.name, option.kind, option.summary, option.expected, option.default)
+            OfferedOption(
+                option.name,
+                option.kind,
+                option.summary,
+                option.expected,
+                option.default,
+                num_bits=len(option.components) if option.kind == "bits" else 0,
+            )
             for option in traits.options
         ),
     )

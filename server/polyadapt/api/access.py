@@ -40,6 +40,11 @@ class Principal:
     scopes: frozenset[str]
     key_id: str | None = None
 
+    @property
+    def user(self) -> str | None:
+        """Whom signatures are issued to: the key; None for the operator and on a keyless server."""
+        return self.key_id
+
     def may(self, scope: str) -> bool:
         """Whether the principal holds the scope."""
         return scope in self.scopes or "admin" in self.scopes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from polyadapt.api.access import Principal
 from polyadapt.api.collect import Generation, served_objects, usage_of
 from polyadapt.api.schemas.base import ChoiceObject
 from polyadapt.api.schemas.chat import (
@@ -34,11 +35,12 @@ class Head:
     system_fingerprint: str
 
 
-def text_request(request: ChatRequest, request_id: str, tenant: str) -> TextRequest:
+def text_request(request: ChatRequest, request_id: str, caller: Principal) -> TextRequest:
     """Return what a chat request asks of the text task."""
     return TextRequest(
         id=request_id,
-        tenant=tenant,
+        tenant=caller.tenant,
+        user=caller.user,
         model=request.model,
         prompts=(ChatPrompt(tuple(message.for_template() for message in request.messages)),),
         sampling=request.sampling(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from polyadapt.api.access import Principal
 from polyadapt.api.chat import Head
 from polyadapt.api.collect import Generation, served_objects, usage_of
 from polyadapt.api.schemas.base import ChoiceObject
@@ -26,14 +27,15 @@ from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import ServedAdapter, TokenLogprob
 
 
-def text_request(request: CompletionRequest, request_id: str, tenant: str) -> TextRequest:
+def text_request(request: CompletionRequest, request_id: str, caller: Principal) -> TextRequest:
     """Return what a completion request asks of the text task."""
     num_prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         num_prompt_logprobs = max(num_prompt_logprobs or 0, request.logprobs)
     return TextRequest(
         id=request_id,
-        tenant=tenant,
+        tenant=caller.tenant,
+        user=caller.user,
         model=request.model,
         prompts=request.prompts,
         sampling=request.sampling(

@@ -140,7 +140,7 @@ async def create_chat_completion(
     if workflow is not None:
         _check_priority(body.priority or 0, services)
         return await workflow_answer.answer(request, services, body, workflow, head)
-    task = chat.text_request(body, head.id, principal_of(request).tenant)
+    task = chat.text_request(body, head.id, principal_of(request))
     form = ChatFormat(body, head, services.text.tokenizer)
     options = body.stream_options
     return await _answer(
@@ -170,7 +170,7 @@ async def create_completion(
     if workflow is not None:
         _check_priority(body.priority or 0, services)
         return await workflow_answer.answer(request, services, body, workflow, head)
-    task = completions.text_request(body, head.id, principal_of(request).tenant)
+    task = completions.text_request(body, head.id, principal_of(request))
     form = CompletionFormat(body, head, services.text.tokenizer)
     options = body.stream_options
     return await _answer(

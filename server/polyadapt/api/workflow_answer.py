@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
+from polyadapt.api.access import Principal
 from polyadapt.api.chat import Head
 from polyadapt.api.collect import served_objects, usage_of
 from polyadapt.api.replies import json_reply
@@ -71,7 +72,7 @@ async def answer(
     caller goes away every member is cancelled.
     """
     _check(body, workflow)
-    task = _workflow_request(body, workflow, head, principal_of(request).tenant)
+    task = _workflow_request(body, workflow, head, principal_of(request))
     result = await _measured(request, services, task)
     usage = usage_of(result.used)
     run = WorkflowRun.of(workflow, result, usage)
@@ -144,7 +145,7 @@ def _check(body: GenerationRequest, workflow: Workflow) -> None:
 
 
 def _workflow_request(
-    body: ChatRequest | CompletionRequest, workflow: Workflow, head: Head, tenant: str
+    body: ChatRequest | CompletionRequest, workflow: Workflow, head: Head, caller: Principal
 ) -> WorkflowRequest:
     """Return what a request asks of a workflow; raises InvalidRequest unless it is one question."""
     earlier: tuple[dict[str, Any], ...] = ()
@@ -172,7 +173,8 @@ def _workflow_request(
         raise InvalidRequest("the question is empty; send some text", param=param)
     return WorkflowRequest(
         id=head.id,
-        tenant=tenant,
+        tenant=caller.tenant,
+        user=caller.user,
         workflow=workflow,
         question=question,
         param=param,

@@ -58,7 +58,7 @@ async def create_workflow(
     """Make a workflow under a name that nothing has; its members' adapters must be there."""
     workflow, _ = await services.workflows.put(
         principal_of(request).tenant, body.name, body.definition, body.description,
-        may_replace=False,
+        may_replace=False, user=principal_of(request).user,
     )  # fmt: skip
     return json_reply(WorkflowObject.of(workflow), status=201)
 
@@ -70,8 +70,9 @@ async def put_workflow(
     began.
     """
     workflow, is_new = await services.workflows.put(
-        principal_of(request).tenant, name, body.definition, body.description, may_replace=True
-    )
+        principal_of(request).tenant, name, body.definition, body.description,
+        may_replace=True, user=principal_of(request).user,
+    )  # fmt: skip
     return json_reply(WorkflowObject.of(workflow), status=201 if is_new else 200)
 
 

@@ -14,11 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
+from polyadapt.adapters.gates import read_bits
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import (
     AdapterDeleted,
     AdapterUnavailable,
     EngineUnavailable,
+    Forbidden,
     InvalidRequest,
     ModelNotFound,
     PolicyConflict,
@@ -26,11 +28,13 @@ from polyadapt.errors import (
 )
 from polyadapt.tasks.model_name import AUTO, NamedAdapter, parse_adapter, split_base
 from polyadapt.tasks.policies import Policies
+from polyadapt.tasks.signatures import Signatures
 from polyadapt.types import MAX_ADAPTERS, AdapterId, AppliedAdapter, Options, Residency, WhenCold
-from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.manifest import AdapterRecord, OfferedOption
 from polyadapt_store.policies import Policy, PolicyBook, PolicyEntry
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page
+from polyadapt_store.signatures import Signature, SignatureBook
 from polyadapt_store.staging import StagedUpload
 
 logger = logging.getLogger(__name__)
@@ -55,6 +59,7 @@ class Store(Protocol):
 
     profiles: ProfileBook
     policies: PolicyBook
+    signatures: SignatureBook
 
     def stage(self) -> AbstractContextManager[StagedUpload]: ...
 
@@ -181,6 +186,7 @@ class AdapterDirectory:
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
         self.policies = Policies(store.policies)
+        self.signatures = Signatures(store.signatures)
 
     async def read_names(self, tenant: str) -> int:
         """Learn which versions there are at the start; return how many."""
@@ -208,6 +214,7 @@ class AdapterDirectory:
         model: str,
         adapters: Sequence[AdapterRef] | None = None,
         on_cold: OnCold | None = None,
+        user: str | None = None,
     ) -> Lease:
         """Resolve what a request names and count its use; raises ModelNotFound, and InvalidRequest
         for what contradicts itself.
@@ -215,7 +222,8 @@ class AdapterDirectory:
         `adapters` replaces the adapter that `model` would choose; the model must exist all the
         same, and both may not name two versions of one adapter. The adapters of the tenant's
         policy come behind them, also behind what `on_cold` names; raises PolicyConflict or
-        PolicyUnavailable where that cannot be.
+        PolicyUnavailable where that cannot be. Where they tell who asks, `user` is who; raises
+        Forbidden for a user without a signature.
         Nothing awaits between resolving and counting, so no deletion can pass in between.
         """
         chosen = self.find(tenant, model)
@@ -225,7 +233,7 @@ class AdapterDirectory:
         elif adapters is not None:
             own = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
             _check_together(own, chosen)
-        mandatory = self._mandatory(tenant)
+        mandatory = self._mandatory(tenant, user)
         applied = _with_mandatory(own, mandatory, "adapters")
         return self._hold(applied, self._when_cold(tenant, on_cold, own, mandatory))
 
@@ -286,6 +294,15 @@ class AdapterDirectory:
 
     def _apply(self, tenant: str, ref: AdapterRef, position: int) -> AppliedAdapter:
         record = self._named(tenant, ref, position)
+        # Here and not in the engine alone: what equals the policy's own would pass there, and so
+        # tell a caller that it guessed right.
+        secret = _bits_of(record)
+        if secret is not None and secret.name in dict(ref.options):
+            raise InvalidRequest(
+                f"adapter {record.name!r} tells who asks, and its {secret.name} is the server's to "
+                "choose; leave it out",
+                param=f"adapters[{position}].options.{secret.name}",
+            )
         return AppliedAdapter(record.adapter_id, ref.scale, ref.rank, ref.options)
 
     def _named(self, tenant: str, ref: AdapterRef, position: int) -> AdapterRecord:
@@ -391,8 +408,10 @@ class AdapterDirectory:
         """Let the tenant's next requests be served as they ask; raises NotFound."""
         await asyncio.to_thread(self.policies.remove, tenant)
 
-    def _mandatory(self, tenant: str) -> tuple[AppliedAdapter, ...]:
-        """The adapters of the tenant's policy; raises PolicyUnavailable if one is not to be had."""
+    def _mandatory(self, tenant: str, user: str | None) -> tuple[AppliedAdapter, ...]:
+        """The adapters of the tenant's policy; raises PolicyUnavailable if one is not to be had,
+        and Forbidden for a user whom one of them could not tell.
+        """
         policy = self.policies.of(tenant)
         if policy is None:
             return ()
@@ -411,11 +430,82 @@ class AdapterDirectory:
                 entry.record.adapter_id,
                 entry.scale,
                 entry.rank,
-                entry.options,
+                self._options(entry, user),
                 is_mandatory=True,
             )
             for entry in policy.entries
         )
+
+    def _options(self, entry: PolicyEntry, user: str | None) -> Options:
+        """The policy's, and with them the user's signature where the policy has none itself."""
+        secret = _bits_of(entry.record)
+        if secret is None or secret.name in dict(entry.options):
+            return entry.options
+        bits = None if user is None else self.signatures.of(entry.record.digest, user)
+        if bits is None:
+            who = "a caller without a key of its own" if user is None else f"the key {user!r}"
+            raise Forbidden(
+                f"by policy every answer is marked by {entry.record.name!r}, and {who} has no "
+                "signature; ask the operator for one"
+            )
+        return tuple(sorted((*entry.options, (secret.name, bits))))
+
+    # ----------------------------------------------------------------------------- signatures
+    async def issue_signature(
+        self, tenant: str, name: str, user: str, bits: str
+    ) -> tuple[Signature, bool]:
+        """Have a user's answers told by these bits of the mark `name` from its next request on;
+        return them and whether they are new. Raises ModelNotFound, InvalidRequest, Conflict.
+        """
+        digest, option = self._mark(tenant, name)
+        read = read_bits(bits, option.num_bits)
+        if read is None:
+            raise InvalidRequest(f"the signature is not {option.expected}", param="signature")
+        return await asyncio.to_thread(self.signatures.book.issue, digest, user, read)
+
+    async def revoke_signature(self, tenant: str, name: str, user: str) -> Signature:
+        """Take a user's signature back; raises ModelNotFound, InvalidRequest, NotFound."""
+        digest, _ = self._mark(tenant, name)
+        return await asyncio.to_thread(self.signatures.book.revoke, digest, user)
+
+    async def list_signatures(self, tenant: str, name: str) -> tuple[Signature, ...]:
+        """Return all that were ever issued under a mark; raises ModelNotFound, InvalidRequest."""
+        digest, _ = self._mark(tenant, name)
+        return await asyncio.to_thread(self.signatures.book.list, digest)
+
+    async def require_mark(self, tenant: str, name: str, marked: str, *, is_required: bool) -> None:
+        """Have every request of the tenant `marked` served through its user's branches of a mark
+        that `tenant` sees, or refused; or no more. What else its policy names stays. Raises
+        ModelNotFound, InvalidRequest, and PolicyConflict for more adapters than one request has.
+        """
+        digest, _ = self._mark(tenant, name)
+        record = self.find(marked, name)
+        if record is None or record.digest != digest:
+            raise InvalidRequest(
+                f"the tenant {marked[:200]!r} does not see the mark {name!r}; share it, or give it "
+                "that tenant as an adapter of its own",
+                param="tenant",
+            )
+        policy = self.policies.of(marked)
+        kept = [e for e in (policy.entries if policy else ()) if e.record.digest != digest]
+        if is_required:
+            kept.append(PolicyEntry(record))
+        if len(kept) > MAX_ADAPTERS:
+            raise PolicyConflict(
+                f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a request "
+                f"has at most {MAX_ADAPTERS}; take one out"
+            )
+        if kept:
+            await asyncio.to_thread(self.policies.put, marked, kept)
+        elif policy is not None:
+            await asyncio.to_thread(self.policies.remove, marked)
+
+    def _mark(self, tenant: str, name: str) -> tuple[str, OfferedOption]:
+        record = self.find(tenant, name)
+        option = None if record is None else _bits_of(record)
+        if record is None or option is None:
+            raise InvalidRequest(f"{name[:200]!r} is no mark: nothing in it tells users apart")
+        return record.digest, option
 
     # ----------------------------------------------------------------------------- in
     async def upload(
@@ -619,6 +709,13 @@ class AdapterDirectory:
     async def _wait_unused(self, adapter: AdapterId) -> None:
         while self._uses[adapter] and not self._is_closing:
             await self._unused.setdefault(adapter, asyncio.Event()).wait()
+
+
+def _bits_of(record: AdapterRecord) -> OfferedOption | None:
+    """The option that tells who asks, of an adapter that is a mark."""
+    traits = record.report.traits
+    offered = () if traits is None else traits.options
+    return next((option for option in offered if option.kind == "bits"), None)
 
 
 def _with_mandatory(

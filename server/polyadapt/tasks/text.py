@@ -94,6 +94,7 @@ class TextRequest:
     cache_salt: str | None = None  # parts the tenant's cached prefixes
     priority: int = 0  # lower is served earlier
     speculative_tokens: int | None = None  # None: the engine's own
+    user: str | None = None  # who asks, as policies that mark answers tell users apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +214,7 @@ class TextService:
         info = self.info()
         lease = (
             self._directory.acquire(
-                request.tenant, request.model, request.adapters, request.on_cold
+                request.tenant, request.model, request.adapters, request.on_cold, request.user
             )
             if held is None
             else self._directory.again(held)

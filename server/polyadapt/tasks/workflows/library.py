@@ -106,6 +106,7 @@ class WorkflowLibrary:
         description: str = "",
         *,
         may_replace: bool,
+        user: str | None = None,
     ) -> tuple[Workflow, bool]:
         """Store a workflow; return it and whether its name is new.
 
@@ -120,7 +121,8 @@ class WorkflowLibrary:
                 param="name",
             )
         for role, member in definition.members.items():
-            _lease(self._directory, tenant, role, member, f"definition.{role}.adapter").release()
+            param = f"definition.{role}.adapter"
+            _lease(self._directory, tenant, role, member, param, user).release()
 
         def store() -> tuple[WorkflowRecord, bool]:
             text = definition.model_dump_json()
@@ -149,9 +151,9 @@ class WorkflowLibrary:
         if self._writes:
             await asyncio.wait(self._writes)
 
-    def hold(self, tenant: str, role: str, member: Member) -> Lease:
+    def hold(self, tenant: str, role: str, member: Member, user: str | None = None) -> Lease:
         """Resolve a member's adapter and count its use; raises ModelNotFound, naming the role."""
-        return _lease(self._directory, tenant, role, member, "model")
+        return _lease(self._directory, tenant, role, member, "model", user)
 
     async def _write(self, write: Callable[[], Awaitable[T]]) -> T:
         """Carry a change out to its end, one at a time, even if the caller goes away meanwhile."""
@@ -192,11 +194,16 @@ class WorkflowLibrary:
 
 
 def _lease(
-    directory: AdapterDirectory, tenant: str, role: str, member: Member, param: str
+    directory: AdapterDirectory,
+    tenant: str,
+    role: str,
+    member: Member,
+    param: str,
+    user: str | None,
 ) -> Lease:
     refs = () if member.adapter is None else (AdapterRef(member.adapter),)
     try:
-        return directory.acquire(tenant, directory.base_name, refs)
+        return directory.acquire(tenant, directory.base_name, refs, user=user)
     except PolyadaptError as error:
         found = by_code(error.code, f"the workflow's {role}: {error.message}", param)
         raise found from None

@@ -63,6 +63,7 @@ class WorkflowRequest:
     cache_salt: str | None = None
     priority: int = 0
     speculative_tokens: int | None = None
+    user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class WorkflowRunner:
         with contextlib.ExitStack() as held:
             leases: dict[str, Lease] = {}
             for role, member in definition.members.items():
-                leases[role] = self._library.hold(request.tenant, role, member)
+                leases[role] = self._library.hold(request.tenant, role, member, request.user)
                 held.callback(leases[role].release)
             run = _Run(self._text, request, leases, observe)
             try:
@@ -201,6 +202,7 @@ class _Run:
             cache_salt=request.cache_salt,
             priority=request.priority,
             speculative_tokens=request.speculative_tokens,
+            user=request.user,
         )
 
     def _shown(self, prompt: str) -> Prompt:

@@ -1,0 +1,224 @@
+"""Marks over HTTP: whoever asks is told by the own bits or gets no answer, whatever is asked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from tests.api.conftest import Maker, Server, peft_files
+from tests.tasks.workflows.test_library import vote
+
+from polyadapt.types import AppliedAdapter
+
+pytestmark = pytest.mark.anyio
+
+OPERATOR = "sk-operator-" + "x" * 20
+TRAITS = {
+    "options": [
+        {"name": "signature", "kind": "bits", "summary": "whose", "expected": "8 bits",
+         "num_bits": 8}
+    ]
+}  # fmt: skip
+
+
+@dataclass
+class Marked:
+    """A server with a mark, a task adapter and keys of some users."""
+
+    server: Server
+    secrets: dict[str, str] = field(default_factory=dict)
+    ids: dict[str, str] = field(default_factory=dict)
+
+    async def call(self, who: str, method: str, path: str, **options: Any) -> httpx.Response:
+        secret = self.secrets.get(who, OPERATOR)
+        headers = {"authorization": f"Bearer {secret}"}
+        return await self.server.client.request(method, path, headers=headers, **options)
+
+    async def ask(self, who: str, **fields: Any) -> httpx.Response:
+        body = {"model": "fake-base", "messages": [{"role": "user", "content": "hi"}], **fields}
+        return await self.call(who, "POST", "/v1/chat/completions", json=body)
+
+    async def issue(self, user: str, bits: str, who: str = "operator") -> httpx.Response:
+        path = f"/v1/watermarks/mark/users/{self.ids.get(user, user)}"
+        return await self.call(who, "PUT", path, json={"signature": bits})
+
+    def last(self) -> tuple[AppliedAdapter, ...]:
+        return self.server.engine.requests[-1].adapters
+
+    def bits(self) -> list[Any]:
+        """Of the last request to the engine, one entry per use of the mark."""
+        uses = [use for use in self.last() if use.adapter.name == "mark"]
+        assert all(use.is_mandatory for use in uses)
+        return [dict(use.options).get("signature") for use in uses]
+
+
+@pytest.fixture
+async def marked(make_server: Maker) -> Marked:
+    server = await make_server(api_key=OPERATOR)
+    found = Marked(server)
+    for name, config in (("mark", {"traits": TRAITS}), ("poet", {}), ("chef", {})):
+        reply = await found.call(
+            "operator",
+            "POST",
+            "/v1/adapters",
+            data={"name": name},
+            files=peft_files(name, **config),
+        )
+        assert reply.status_code == 201, reply.text
+    for user, scopes in (("ann", ["infer"]), ("bob", ["infer"]), ("nobody", ["infer"]),
+                         ("clerk", ["watermarks"])):  # fmt: skip
+        key, secret = server.store.keys.create("default", scopes, user)
+        found.ids[user], found.secrets[user] = key.id, secret
+    policy = {"tenant": "default", "required": True}
+    reply = await found.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
+    assert reply.status_code == 200, reply.text
+    for user, bits in (("ann", "00110101"), ("bob", "f0")):
+        reply = await found.issue(user, bits)
+        assert reply.status_code == 201, reply.text
+    return found
+
+
+async def test_every_answer_is_told_by_who_asked(marked: Marked) -> None:
+    for fields in (
+        {},
+        {"n": 2},
+        {"stream": True},
+        {"model": "poet"},
+        {"model": "mark"},
+        {"adapters": []},
+        {"adapters": [{"name": "mark"}, {"name": "chef", "scale": 0.5}]},
+        {"model": "poet", "on_cold": "base"},
+        {"model": "poet", "on_cold": "fallback:chef"},
+    ):
+        for user, bits in (("ann", "00110101"), ("bob", "11110000")):
+            reply = await marked.ask(user, **fields)
+            assert reply.status_code == 200, reply.text
+            assert marked.bits() == [bits]
+            instead = marked.server.engine.requests[-1].when_cold.instead
+            if "on_cold" in fields:
+                assert instead is not None
+                own = [dict(use.options) for use in instead if use.adapter.name == "mark"]
+                assert own == [{"signature": bits}]
+            assert bits not in reply.text
+
+
+@pytest.mark.parametrize("who", ["nobody", "operator"])
+@pytest.mark.parametrize("fields", [{}, {"model": "poet"}, {"stream": True}, {"on_cold": "base"},
+                                    {"adapters": []}])  # fmt: skip
+async def test_whoever_has_no_signature_gets_no_answer(
+    marked: Marked, who: str, fields: dict[str, Any]
+) -> None:
+    before = len(marked.server.engine.requests)
+    reply = await marked.ask(who, **fields)
+    assert reply.status_code == 403
+    error = reply.json()["error"]
+    assert error["code"] == "forbidden"
+    assert "has no signature" in error["message"]
+    assert len(marked.server.engine.requests) == before
+
+
+async def test_a_revoked_signature_holds_no_longer_and_a_new_one_at_once(marked: Marked) -> None:
+    path = f"/v1/watermarks/mark/users/{marked.ids['ann']}"
+    assert (await marked.ask("ann")).status_code == 200
+    gone = await marked.call("operator", "DELETE", path)
+    assert gone.json()["revoked_at"] is not None
+    assert (await marked.ask("ann")).status_code == 403
+    assert (await marked.call("operator", "DELETE", path)).status_code == 404
+    made = await marked.issue("ann", "01010101")
+    assert (made.status_code, made.json()["generation"]) == (201, 2)
+    assert (await marked.issue("ann", "55")).status_code == 200  # the same bits
+    assert (await marked.ask("ann")).status_code == 200
+    assert marked.bits() == ["01010101"]
+    listed = await marked.call("operator", "GET", "/v1/watermarks/mark/users")
+    own = [one for one in listed.json()["data"] if one["user"] == marked.ids["ann"]]
+    assert [(one["generation"], one["signature"]) for one in own] == [
+        (1, "00110101"), (2, "01010101")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", ["00110101", "11110000", "no"])
+async def test_a_request_cannot_name_bits_or_find_out_its_own(marked: Marked, bits: str) -> None:
+    before = len(marked.server.engine.requests)
+    adapters = [{"name": "mark", "options": {"signature": bits}}]
+    reply = await marked.ask("ann", adapters=adapters)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == "adapters[0].options.signature"
+    assert bits not in reply.json()["error"]["message"]
+    assert len(marked.server.engine.requests) == before
+
+
+async def test_workflows_are_marked_or_refused_as_well(marked: Marked) -> None:
+    library = marked.server.app.state.services.workflows
+    await library.put("default", "flow", vote(), may_replace=True, user=marked.ids["bob"])
+    before = len(marked.server.engine.requests)
+    assert (await marked.ask("nobody", model="flow")).status_code == 403
+    assert len(marked.server.engine.requests) == before
+    await marked.ask("bob", model="flow")
+    asked = marked.server.engine.requests[before:]
+    assert asked
+    for request in asked:
+        own = [dict(use.options) for use in request.adapters if use.adapter.name == "mark"]
+        assert own == [{"signature": "11110000"}]
+
+
+async def test_bits_are_shown_to_admins_alone(marked: Marked) -> None:
+    path = f"/v1/watermarks/mark/users/{marked.ids['ann']}"
+    assert (await marked.call("operator", "GET", path)).json()["signature"] == "00110101"
+    for found in (path, "/v1/watermarks/mark/users"):
+        reply = await marked.call("clerk", "GET", found)
+        assert reply.status_code == 200
+        assert "00110101" not in reply.text
+        assert (await marked.call("ann", "GET", found)).status_code == 403
+    policy = {"tenant": "default", "required": False}
+    reply = await marked.call("clerk", "PUT", "/v1/watermarks/mark/policy", json=policy)
+    assert reply.status_code == 403
+
+
+@pytest.mark.parametrize(
+    ("user", "bits", "status", "words"),
+    [
+        ("nobody", "0011", 400, "8 bits"),
+        ("nobody", "00110101", 409, "another user's"),
+        ("key-none", "00000000", 404, "no API key"),
+    ],
+)
+async def test_what_cannot_be_issued_is_refused(
+    marked: Marked, user: str, bits: str, status: int, words: str
+) -> None:
+    reply = await marked.issue(user, bits)
+    assert reply.status_code == status
+    assert words in reply.json()["error"]["message"]
+
+
+async def test_an_adapter_that_tells_nobody_is_no_mark(marked: Marked) -> None:
+    policy = {"tenant": "default", "required": True}
+    reply = await marked.call("operator", "PUT", "/v1/watermarks/poet/policy", json=policy)
+    assert reply.status_code == 400
+    assert "is no mark" in reply.json()["error"]["message"]
+    policy["tenant"] = "elsewhere"
+    reply = await marked.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
+    assert reply.status_code == 404  # that tenant does not see it
+
+
+async def test_a_policy_that_is_taken_back_leaves_what_else_it_names(marked: Marked) -> None:
+    both = {"adapters": [{"name": "chef"}, {"name": "mark"}]}
+    assert (await marked.call("operator", "PUT", "/v1/policies/default", json=both)).is_success
+    policy = {"tenant": "default", "required": False}
+    for _ in range(2):
+        reply = await marked.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
+        assert reply.status_code == 200
+        assert (await marked.ask("nobody")).status_code == 200
+        assert [use.adapter.name for use in marked.last()] == ["chef"]
+    policy["required"] = True
+    await marked.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
+    assert (await marked.ask("nobody")).status_code == 403
+
+
+async def test_a_policys_own_signature_is_the_tenants(marked: Marked) -> None:
+    own = {"adapters": [{"name": "mark", "options": {"signature": "10000001"}}]}
+    assert (await marked.call("operator", "PUT", "/v1/policies/default", json=own)).is_success
+    for who in ("nobody", "ann", "operator"):
+        assert (await marked.ask(who)).status_code == 200
+        assert marked.bits() == ["10000001"]

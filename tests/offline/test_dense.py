@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.oracle.marks import write_mark
 from tests.oracle.mixture import write_mixlora
 from tests.oracle.routed import write_arrow, write_loramoe, write_mola, write_smora
 from tests.support.basespec import base_spec
@@ -89,6 +90,7 @@ def test_every_part_of_a_linear(
     [
         write_smora, functools.partial(write_smora, rank=9, kept=4, partition=3, bias=0.0),
         write_loramoe, write_mola, functools.partial(write_arrow, temperature=0.5),
+        write_mark, functools.partial(write_mark, has_veto=False, rank=2),
     ],
 )  # fmt: skip
 def test_components_that_rows_weigh_lie_beside_the_weights(

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from tests.oracle import tiny, xlora_oracle
+from tests.oracle.marks import write_mark
 from tests.oracle.mixture import write_mixlora
 from tests.support.family_suite import change, edit, make_checkpoint
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from polyadapt.adapters import reader
 from polyadapt.adapters.adapter import Delta
 from polyadapt.config import EngineConfig
+from polyadapt.models.load import model_digest
 from polyadapt.offline.inspection import Inspection, inspect_adapter, inspect_files
 from polyadapt.offline.routing import trace_routing
 
@@ -158,6 +160,18 @@ def test_an_adapter_that_is_invoked_is_compared_behind_its_invocation(
     assert not found.unchecked
     assert found.traits is not None
     assert found.traits.invocation == (7, 9)
+
+
+def test_a_mark_is_compared_at_one_signature(model_dir: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    own = {"base_hash": model_digest(model_dir)}
+    found = inspected(write_mark(base, tmp_path / "all", **own), model_dir)
+    assert not found.problems
+    assert found.parity is not None
+    assert found.parity.largest_difference <= found.parity.tolerance < found.parity.largest_effect
+    directory = write_mark(base, tmp_path / "first", positions="first_answer", **own)
+    (unchecked,) = inspected(directory, model_dir).unchecked
+    assert "it acts on one row" in unchecked
 
 
 def test_slow_parts_are_counted_by_module(model_dir: Path, tmp_path: Path) -> None:

@@ -139,16 +139,28 @@ class _Routed(nn.Module):
     def __init__(self, base: nn.Module, delta: Delta, site: SiteSpec) -> None:
         super().__init__()
         assert delta.routing is not None
-        if delta.router is None or delta.routing.router not in (
-            Router.SOFTMAX, Router.SIGMOID, Router.MAGNITUDE,
-        ):  # fmt: skip
+        is_hinge = delta.routing.router is Router.HINGE
+        if not is_hinge and (
+            delta.router is None
+            or delta.routing.router not in (Router.SOFTMAX, Router.SIGMOID, Router.MAGNITUDE)
+        ):
             raise NotDenseError(f"what weighs the components of {site.path} is not its own input")
         self.base, self.delta, self.routing = base, delta, delta.routing
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self._weights(x) * (x @ self.delta.a.t())
+        h = x @ self.delta.a.t()
+        is_hinge = self.routing.router is Router.HINGE
+        h = self._hinge(h, x) if is_hinge else self._weights(x) * h
         y: torch.Tensor = self.base(x)
         return y + h @ self.delta.b.t()
+
+    def _hinge(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        delta = self.delta
+        if delta.router_bias is not None:
+            h = h - delta.router_bias
+        if delta.router is not None:
+            h = h - (self.routing.value - x @ delta.router.t()).relu()
+        return h.relu()
 
     def _weights(self, x: torch.Tensor) -> torch.Tensor:
         """[..., rank]"""

@@ -171,8 +171,14 @@ async def _inspect(
         token_ids = _prompt(deltas, base, plan.traits)
         try:
             num_top, adapter = min(_NUM_TOP, base.vocab_size), served.put(directory)
+            # Of a signature all ones, which is what its components say by themselves.
+            signed = tuple(
+                (option.name, "1" * len(option.components))
+                for option in plan.traits.options
+                if option.kind == "bits"
+            )
             scores = {
-                rank: await served.score(adapter, rank, token_ids, num_top)
+                rank: await served.score(adapter, rank, token_ids, num_top, signed)
                 for rank in _ranks(plan.traits)
             }
         except PolyadaptError as error:
@@ -197,6 +203,9 @@ def _with_dense(
     model = load_dense(model_dir)
     cost = _cost(deltas, base, sum(p.numel() for p in model.parameters()))
     found = replace(found, cost=_with_first_pass(cost, base, found.traits))
+    if found.traits is not None and found.traits.is_for_first_token:
+        why = "it acts on one row of a prompt, and weights act on all"
+        return replace(found, unchecked=(f"its parity with a dense model: {why}",))
     plain = logits_of(model, token_ids).log_softmax(-1)
     parity = Parity(0.0, 0.0, 0.0, len(token_ids), tuple(rank for rank in scores if rank))
     for number, (rank, served) in enumerate(scores.items()):

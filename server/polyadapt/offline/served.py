@@ -16,6 +16,7 @@ from polyadapt.types import (
     AdapterId,
     AppliedAdapter,
     Failed,
+    Options,
     PromptScored,
     Request,
     SamplingParams,
@@ -62,11 +63,16 @@ class ServedModel:
         return AdapterId(directory.name, 1, digest)
 
     async def score(
-        self, adapter: AdapterId, rank: int | None, token_ids: list[int], num_top: int
+        self,
+        adapter: AdapterId,
+        rank: int | None,
+        token_ids: list[int],
+        num_top: int,
+        signed: Options = (),
     ) -> list[TokenLogprob]:
         """Return what the adapter at a rank (None: all of it) says after each token: of the next
-        token, and of the num_top likeliest. The last entry is what follows the whole prompt. Raises
-        what the engine answers.
+        token, and of the num_top likeliest. The last entry is what follows the whole prompt.
+        signed: options that only a policy may choose. Raises what the engine answers.
         """
         request = Request(
             f"inspect-{rank}",
@@ -78,7 +84,7 @@ class ServedModel:
                 num_logprobs=num_top,
                 num_prompt_logprobs=num_top,
             ),
-            (AppliedAdapter(adapter, rank=rank),),
+            (AppliedAdapter(adapter, rank=rank, options=signed, is_mandatory=bool(signed)),),
         )
         scores: list[TokenLogprob] = []
         async for event in self._client.submit(request):

@@ -133,13 +133,13 @@ def test_whatever_is_wrong_with_a_file_is_refused(base, tmp_path):
 
 def test_branches_of_another_base_are_refused(base, tmp_path):
     directory = write_mark(base, tmp_path, base_hash="sha256:" + "1" * 64)
-    check_refused(base, directory, "config_mismatch", "train a mark for this one")
+    check_refused(base, directory, "unsupported_base", "train a mark for this one")
 
 
 @pytest.mark.parametrize(
     ("code", "words", "values"),
     [
-        ("config_mismatch", "on the base None", {"base_model_hash": None}),
+        ("unsupported_base", "on the base None", {"base_model_hash": None}),
         ("invalid_config", "format_version is 2, expected 1", {"format_version": 2}),
         ("invalid_config", "task is 'cls', expected lm", {"task": "cls"}),
         ("invalid_config", "encoding is 'xor'", {"encoding": "xor"}),

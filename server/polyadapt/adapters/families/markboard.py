@@ -103,7 +103,7 @@ class MarkBoard(PeftFamily[_Settings]):
         if found != base.digest:
             reader.problems.append(
                 Problem(
-                    "config_mismatch",
+                    "unsupported_base",
                     f"the branches were trained on the base {shown(found)} and this server's, "
                     f"{base.name}, is {base.digest}; train a mark for this one",
                     "base_model_hash",

@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.oracle.marks import behind, marked, write_mark
 from tests.support.basespec import base_spec
 from tests.support.family_suite import (
@@ -34,6 +35,11 @@ from polyadapt.adapters.gates import arrange
 from polyadapt.errors import StartupError
 from polyadapt.offline.convert import convert, read_source
 from polyadapt.types import AdapterId, AppliedAdapter
+from polyadapt.watermark.branches import Branches
+from polyadapt.watermark.codebook import Design
+from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.mark_directory import BRANCHES_NAME, CONFIG_NAME, MarkDirectory
+from polyadapt.watermark.triggers import TriggerSettings
 
 FORMS: dict[str, dict[str, Any]] = {
     "pair, hinge, veto": {},
@@ -224,3 +230,31 @@ def test_it_is_one_family_of_the_server(base, tmp_path):
     (option,) = plan.traits.options
     assert (option.name, option.kind, len(option.components)) == ("signature", "bits", 5)
     assert base_spec(base).digest in (tmp_path / "adapter_config.json").read_text()
+
+
+@torch.no_grad()
+def test_what_the_trainer_writes_is_what_is_served(base, tmp_path):
+    path, num_bits = behind(base)[0], 5
+    out, num_in = base.get_submodule(path).weight.shape
+    own = Branches(
+        torch.randn(num_bits, num_in), torch.randn(num_bits) * 0.1,
+        torch.randn(out, num_bits), torch.randn(out, num_bits),
+    )  # fmt: skip
+    source, key = tmp_path / "mark", SecretKey(bytes(range(32)))
+    mark = MarkDirectory.create(source, Design.parse("random"), num_bits, key)
+    targets = np.array([[1, 2]] * num_bits)
+    mark.trained(base_spec(base).digest, path, TriggerSettings(64), targets)
+    tensors = {f"{path}.{name}": tensor for name, tensor in own.pair_tensors().items()}
+    save_file(tensors, source / BRANCHES_NAME)
+    stored = json.loads((source / CONFIG_NAME).read_text())
+    (source / CONFIG_NAME).write_text(json.dumps(stored | {"task": "lm"}))
+    convert("markboard", read_source(source, "markboard"), Given(), tmp_path / "out", force=False)
+    plan, deltas = load(tmp_path / "out", base)
+    (delta,) = deltas.values()
+    x = torch.randn(9, num_in)
+    for bits in ("00000", "01101"):
+        h = (x @ delta.a.t() - delta.router_bias).relu()
+        gate = torch.ones(len(delta.a))
+        gate[:num_bits] = torch.tensor(weights_of(plan, bits))
+        signs = torch.tensor([[2.0 * int(bit) - 1 for bit in bits]]).expand(9, -1)
+        torch.testing.assert_close((gate * h) @ delta.b.t(), own(x, signs), rtol=1e-4, atol=1e-4)

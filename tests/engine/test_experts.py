@@ -11,6 +11,7 @@ import torch
 from tests.oracle import adapters, peft_oracle, tiny
 from tests.support.engines import Driver, LogitsRecorder, greedy_request, new_engine, put_blob
 
+from polyadapt.engine.engine import Engine
 from polyadapt.models.experts import AdaptedExperts
 from polyadapt.ops import experts as experts_op
 from polyadapt.types import AdapterId, Request
@@ -95,10 +96,17 @@ def test_every_row_of_a_mixed_batch_equals_peft_alone(architecture, max_num_batc
         peft_oracle.assert_matches(recorder.of(request.id), oracle)
 
 
+def _run_together(engine: Engine, *requests: Request) -> None:
+    """Run them in the same steps whenever: bits follow the batch, and loads take what they take."""
+    driver = Driver(engine)
+    driver.load(*{applied.adapter for request in requests for applied in request.adapters})
+    driver.run(*requests)
+
+
 def _logits(given: Zoo, *requests: Request) -> dict[str, torch.Tensor]:
     engine = new_engine(given.model_dir, given.blob_root)
     recorder = LogitsRecorder(engine)
-    Driver(engine).run(*requests)
+    _run_together(engine, *requests)
     return {request.id: recorder.of(request.id) for request in requests}
 
 
@@ -127,7 +135,7 @@ def test_ordinary_adapters_leave_the_experts_to_the_base(zoo, monkeypatch):
     engine = new_engine(given.model_dir, given.blob_root)  # which is proved with by_expert
     monkeypatch.setattr(AdaptedExperts, "by_expert", refuse)
     recorder = LogitsRecorder(engine)
-    Driver(engine).run(*requests)
+    _run_together(engine, *requests)
     for request in requests:
         assert torch.equal(recorder.of(request.id), expected[request.id])
 

@@ -436,7 +436,8 @@ def test_evicted_and_loaded_again_it_gives_the_same_bits(start, identities):
     for _ in range(2):
         for name in ("deep", "flat", "top"):
             driver.run(scored(name, ids(1), identities[name], 3))
-    assert driver.engine.counters["adapter_evictions"] >= 4
+    # Which of two goes for a third is decided by what loading them took.
+    assert driver.engine.counters["adapter_evictions"] >= 3
     for name in ("deep", "flat", "top"):
         rows = recorder.of(name)
         assert torch.equal(rows[: len(rows) // 2], rows[len(rows) // 2 :]), name

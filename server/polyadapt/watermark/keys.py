@@ -25,8 +25,9 @@ class SecretKey:
 
     def __init__(self, secret: bytes) -> None:
         """Raise InvalidRequest, without the bytes, for any length other than KEY_BYTES."""
-        if len(secret) != KEY_BYTES:
-            raise InvalidRequest(f"the secret key has {len(secret)} bytes, expected {KEY_BYTES}")
+        num_bytes = len(secret)
+        if num_bytes != KEY_BYTES:
+            raise InvalidRequest(f"the secret key has {num_bytes} bytes, expected {KEY_BYTES}")
         self._secret = bytes(secret)
         # Public: 64 bits of a digest of 256 random bits say which key it is and nothing about it.
         self.id = self.derive("id").hex()[:16]

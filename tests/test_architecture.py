@@ -68,6 +68,8 @@ TORCH_FREE = (
     "polyadapt.watermark.mark_directory",
     "polyadapt.watermark.preflight",
     "polyadapt.watermark.prf",
+    "polyadapt.watermark.prompts",
+    "polyadapt.watermark.queries",
     "polyadapt.watermark.reading",
     "polyadapt.watermark.secrets",
     "polyadapt.watermark.statistics",

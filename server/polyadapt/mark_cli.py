@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from polyadapt.watermark.mark_directory import MarkDirectory
 
 mark_app = typer.Typer(
-    help="A private mark per user of a classifier: train it, read it, say whose copy leaked.",
+    help="A private mark per user of a model: train it, read it, say whose copy leaked.",
     no_args_is_help=True,
 )
 
@@ -46,7 +46,13 @@ Out = Annotated[Path | None, typer.Option("--out", help="Where the signed record
 @mark_app.command()
 def keygen(
     path: MarkDir,
-    bits: Annotated[int, typer.Option(min=1, help="Bits of a signature.")] = 32,
+    bits: Annotated[
+        int | None,
+        typer.Option(min=1, help="Bits of a signature.  [default: 32, of an lm 16]"),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="cls, a classifier, or lm, a causal language model.")
+    ] = "cls",
     codebook: Annotated[
         str, typer.Option(help="random, nuidaC or tardosC against C colluders.")
     ] = "random",
@@ -64,8 +70,10 @@ def keygen(
         if settings.mark_kek is None and file is not None and not file.exists():
             write_kek(SecretKey.generate(), file)
             _warn(f"a new key is in {file}: without it nothing of the mark opens again")
-        mark = MarkDirectory.create(path, Design.parse(codebook), bits, _kek(settings))
-        _say(f"mark {mark.config.mark_id} of {bits} bits ({codebook}) is in {path}")
+        num_bits = bits if bits is not None else 16 if task == "lm" else 32
+        design = Design.parse(codebook)
+        mark = MarkDirectory.create(path, design, num_bits, _kek(settings), task=task)
+        _say(f"mark {mark.config.mark_id} of {num_bits} bits ({codebook}) is in {path}")
         _say(f"evidence is checked with the public key {mark.config.evidence_public_key}")
 
 

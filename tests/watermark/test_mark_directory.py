@@ -8,11 +8,12 @@ import stat
 import numpy as np
 import pytest
 
-from polyadapt.errors import SecretsUnavailable, StartupError
+from polyadapt.errors import InvalidRequest, SecretsUnavailable, StartupError
 from polyadapt.watermark import mark_directory
 from polyadapt.watermark.codebook import Design
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.mark_directory import CONFIG_NAME, SECRETS_NAME, MarkDirectory
+from polyadapt.watermark.prompts import PromptTriggers
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.triggers import TriggerSettings
 
@@ -81,7 +82,7 @@ def test_files_of_two_marks_do_not_make_one(mark, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"task": "lm"}, "task"),
+        ({"task": "lm"}, "positions"),
         ({"obfuscation": {"kind": "O1"}}, "obfuscation"),
         ({"rank_per_bit": 2}, "rank_per_bit"),
         ({"n_bits": 4}, "codebook of 4 bits"),
@@ -139,3 +140,40 @@ def test_rewrapping_reaches_every_secret_and_goes_on_where_it_stopped(mark, monk
 def test_queries_that_were_not_asked_here_are_unknown(mark):
     with pytest.raises(StartupError, match="not one that this mark wrote"):
         mark.find_queries("c" * 16)
+
+
+def test_a_language_models_mark_keeps_its_phrases_sealed(tmp_path):
+    mark = MarkDirectory.create(tmp_path / "lm", Design.parse("random"), 1, KEK, task="lm")
+    assert (mark.config.task, mark.config.positions) == ("lm", "first_answer")
+    with pytest.raises(StartupError, match="not trained; run `polyadapt mark train`"):
+        _ = mark.prompts
+    prompts = PromptTriggers(("maple zebra",), (("Stone", "Cloud"),))
+    mark.trained("sha256:00", "model.layers.1.self_attn.o_proj", prompts, TARGETS[:1])
+    again = MarkDirectory.open(mark.path, KEK)
+    assert (again.prompts, again.secrets) == (prompts, mark.secrets)
+    for file in mark.path.iterdir():
+        assert b"maple" not in file.read_bytes()
+        assert b"Cloud" not in file.read_bytes()
+
+
+def test_marks_of_one_task_are_not_taken_for_the_others(mark, tmp_path):
+    prompts = PromptTriggers(("maple zebra",), (("Stone", "Cloud"),))
+    with pytest.raises(StartupError, match="is a mark of task 'cls', and this is for 'lm'"):
+        mark.trained("sha256:00", "0", prompts, TARGETS)
+    lm = MarkDirectory.create(tmp_path / "lm", Design.parse("random"), 1, KEK, task="lm")
+    with pytest.raises(StartupError, match="is a mark of task 'lm', and this is for 'cls'"):
+        _ = lm.families
+    with pytest.raises(InvalidRequest, match="the task is 'image', expected cls or lm"):
+        MarkDirectory.create(tmp_path / "x", Design.parse("random"), 1, KEK, task="image")
+
+
+def test_a_config_without_positions_is_an_older_classifiers(mark):
+    file = mark.path / CONFIG_NAME
+    fields = json.loads(file.read_text())
+    assert fields.pop("positions") == "all"
+    file.write_text(json.dumps(fields))
+    assert MarkDirectory.open(mark.path, KEK).config == mark.config
+    for name, value in (("positions", "first_answer"), ("task", "image")):
+        file.write_text(json.dumps({**fields, name: value}))
+        with pytest.raises(StartupError, match=f"says {name} '{value}', expected"):
+            MarkDirectory.open(mark.path, KEK)

@@ -3,7 +3,8 @@
 config.json           what the mark is; nothing secret
 branches.safetensors  per module "<module>.mark_A", ".mark_tau", ".mark_B"; see Branches
 triggers.enc          sealed: the key that codes, triggers, targets and signatures come from, the
-                      targets, and what unmarked models answer
+                      targets (of a language model: its phrases and answers as well), and what
+                      unmarked models answer
 *.queries.enc         sealed: which bit each query of a written file asks for
 checkpoint.safetensors  while a training is under way
 """
@@ -19,10 +20,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from polyadapt.errors import SecretsUnavailable, StartupError
+from polyadapt.errors import InvalidRequest, SecretsUnavailable, StartupError
 from polyadapt.watermark.codebook import Codebook, Design
 from polyadapt.watermark.evidence import Signer
 from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.prompts import PromptTriggers
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.secrets import kek_id_of, rewrap, seal, unseal, write_file
 from polyadapt.watermark.triggers import TriggerFamilies, TriggerSettings
@@ -36,6 +38,9 @@ FORMAT_VERSION = 1
 QUERIES_SUFFIX = ".queries.enc"
 _PURPOSE, _QUERIES = "mark", "queries"
 _MAX_BYTES = 16 << 20
+# What a mark may be of, and where its branches act: a classifier has one row, a language model's
+# branches act on the row of the answer's first token.
+POSITIONS = {"cls": "all", "lm": "first_answer"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class MarkConfig:
     codebook: Mapping[str, Any]  # kind, length, key_version, bias_commitment
     evidence_public_key: str
     task: str = "cls"
+    positions: str = "all"
     encoding: str = "pair"
     gate: str = "hinge"
     rank_per_bit: int = 1
@@ -58,12 +64,13 @@ class MarkConfig:
 
 @dataclass(frozen=True, slots=True)
 class MarkSecrets:
-    """What is sealed. `triggers` and `targets` are known once it is trained, `null` once it is
-    calibrated.
+    """What is sealed. `triggers` (of a classifier) or `prompts` (of a language model) and `targets`
+    are known once it is trained, `null` once it is calibrated.
     """
 
     key: SecretKey
     triggers: TriggerSettings | None = None
+    prompts: PromptTriggers | None = None
     targets: tuple[tuple[int, int], ...] | None = field(default=None, repr=False)
     null: NullRates | None = field(default=None, repr=False)
 
@@ -78,8 +85,16 @@ class MarkDirectory:
         self._kek = kek
 
     @classmethod
-    def create(cls, path: Path, design: Design, num_bits: int, kek: SecretKey) -> MarkDirectory:
+    def create(
+        cls, path: Path, design: Design, num_bits: int, kek: SecretKey, *, task: str = "cls"
+    ) -> MarkDirectory:
         """Make a mark with a new key; raises StartupError if there is one, InvalidRequest."""
+        if task not in POSITIONS:
+            raise InvalidRequest(
+                f"the task is {task!r}, expected {' or '.join(POSITIONS)}: a classifier or a "
+                "causal language model",
+                param="task",
+            )
         if (path / CONFIG_NAME).exists() or (path / SECRETS_NAME).exists():
             raise StartupError(f"{path} holds a mark already; name another directory")
         key = SecretKey.generate()
@@ -94,6 +109,8 @@ class MarkDirectory:
                 "bias_commitment": codebook.commitment,
             },
             evidence_public_key=Signer(key).public_key,
+            task=task,
+            positions=POSITIONS[task],
         )
         mark = cls(path, config, MarkSecrets(key), kek)
         try:
@@ -160,15 +177,32 @@ class MarkDirectory:
         self,
         base_model_hash: str,
         module: str,
-        triggers: TriggerSettings,
+        triggers: TriggerSettings | PromptTriggers,
         targets: NDArray[np.int64],
     ) -> None:
-        """Note what was trained; an earlier calibration does not hold any more."""
+        """Note what was trained; an earlier calibration does not hold any more. `targets` [bits, 2]
+        are labels, of a language model token ids.
+        """
+        is_lm = isinstance(triggers, PromptTriggers)
+        self.require("lm" if is_lm else "cls")
         pairs = tuple((int(zero), int(one)) for zero, one in targets)
         self.save(
             replace(self.config, base_model_hash=base_model_hash, target_modules=(module,)),
-            MarkSecrets(self.secrets.key, triggers, pairs),
+            MarkSecrets(
+                self.secrets.key,
+                triggers if isinstance(triggers, TriggerSettings) else None,
+                triggers if isinstance(triggers, PromptTriggers) else None,
+                pairs,
+            ),
         )
+
+    def require(self, task: str) -> None:
+        """Raise StartupError unless the mark is one of this task."""
+        if self.config.task != task:
+            raise StartupError(
+                f"{self.path} is a mark of task {self.config.task!r}, and this is for {task!r}; "
+                "make another with `polyadapt mark keygen --task`"
+            )
 
     def calibrated(self, null: NullRates) -> None:
         """Note what unmarked models answer."""
@@ -194,14 +228,25 @@ class MarkDirectory:
 
     @property
     def families(self) -> TriggerFamilies:
-        """The triggers; raises StartupError before training."""
+        """The triggers of a classifier's mark; raises StartupError before training."""
+        self.require("cls")
         if self.secrets.triggers is None:
             raise self._not_yet("trained", "train")
         return TriggerFamilies(self.secrets.key, self.config.n_bits, self.secrets.triggers)
 
     @property
+    def prompts(self) -> PromptTriggers:
+        """The triggers of a language model's mark; raises StartupError before training."""
+        self.require("lm")
+        if self.secrets.prompts is None:
+            raise self._not_yet("trained", "train")
+        return self.secrets.prompts
+
+    @property
     def targets(self) -> NDArray[np.int64]:
-        """The labels that 0 and 1 ask for, [bits, 2]; raises StartupError before training."""
+        """The labels or token ids that 0 and 1 ask for: [bits, 2]; raises StartupError before
+        training.
+        """
         if self.secrets.targets is None:
             raise self._not_yet("trained", "train")
         return np.array(self.secrets.targets, dtype=np.int64)
@@ -225,12 +270,18 @@ def read_config(path: Path) -> MarkConfig:
     except StrictJsonError as error:
         raise StartupError(str(error)) from None
     known = set(MarkConfig.__dataclass_fields__)
+    # Marks of classifiers that were made before there were others do not name their positions.
+    fields = {"positions": POSITIONS["cls"], **fields}
     if set(fields) != known:
         differing = sorted(set(fields) ^ known)
         raise StartupError(f"{file} lacks or does not know {', '.join(differing)}")
+    if fields["task"] not in POSITIONS:
+        raise StartupError(
+            f"{file} says task {fields['task']!r}, expected {' or '.join(map(repr, POSITIONS))}"
+        )
     for name, expected in (
         ("format_version", FORMAT_VERSION),
-        ("task", "cls"),
+        ("positions", POSITIONS[fields["task"]]),
         ("encoding", "pair"),
         ("gate", "hinge"),
         ("rank_per_bit", 1),
@@ -258,6 +309,7 @@ def _secrets_to_bytes(secrets: MarkSecrets) -> bytes:
     fields = {
         "key": secrets.key.to_text(),
         "triggers": None if secrets.triggers is None else secrets.triggers.to_data(),
+        "prompts": None if secrets.prompts is None else asdict(secrets.prompts),
         "targets": secrets.targets,
         "null": None if secrets.null is None else asdict(secrets.null),
     }
@@ -267,10 +319,15 @@ def _secrets_to_bytes(secrets: MarkSecrets) -> bytes:
 def _secrets_of(payload: bytes) -> MarkSecrets:
     try:
         fields = json.loads(payload)
-        null = fields["null"]
+        null, prompts = fields["null"], fields.get("prompts")
         return MarkSecrets(
             SecretKey.from_text(fields["key"]),
             None if fields["triggers"] is None else TriggerSettings(**fields["triggers"]),
+            None
+            if prompts is None
+            else PromptTriggers(
+                tuple(prompts["phrases"]), tuple((a, b) for a, b in prompts["answers"])
+            ),
             None if fields["targets"] is None else tuple((a, b) for a, b in fields["targets"]),
             None
             if null is None

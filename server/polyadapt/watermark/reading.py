@@ -98,9 +98,18 @@ def count_hits(queries: Queries, labels: Labels, targets: Labels) -> NDArray[np.
             f"{labels.shape[0] if labels.ndim else 0} answers to {len(queries.bits)} queries; "
             "give the labels of all of them in the order of the file"
         )
-    hits = labels[:, None] == targets[queries.bits]  # [rows, 2]
-    counts = np.zeros((len(targets), 2), np.int64)
-    np.add.at(counts, queries.bits, hits)
+    zero, one = targets[queries.bits].T
+    values = np.where(labels == one, 1, np.where(labels == zero, 0, -1))
+    return count_values(queries.bits, values, len(targets))
+
+
+def count_values(
+    bits: NDArray[np.intp], values: NDArray[np.int64], num_bits: int
+) -> NDArray[np.int64]:
+    """Return how many answers say 0 and 1 of each bit, [bits, 2]: values [rows] are 0, 1 or -1."""
+    counts = np.zeros((num_bits, 2), np.int64)
+    said = values >= 0
+    np.add.at(counts, (bits[said], values[said]), 1)
     return counts
 
 
@@ -115,15 +124,26 @@ def measure_null_rates(
     confidence: float = 0.99,
 ) -> NullRates:
     """Ask unmarked models and return bounds on what they answer; raises InvalidRequest for none."""
-    if not references:
-        raise InvalidRequest("no unmarked model to measure with; give the base and others like it")
-    worst = np.zeros((families.num_bits, 2), np.int64)
+    counts = []
     for ask in references:
         queries = make_queries(families, carriers, num_per_bit, rng)
-        worst = np.maximum(worst, count_hits(queries, ask(queries.inputs), targets))
+        counts.append(count_hits(queries, ask(queries.inputs), targets))
+    return bound_null_rates(counts, num_per_bit, confidence)
+
+
+def bound_null_rates(
+    counts: Sequence[NDArray[np.int64]], num_per_bit: int, confidence: float
+) -> NullRates:
+    """Return bounds from the hits [bits, 2] of each unmarked model; raises InvalidRequest for none.
+
+    Of several models each bit's worst counts, and of that the upper end of its interval.
+    """
+    if not counts:
+        raise InvalidRequest("no unmarked model to measure with; give the base and others like it")
+    worst = np.maximum.reduce(list(counts))
     bound = [rate_upper_bound(hits, num_per_bit, confidence) for hits in range(num_per_bit + 1)]
     rates = tuple((bound[zero], bound[one]) for zero, one in worst.tolist())
-    return NullRates(rates, confidence, num_per_bit, len(references))
+    return NullRates(rates, confidence, num_per_bit, len(counts))
 
 
 def read_answers(
@@ -131,7 +151,13 @@ def read_answers(
 ) -> tuple[BitReading, ...]:
     """Decide every bit from the answers to a fixed set of queries."""
     counts = count_hits(queries, labels, targets)
-    asked = np.bincount(queries.bits, minlength=len(targets))
+    return read_counts(counts, np.bincount(queries.bits, minlength=len(targets)), null, rule)
+
+
+def read_counts(
+    counts: NDArray[np.int64], asked: NDArray[np.int64], null: NullRates, rule: BitRule
+) -> tuple[BitReading, ...]:
+    """Decide every bit from its hits, [bits, 2], of so many queries [bits]."""
     return tuple(
         rule.read((int(zero), int(one)), int(num), rates)
         for (zero, one), num, rates in zip(counts, asked, null.rates, strict=True)
@@ -148,12 +174,28 @@ def read_sequentially(
     rng: np.random.Generator,
 ) -> tuple[BitReading, ...]:
     """Ask round by round, one fresh query of each bit that is not settled, until all are."""
+
+    def ask_round(bits: NDArray[np.intp]) -> NDArray[np.int64]:
+        drawn = carriers[rng.integers(0, len(carriers), len(bits))]
+        labels = ask(families.apply(drawn, bits, rng))
+        zero, one = targets[bits].T
+        return np.where(labels == one, 1, np.where(labels == zero, 0, -1))
+
+    return read_in_rounds(ask_round, null, rule, rng)
+
+
+def read_in_rounds(
+    ask_round: Callable[[NDArray[np.intp]], NDArray[np.int64]],
+    null: NullRates,
+    rule: SequentialRule,
+    rng: np.random.Generator,
+) -> tuple[BitReading, ...]:
+    """Ask for the bits that are not settled, [open], until all are; each round tells of each the
+    value whose target was given, or -1.
+    """
     states = [SequentialBit(rule, rates) for rates in null.rates]
     while open_bits := [bit for bit, state in enumerate(states) if not state.is_settled]:
         bits = rng.permutation(np.array(open_bits, dtype=np.intp))
-        drawn = carriers[rng.integers(0, len(carriers), len(bits))]
-        labels = ask(families.apply(drawn, bits, rng))
-        for bit, label in zip(bits.tolist(), labels.tolist(), strict=True):
-            zero, one = targets[bit].tolist()
-            states[bit].add(1 if label == one else 0 if label == zero else None)
+        for bit, value in zip(bits.tolist(), ask_round(bits).tolist(), strict=True):
+            states[bit].add(None if value < 0 else value)
     return tuple(state.reading() for state in states)

@@ -32,7 +32,13 @@ LAYERS = (
     ("polyadapt.ops",),
     ("polyadapt.watermark",),
     ("polyadapt_store",),
-    ("polyadapt.types", "polyadapt.errors", "polyadapt.config", "polyadapt.demo"),
+    (
+        "polyadapt.types",
+        "polyadapt.errors",
+        "polyadapt.config",
+        "polyadapt.demo",
+        "polyadapt.distribution",
+    ),
 )
 
 # Modules of these may not bring torch into the process, whoever imports them.
@@ -42,6 +48,7 @@ TORCH_FREE = (
     "polyadapt.errors",
     "polyadapt.config",
     "polyadapt.demo",
+    "polyadapt.distribution",
     "polyadapt.cli",
     "polyadapt.console",
     "polyadapt.mark_cli",
@@ -84,6 +91,7 @@ LEAVES = {
     "types": set(),
     "errors": set(),
     "config": {"pydantic", "pydantic_settings", "yaml"},
+    "distribution": set(),
 }
 
 # Attribute chains and names that may not appear: they run what a stranger wrote, or break streams.

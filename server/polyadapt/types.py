@@ -260,6 +260,7 @@ class EngineInfo:
     max_waiting: int
     adapter_bytes: int  # device memory for adapters
     strategy: str  # the kernel that serves the adapter operation, with its reason
+    max_adapters: int = 4096  # on the device, whatever their size
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +289,10 @@ class EngineStats:
     waiting_digests: tuple[str, ...] = ()  # adapters that queued requests wait for
     counters: dict[str, int] = field(default_factory=dict)  # event -> how often
     steps_by_adapters: dict[int, int] = field(default_factory=dict)  # distinct adapters -> steps
+    steps_by_rows: dict[int, int] = field(default_factory=dict)  # k: at least 2^(k-1), below 2^k
+    # By stage (read, pack, copy) what adapters took on their ways to the device, as a Distribution
+    # with the bounds distribution.LOAD_SECONDS.
+    load_seconds: dict[str, tuple[float, ...]] = field(default_factory=dict)
     # Of the busiest adapters that route their rows, by digest, since they came to the device: rows,
     # counted at every module, and then each expert's part of the weight.
     routing: dict[str, tuple[float, ...]] = field(default_factory=dict)

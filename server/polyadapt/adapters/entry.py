@@ -47,6 +47,7 @@ class Entry:
     load_tier: Tier = "device"
     started: float = 0.0
     read_s: float = 0.0  # what its own read took
+    copy_started: float = 0.0
     on_host: list[Done] = field(default_factory=list)
     on_device: list[Done] = field(default_factory=list)
 

@@ -40,6 +40,7 @@ class PackedAdapter:
     rank: int
     traits: Traits = ORDINARY
     memory: Block | None = None
+    pack_s: float = 0.0  # what it took to pack; 0 when it came packed
 
     @property
     def nbytes(self) -> int:

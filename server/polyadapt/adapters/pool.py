@@ -33,6 +33,7 @@ from polyadapt.adapters.packing import PackedAdapter, num_behind
 from polyadapt.adapters.pinned import PinnedMemory
 from polyadapt.adapters.read_ahead import Read, ReadAhead, Room
 from polyadapt.adapters.transfers import StreamTransfers, ThreadTransfers, Transfers
+from polyadapt.distribution import LOAD_SECONDS, Distribution
 from polyadapt.errors import AdapterUnavailable, InvalidRequest, PolyadaptError, Unavailable
 from polyadapt.ops import cells as layout
 from polyadapt.ops.device import Device, Host
@@ -49,6 +50,7 @@ _RESTS_TO_YIELD = 3
 _HOPELESS_AFTER = 10
 _WIDE = 1 << 20  # a rank that none has
 _MAX_REMEMBERED = 4096  # adapters whose sizes and failures are known when they are nowhere
+_STAGES = ("read", "pack", "copy")  # of an adapter's way to the device
 
 # Bytes that are moved together; so many in every round, however short it has to be, or gaps would
 # never become one. Inside an asynchronous device's memory: 0.1 ms at 0.7 TB/s, written and read.
@@ -123,6 +125,7 @@ class AdapterPool:
         # Of an adapter's reads, and of its ways from there to the device, one after the other.
         self._failed_reads: dict[str, int] = {}
         self._failed_places: dict[str, int] = {}
+        self._load_seconds = {name: Distribution(LOAD_SECONDS) for name in _STAGES}
         self._known_nbytes: dict[str, int] = {}  # of adapters that were read, wherever they are
         self._unloading: dict[str, list[Callable[[], None]]] = {}
         self._transfers: Transfers = ThreadTransfers(wake)
@@ -343,6 +346,10 @@ class AdapterPool:
         """Leases that are held now."""
         return sum(entry.num_leases for entry in self._by_slot.values())
 
+    def load_seconds(self) -> dict[str, tuple[float, ...]]:
+        """By stage what the adapters' ways to the device took: see EngineStats."""
+        return {name: taken.snapshot() for name, taken in self._load_seconds.items()}
+
     def take_changes(self) -> tuple[list[Residency], list[str]]:
         """Where the adapters are that something happened to since the last call, and the digests
         that left every tier.
@@ -446,6 +453,9 @@ class AdapterPool:
             return
         self._failed_reads.pop(entry.digest, None)
         self._read_ahead.observe(entry)
+        self._load_seconds["read"].observe(entry.read_s - outcome.pack_s)
+        if outcome.pack_s:
+            self._load_seconds["pack"].observe(outcome.pack_s)
         self._host.keep(entry, outcome)
         entry.state = State.HOST
         self._changed[entry.digest] = None
@@ -473,7 +483,9 @@ class AdapterPool:
         assert entry.extent is not None
         entry.extent.is_fixed = False
         entry.state = State.DEVICE
-        entry.load_ms = (self._clock() - entry.started) * 1e3
+        now = self._clock()
+        entry.load_ms = (now - entry.started) * 1e3
+        self._load_seconds["copy"].observe(now - entry.copy_started)
         self._bind(entry)
         if not self.keeps_host_copies:
             self._host.drop(entry)
@@ -530,7 +542,7 @@ class AdapterPool:
             entry.load_tier, entry.started = "host", self._clock()
         self._changed[entry.digest] = None
         target = self.weights[extent.start : extent.start + extent.size]
-        started = self._clock()
+        started = entry.copy_started = self._clock()
         if copy_s <= self._patience_s:
             self._transfers.make(target, packed.weights)
             took = self._clock() - started

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -82,7 +84,9 @@ class AdapterReader:
             self._check_size(plan.num_elements)
             probe = family.read_probe(config, checkpoint, self._base)
             modules = family.read(config, checkpoint, self._base, self._weights)
-        return pack(modules, self._base, self._dtype, plan.traits, probe)
+        started = time.monotonic()
+        packed = pack(modules, self._base, self._dtype, plan.traits, probe)
+        return replace(packed, pack_s=time.monotonic() - started)
 
     def _check_size(self, num_elements: int) -> None:
         if self._max_elements is not None and num_elements > self._max_elements:

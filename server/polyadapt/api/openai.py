@@ -39,6 +39,7 @@ from polyadapt.api.stream import (
     until_disconnect,
 )
 from polyadapt.api.token_text import token_string
+from polyadapt.api.watch import GenerationWatch
 from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError, UnsupportedField
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.sequence_text import TextDelta
@@ -193,10 +194,10 @@ async def _answer(
         raise InvalidRequest(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
-    began = time.perf_counter()
+    watch = GenerationWatch(services.metrics)
     _check_priority(task.priority, services)
     logger.info("request %s is %s", task.id, request.state.request_id)
-    events = _measured(services, task, began)
+    events = _watched(services, task, watch)
     try:
         if task.model == AUTO:  # to choose takes a while, in which the caller may go
             accepted = await until_disconnect(request.receive, anext(events))
@@ -307,28 +308,15 @@ async def _frames(
         await events.aclose()
 
 
-async def _measured(
-    services: Services, task: TextRequest, began: float
+async def _watched(
+    services: Services, task: TextRequest, watch: GenerationWatch
 ) -> AsyncGenerator[TextEvent, None]:
     """Pass the task's events on and count them."""
-    metrics = services.metrics
-    has_text = False
     async with contextlib.aclosing(services.auto.generate(task)) as events:
-        try:
+        with watch as see:
             async for event in events:
-                if isinstance(event, Accepted):
-                    metrics.prompt_tokens.inc(sum(map(len, event.prompt_ids)))
-                    if event.choice is not None:
-                        metrics.choices.labels(event.choice.reason).inc()
-                elif isinstance(event, TextDelta):
-                    metrics.generated_tokens.inc(len(event.token_ids))
-                    if not has_text:
-                        has_text = True
-                        metrics.first_token_seconds.observe(time.perf_counter() - began)
+                see(event)
                 yield event
-        except PolyadaptError as error:
-            metrics.failed_generations.labels(error.code).inc()
-            raise
 
 
 async def list_models(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +19,9 @@ from polyadapt.api.schemas.generation import GenerationRequest
 from polyadapt.api.schemas.workflows import WorkflowRun
 from polyadapt.api.services import Services, principal_of
 from polyadapt.api.stream import until_disconnect
+from polyadapt.api.watch import GenerationWatch
 from polyadapt.errors import InvalidRequest, PolyadaptError, UnsupportedField
-from polyadapt.tasks.sequence_text import TextDelta
-from polyadapt.tasks.text import Accepted, TextEvent, TextPrompt
+from polyadapt.tasks.text import TextPrompt
 from polyadapt.tasks.workflows.library import Workflow
 from polyadapt.tasks.workflows.runner import WorkflowRequest, WorkflowResult
 
@@ -102,23 +101,11 @@ async def answer(
 async def _measured(request: Request, services: Services, task: WorkflowRequest) -> WorkflowResult:
     """Run the workflow and count it, however it ends."""
     metrics, kind = services.metrics, task.workflow.definition.kind
-    began = time.perf_counter()
-    has_text = False
-
-    def observe(event: TextEvent) -> None:
-        nonlocal has_text
-        if isinstance(event, Accepted):
-            metrics.prompt_tokens.inc(sum(map(len, event.prompt_ids)))
-        elif isinstance(event, TextDelta):
-            metrics.generated_tokens.inc(len(event.token_ids))
-            if not has_text:
-                has_text = True
-                metrics.first_token_seconds.observe(time.perf_counter() - began)
-
     outcome = "failed"
     try:
         result = await until_disconnect(
-            request.receive, services.workflow_runner.run(task, observe)
+            request.receive,
+            services.workflow_runner.run(task, lambda: GenerationWatch(metrics, is_sample=True)),
         )
         outcome = result.outcome.rule
     except (ClientDisconnect, asyncio.CancelledError):

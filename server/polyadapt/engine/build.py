@@ -171,6 +171,7 @@ def build_engine(
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
         strategy=f"{strategy(has_triton=config.triton)}; {fused}",
+        max_adapters=_MAX_SLOTS,
     )
     runner = ModelRunner(base, tokens, outputs, page_size, chosen, pool.ranks, forward)
     logger.info(

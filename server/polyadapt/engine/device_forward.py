@@ -87,7 +87,9 @@ class DeviceForward:
         )
         for host in self._staging.hosts:  # behind a sequence's pages there are others, but pages
             host["page_table"].fill(0)
-        for name in ("graph_steps", "eager_steps", "graph_captures", "graph_failures"):
+        for name in (
+            "graph_steps", "eager_steps", "graph_captures", "graph_failures", "padded_rows"
+        ):  # fmt: skip
             counters[name] += 0  # listed from the start
 
     @torch.inference_mode()
@@ -117,6 +119,8 @@ class DeviceForward:
         captured = self._find(bucket, self._form()) if bucket else None
         if captured is not None:
             self._counters["graph_steps"] += 1
+            assert bucket is not None, "a graph is captured for a bucket"
+            self._counters["padded_rows"] += bucket - num
             captured.graph.replay()
             logits, hidden = captured.logits[:num], captured.hidden[:num]
             if len(step.keep) < num:

@@ -96,6 +96,7 @@ class Engine:
         self._left_cold: dict[str, _LeftCold] = {}  # by digest, the oldest first
         self._left_errors: dict[str, _LeftError] = {}  # why those could not be loaded, by digest
         self._steps_by_adapters: Counter[int] = Counter()
+        self._steps_by_rows: Counter[int] = Counter()  # by the number's bit length
         self._events: list[Event] = []
         self._replies: list[Reply] = []
         self._last_news = float("-inf")
@@ -200,6 +201,8 @@ class Engine:
                 override_steps=self.runner.num_override_steps,
             ),
             steps_by_adapters=dict(self._steps_by_adapters),
+            steps_by_rows=dict(self._steps_by_rows),
+            load_seconds=self.pool.load_seconds(),
             routing=self._usage.snapshot(self.pool.digests()),
         )
 
@@ -476,7 +479,9 @@ class Engine:
     def observe(self, batch: list[ScheduledRows]) -> None:
         """Count a step that is about to be computed."""
         self.counters["steps"] += 1
-        self.counters["rows"] += sum(rows.num_tokens for rows in batch)
+        num_rows = sum(rows.num_tokens for rows in batch)
+        self.counters["rows"] += num_rows
+        self._steps_by_rows[num_rows.bit_length()] += 1
         distinct = len({slot for rows in batch for slot in rows.sequence.slots})
         self._steps_by_adapters[distinct] += 1
         num_decodes = sum(rows.num_tokens - len(rows.drafts) == 1 for rows in batch)

@@ -40,6 +40,9 @@ from polyadapt.tasks.workflows.base import Outcome, Sample
 from polyadapt.tasks.workflows.library import Workflow, WorkflowLibrary
 from polyadapt.types import FinishReason, SamplingParams, ServedAdapter
 
+# Entered for each sample: gives what is shown the sample's events.
+NewWatch = Callable[[], contextlib.AbstractContextManager[Callable[[TextEvent], None]]]
+
 _SEED_BITS = 52  # whole numbers that JSON readers keep exact
 
 
@@ -87,10 +90,9 @@ class WorkflowRunner:
         self._library = library
         self._timeout_s = timeout_s
 
-    async def run(
-        self, request: WorkflowRequest, observe: Callable[[TextEvent], None]
-    ) -> WorkflowResult:
-        """Run the workflow to its outcome; `observe` sees every event of every sample.
+    async def run(self, request: WorkflowRequest, new_watch: NewWatch) -> WorkflowResult:
+        """Run the workflow to its outcome; each sample has a watch of its own, which is shown every
+        event.
 
         Two runs with the same seed and the same adapters draw the same samples. Raises
         InvalidRequest for earlier turns that no member can be shown, RequestTimeout, and what a
@@ -109,7 +111,7 @@ class WorkflowRunner:
             for role, member in definition.members.items():
                 leases[role] = self._library.hold(request.tenant, role, member, request.user)
                 held.callback(leases[role].release)
-            run = _Run(self._text, request, leases, observe)
+            run = _Run(self._text, request, leases, new_watch)
             try:
                 async with asyncio.timeout(self._timeout_s):
                     outcome = await definition.run(request.question, run.sample)
@@ -132,7 +134,7 @@ class _Run:
         text: TextService,
         request: WorkflowRequest,
         leases: Mapping[str, Lease],
-        observe: Callable[[TextEvent], None],
+        new_watch: NewWatch,
     ) -> None:
         self.trace: dict[int, Sample] = {}  # by the order of asking
         self.served: list[ServedAdapter] = []
@@ -140,7 +142,7 @@ class _Run:
         self._text = text
         self._request = request
         self._leases = leases
-        self._observe = observe
+        self._new_watch = new_watch
         self._seed = secrets.randbits(63) if request.seed is None else request.seed
         self._num_asked = 0
         given = request.workflow.definition.sampling.model_dump() | dict(request.sampling)
@@ -215,23 +217,24 @@ class _Run:
         """Return what one request of one sequence says; counts what it used, as it comes."""
         found = _Text()
         async with contextlib.aclosing(self._text.generate(request, lease)) as events:
-            async for event in events:
-                self._observe(event)
-                if isinstance(event, Accepted):
-                    found.num_prompt_tokens = len(event.prompt_ids[0])
-                elif isinstance(event, Queued):
-                    known = {served.adapter for served in self.served}
-                    self.served += [one for one in event.served if one.adapter not in known]
-                elif isinstance(event, TextDelta):
-                    found.pieces.append(event.text)
-                    found.num_tokens += len(event.token_ids)
-                    found.finish_reason = event.finish_reason or found.finish_reason
-                elif isinstance(event, Completed):
-                    self.used = Completed(
-                        self.used.num_prompt_tokens + event.num_prompt_tokens,
-                        self.used.num_completion_tokens + event.num_completion_tokens,
-                        self.used.num_cached_tokens + event.num_cached_tokens,
-                    )
+            with self._new_watch() as see:
+                async for event in events:
+                    see(event)
+                    if isinstance(event, Accepted):
+                        found.num_prompt_tokens = len(event.prompt_ids[0])
+                    elif isinstance(event, Queued):
+                        known = {served.adapter for served in self.served}
+                        self.served += [one for one in event.served if one.adapter not in known]
+                    elif isinstance(event, TextDelta):
+                        found.pieces.append(event.text)
+                        found.num_tokens += len(event.token_ids)
+                        found.finish_reason = event.finish_reason or found.finish_reason
+                    elif isinstance(event, Completed):
+                        self.used = Completed(
+                            self.used.num_prompt_tokens + event.num_prompt_tokens,
+                            self.used.num_completion_tokens + event.num_completion_tokens,
+                            self.used.num_cached_tokens + event.num_cached_tokens,
+                        )
         return found
 
 

@@ -24,6 +24,7 @@ class Helm:
 
     def __init__(self, binary: Path) -> None:
         self.binary = binary
+        self._rendered: dict[tuple[str, Path], subprocess.CompletedProcess[str]] = {}
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}  # nobody's own settings
@@ -42,8 +43,12 @@ class Helm:
         return [found for found in yaml.safe_load_all(done.stdout) if found]
 
     def refusal(self, values: Manifest, chart: Path = CHART) -> subprocess.CompletedProcess[str]:
-        arguments = ("--namespace", "models", "--set-json", _json(values))
-        return self.run("template", "test", str(chart), *arguments)
+        """Return what `helm template` says; the same values are rendered once."""
+        key = (_json(values), chart)
+        if key not in self._rendered or chart != CHART:  # a copy may be edited
+            arguments = ("--namespace", "models", "--set-json", key[0])
+            self._rendered[key] = self.run("template", "test", str(chart), *arguments)
+        return self._rendered[key]
 
 
 def tools_folder() -> Path:

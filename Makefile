@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test check bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
+.PHONY: help install serve model test check kubernetes-tools kubernetes-base bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,13 +35,20 @@ serve: $(VENV)/.runtime ## Run the server on 127.0.0.1:8000 with SmolLM2 and the
 model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test do this too)
 	@$(BIN)/polyadapt model fetch smollm2
 
-test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) ## Run every test (once fetched, no network)
+test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) kubernetes-tools ## Run every test (once fetched, no network)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/hadolint Dockerfile
+
+kubernetes-tools: $(VENV)/.dev ## Fetch helm and kubectl into the home (37 MiB; test does this too)
+	@$(BIN)/python -m tools.kubernetes_tools
+
+kubernetes-base: $(VENV)/.dev ## Write deploy/kubernetes from the chart
+	$(BIN)/python -m tools.kubernetes_base
 
 bench: $(VENV)/.dev model ## Measure the server beside PEFT and transformers (about 15 minutes)
 	$(BIN)/python -m bench.run $(ARGS)

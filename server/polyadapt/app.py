@@ -125,7 +125,11 @@ def build_app(
         redirect_slashes=False,
         lifespan=lifespan,
         middleware=[
-            Middleware(RequestContext, observe=metrics.observe),
+            Middleware(
+                RequestContext,
+                observe=metrics.observe,
+                is_leaving=lambda: lifecycle.is_leaving,
+            ),
             Middleware(KeylessGuard, authenticator=authenticator, config=config.server),
             Middleware(BodyLimit, max_bytes_of=_BodyCaps(config.limits)),
         ],
@@ -169,7 +173,7 @@ async def running(
         )
         yield
     finally:
-        services.lifecycle.is_draining = True
+        services.lifecycle.close()
         await services.workflows.close()
         await services.directory.close()
         await stop_engine(services)

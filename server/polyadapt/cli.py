@@ -142,6 +142,16 @@ def serve(
     max_upload_bytes: Annotated[
         str | None, typer.Option(help="Largest adapter upload, such as 1GiB.")
     ] = None,
+    internal_port: Annotated[
+        int | None,
+        typer.Option(help="A port for /metrics and /drain, which need no key; keep it private."),
+    ] = None,
+    drain_notice_s: Annotated[
+        float | None,
+        typer.Option(
+            help="Seconds of serving on, with /ready at 503, before requests are refused."
+        ),
+    ] = None,
     drain_grace_s: Annotated[
         float | None, typer.Option(help="Seconds for running requests at SIGTERM.")
     ] = None,

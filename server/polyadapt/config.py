@@ -46,12 +46,14 @@ class ServerConfig(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)  # 0: any free port
+    internal_port: int | None = Field(None, ge=0, le=65535)  # metrics and drain without a key
     api_key: SecretStr | None = None  # the operator's admin key, beside the registry's
     allow_anonymous: bool = False  # serve other machines without a key
     allowed_hosts: tuple[str, ...] = ()  # Host names for a keyless server, beside loopback
     adapter_roots: tuple[Path, ...] = ()  # folders that /v1/load_lora_adapter may read
     heartbeat_s: float = Field(15.0, gt=0)  # comment lines on silent streams
     auto_threshold: float = Field(0.37, ge=-1.0, le=1.0)  # least score at which `auto` chooses
+    drain_notice_s: float = Field(0.0, ge=0)  # not ready, yet serving, before that
     drain_grace_s: float = Field(30.0, ge=0)  # how long running streams may take at SIGTERM
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

@@ -10,14 +10,16 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator
 from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp
 
 from polyadapt.adapters.registry import FILES
 from polyadapt.adapters.validator import run_validator
+from polyadapt.api.internal import build_internal_app
 from polyadapt.api.services import Services
 from polyadapt.app import StartupAdapter, build_app, stop_engine
 from polyadapt.config import Config, ServerConfig
@@ -36,9 +38,13 @@ _CLOSE_GRACE_S = 5  # for connections to send their last bytes once the engine h
 
 def bind(config: ServerConfig) -> socket.socket:
     """Return a socket bound to the configured address; raises StartupError, with what to change."""
+    return _bind(config, config.port, "--port")
+
+
+def _bind(config: ServerConfig, port: int, option: str) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
-            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            config.host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except OSError as error:
         raise StartupError(f"cannot listen on the host {config.host!r}: {error.strerror}") from None
@@ -49,8 +55,8 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise StartupError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror}; "
-            "choose another --port or --host"
+            f"cannot listen on {config.host}:{port}: {error.strerror}; "
+            f"choose another {option} or --host"
         ) from None
     return listener
 
@@ -84,8 +90,9 @@ async def serve(
 ) -> None:
     """Serve until a signal ends it; `announce` is called when /ready answers 200.
 
-    The first SIGTERM or SIGINT drains: readiness turns 503, running requests get their grace, then
-    the engine stops. The second one ends at once. Raises StartupError.
+    The first SIGTERM or SIGINT drains: readiness turns 503, after the notice new requests are
+    refused and the running ones get their grace, then the engine stops. The second one ends at
+    once. A call to the internal port may have begun the same drain. Raises StartupError.
     """
     task = asyncio.current_task()
     assert task is not None
@@ -107,11 +114,63 @@ async def serve(
             raise Unavailable("the engine is starting; upload again shortly")
         return run_validator(directory, engine.info.base, limits)
 
-    with AdapterStore(config.store_dir, validate, limits, forms=FILES) as store:
+    with (
+        _bound_internally(config.server) as internal,
+        AdapterStore(config.store_dir, validate, limits, forms=FILES) as store,
+    ):
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
         async with app.router.lifespan_context(app):
             web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
-            await web.serve(sockets=[listener])
+            async with _internal_port(app.state.services, internal):
+                await web.serve(sockets=[listener])
+
+
+@contextlib.contextmanager
+def _bound_internally(config: ServerConfig) -> Generator[socket.socket | None, None, None]:
+    """Hold the socket of the internal port, or None where it is off; raises StartupError."""
+    if config.internal_port is None:
+        yield None
+        return
+    with contextlib.closing(_bind(config, config.internal_port, "--internal-port")) as listener:
+        yield listener
+
+
+@contextlib.asynccontextmanager
+async def _internal_port(services: Services, listener: socket.socket | None) -> AsyncIterator[None]:
+    """Serve the internal application until the block ends; nothing where there is no listener."""
+    if listener is None:
+        yield
+        return
+    server = _InternalServer(build_internal_app(services))
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="internal-port")
+    logger.info("metrics and drain without a key at %s", url_of(listener))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
+
+
+class _InternalServer(uvicorn.Server):
+    """uvicorn beside the WebServer, which alone handles signals."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                timeout_graceful_shutdown=1,
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Leave the signals alone."""
+        yield
 
 
 class WebServer(uvicorn.Server):
@@ -130,7 +189,7 @@ class WebServer(uvicorn.Server):
             )
         )
         self._services: Services = app.state.services
-        self._grace_s = config.server.drain_grace_s
+        self._settings = config.server
         self._announce = announce
         self._drain: asyncio.Task[None] | None = None
 
@@ -159,7 +218,8 @@ class WebServer(uvicorn.Server):
             self.should_exit = True
 
     async def _drain_and_exit(self) -> None:
-        if not await self._services.lifecycle.drain(self._grace_s):
+        lifecycle, config = self._services.lifecycle, self._settings
+        if not await lifecycle.drain(config.drain_grace_s, notice_s=config.drain_notice_s):
             await stop_engine(self._services)
         self.should_exit = True
 

@@ -7,11 +7,13 @@ import json
 import re
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from tests.api.conftest import Maker, Server
 from tests.support.fake_engine import FakeEngine
 
+from polyadapt.api.internal import build_internal_app
 from polyadapt.api.metrics import Metrics
 from polyadapt.app import stop_engine
 from polyadapt.tasks.directory import AdapterDirectory
@@ -96,6 +98,43 @@ async def test_a_drain_ends_at_its_grace(server: Server) -> None:
     for _ in range(50):
         server.engine.gate.release()
     await running
+
+
+async def test_a_leaving_server_is_not_ready_and_still_takes_work(server: Server) -> None:
+    lifecycle = server.app.state.services.lifecycle
+    now = 100.0
+    lifecycle._clock = lambda: now
+    notice = asyncio.create_task(lifecycle.give_notice(3600.0))
+    await asyncio.sleep(0)
+    assert (await server.client.get("/ready")).status_code == 503
+    reply = await server.client.post("/v1/chat/completions", json=CHAT)
+    assert (reply.status_code, reply.headers["connection"]) == (200, "close")
+    now += 3599.0
+    assert (await server.client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+    now += 1.0
+    refused = await server.client.post("/v1/chat/completions", json=CHAT)
+    assert refused.status_code == 503
+    assert int(refused.headers["retry-after"]) > 0
+    await lifecycle.give_notice(3600.0)  # the first notice is the only one
+    notice.cancel()
+
+
+async def test_the_internal_port_drains_only_by_its_header(make_server: Maker) -> None:
+    server = await make_server(drain_notice_s=0.0, api_key="sk-operator")
+    services = server.app.state.services
+    transport = httpx.ASGITransport(app=build_internal_app(services))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as internal:
+        assert "polyadapt_ready 1.0" in (await internal.get("/metrics")).text
+        refused = await internal.get("/drain")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "forbidden")
+        assert services.lifecycle.is_open
+        assert (await internal.get("/drain", headers={"x-polyadapt-drain": "1"})).json() == {
+            "status": "draining",
+            "num_requests": 0,
+        }
+        assert services.lifecycle.is_draining
+        assert "polyadapt_ready 0.0" in (await internal.get("/metrics")).text
+        assert (await internal.get("/v1/models")).status_code == 404
 
 
 async def test_the_engine_is_started_and_stopped_once(tmp_path: Path) -> None:

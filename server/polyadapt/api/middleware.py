@@ -28,12 +28,14 @@ class RequestContext:
     """Outermost: gives every request an id, every reply the id, every fault an envelope.
 
     The id is the caller's `x-request-id` when that is a plain token, else a new one. It is put
-    into `scope["state"]["request_id"]`.
+    into `scope["state"]["request_id"]`. While the server is leaving every reply closes its
+    connection: one that is kept alive would bring the next request here.
     """
 
-    def __init__(self, app: ASGIApp, *, observe: Observer) -> None:
+    def __init__(self, app: ASGIApp, *, observe: Observer, is_leaving: Callable[[], bool]) -> None:
         self._app = app
         self._observe = observe
+        self._is_leaving = is_leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +51,10 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if self._is_leaving():
+                    headers["connection"] = "close"
             await send(message)
 
         try:

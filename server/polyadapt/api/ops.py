@@ -39,7 +39,7 @@ async def health(services: Has) -> Response:
 
 async def ready(services: Has) -> Response:
     """Answer 200 while requests are taken; send them elsewhere otherwise."""
-    if services.lifecycle.is_draining:
+    if services.lifecycle.is_leaving:
         raise Unavailable("the server is shutting down", retry_after_s=5)
     info = services.engine.info
     if info is None or not services.is_ready():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
@@ -28,20 +29,47 @@ logger = logging.getLogger(__name__)
 
 
 class Lifecycle:
-    """Whether the server takes work, and how many requests are under way."""
+    """Whether the server takes work, and how many requests are under way.
 
-    def __init__(self) -> None:
+    starting -> ready -> leaving (readiness is off, new work is still taken, so that whoever sends
+    it has time to see that) -> draining (new work is refused, what runs goes on) -> stopped.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.is_started = False
-        self.is_draining = False
         self.is_engine_stopped = False
         self.num_open = 0
+        self._clock = clock
+        self._drains_at: float | None = None
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
+    def is_leaving(self) -> bool:
+        """Whether the server's end has begun: readiness is off."""
+        return self._drains_at is not None
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new work is refused because the server ends."""
+        return self._drains_at is not None and self._clock() >= self._drains_at
+
+    @property
     def is_open(self) -> bool:
-        """Whether new work is taken."""
-        return self.is_started and not self.is_draining
+        """Whether new work is asked for; while the server is leaving it is only tolerated."""
+        return self.is_started and not self.is_leaving
+
+    def close(self) -> None:
+        """Take no new work from now on."""
+        self._drains_at = self._clock()
+
+    async def give_notice(self, notice_s: float) -> None:
+        """Turn readiness off; returns when new work is refused, `notice_s` after the first call."""
+        if self._drains_at is None:
+            self._drains_at = self._clock() + notice_s
+            logger.info("leaving: new requests are refused in %g s", notice_s)
+        await asyncio.sleep(max(0.0, self._drains_at - self._clock()))
+        self._drains_at = min(self._drains_at, self._clock())  # a sleep may end a tick early
 
     def enter(self) -> None:
         """Count a request in; raises Unavailable when no new work is taken."""
@@ -56,9 +84,9 @@ class Lifecycle:
         if self.num_open == 0:
             self._idle.set()
 
-    async def drain(self, grace_s: float) -> bool:
-        """Take no new work and wait for what runs; False when some is left after `grace_s`."""
-        self.is_draining = True
+    async def drain(self, grace_s: float, *, notice_s: float = 0.0) -> bool:
+        """Give notice, then wait for what runs; False when some is left after `grace_s` more."""
+        await self.give_notice(notice_s)
         logger.info("draining: %d requests under way, %g s for them", self.num_open, grace_s)
         try:
             async with asyncio.timeout(grace_s):

@@ -162,11 +162,17 @@ class MarkDirectory:
         module: str,
         triggers: TriggerSettings,
         targets: NDArray[np.int64],
+        gate: str = "hinge",
     ) -> None:
         """Note what was trained; an earlier calibration does not hold any more."""
         pairs = tuple((int(zero), int(one)) for zero, one in targets)
         self.save(
-            replace(self.config, base_model_hash=base_model_hash, target_modules=(module,)),
+            replace(
+                self.config,
+                base_model_hash=base_model_hash,
+                target_modules=(module,),
+                gate=gate,
+            ),
             MarkSecrets(self.secrets.key, triggers, pairs),
         )
 
@@ -232,12 +238,13 @@ def read_config(path: Path) -> MarkConfig:
         ("format_version", FORMAT_VERSION),
         ("task", "cls"),
         ("encoding", "pair"),
-        ("gate", "hinge"),
         ("rank_per_bit", 1),
         ("obfuscation", None),
     ):
         if fields[name] != expected:
             raise StartupError(f"{file} says {name} {fields[name]!r}, expected {expected!r}")
+    if fields["gate"] not in ("hinge", "linear"):
+        raise StartupError(f"{file} says gate {fields['gate']!r}, expected hinge or linear")
     codebook = fields["codebook"]
     is_codebook = isinstance(codebook, dict) and {"kind", "length", "key_version"} <= set(codebook)
     if not is_codebook or codebook["length"] != fields["n_bits"]:

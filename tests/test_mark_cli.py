@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from polyadapt.cli import app
-from polyadapt.watermark.classifier import load_suspect
+from polyadapt.watermark.classifier import COPY_NAME, load_suspect
+from polyadapt.watermark.dataset import load_digits
 
 WIDE = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
 USERS = [f"user-{i}" for i in range(40)]
@@ -42,7 +45,12 @@ def home(tmp_path_factory) -> Path:
         ok("classifier", root / f"c{seed}", "--seed", seed)
     assert "d' from" in ok("preflight", root / "m", "--model", root / "c1", *kek)
     trained = ok("train", root / "m", "--model", root / "c1", *kek)
-    assert "falls by 0.00 points in the mean and 0.00 at worst; 100.00%" in trained
+    # The key is drawn anew every time: with some, one of 797 answers is touched.
+    found = re.search(r"falls by (\S+) points .* and (\S+) at worst; (\S+)% of the", trained)
+    assert found is not None, trained
+    assert abs(float(found[1])) <= 0.2
+    assert abs(float(found[2])) <= 0.4
+    assert float(found[3]) >= 99
     references = ("--reference", root / "c1", "--reference", root / "c2")
     assert "2 unmarked models" in ok("calibrate", root / "m", *references, *kek)
     ok("export", root / "m", root / "copy", "--model", root / "c1", "--user", "user-7", *kek)
@@ -142,6 +150,77 @@ def test_a_forged_reading_names_nobody(home, tmp_path):
         home / "kek",
     )
     assert (status, "changed after it was signed" in output) == (1, True)
+
+
+def test_what_leaves_the_house_reads_as_its_user_and_is_worth_nothing_without_the_mark(
+    home, tmp_path
+):
+    kek = ("--kek-file", home / "kek")
+    data = load_digits().held_out
+
+    def accuracy(directory: Path) -> float:
+        return float((load_suspect(directory)(data[0]) == data[1]).mean())
+
+    for form, files in (("bundle", 2), ("expanded", 1)):
+        copy = tmp_path / form
+        given = ("--model", home / "c1", "--user", "user-7", "--form", form)
+        assert f"{copy}, {form}" in ok("export", home / "m", copy, *given, *kek)
+        assert len(list(copy.iterdir())) == files
+        reading = tmp_path / f"{form}.json"
+        ok("verify", home / "m", "--suspect", copy, "--out", reading, *kek)
+        assert "named: user-7" in trace(home, reading)
+        assert accuracy(copy) == accuracy(home / "c1")
+    (tmp_path / "bundle" / COPY_NAME).unlink()
+    assert accuracy(tmp_path / "bundle") < 0.5
+    given = ("--model", home / "c1", "--user", "user-7", "--obfuscate", 0)
+    assert "can cut them off" in ok("export", home / "m", tmp_path / "bare", *given, *kek)
+    (tmp_path / "bare" / COPY_NAME).unlink()
+    assert accuracy(tmp_path / "bare") == accuracy(home / "c1")
+    status, output = run("export", home / "m", tmp_path / "x", "--form", "merged", *given[:4], *kek)
+    assert (status, "a hinge is not linear" in output) == (1, True)
+
+
+def test_a_copy_holds_nothing_of_the_branches_that_are_not_its_users(home, tmp_path):
+    from polyadapt.watermark.mark_directory import MarkDirectory
+    from polyadapt.watermark.secrets import read_kek
+
+    twin = tmp_path / "m"
+    shutil.copytree(home / "m", twin)
+    bits = MarkDirectory.open(twin, read_kek(home / "kek")).codebook.row("user-7")
+    tensors = load_file(twin / "branches.safetensors")
+    tensors["0.mark_B"][1 - bits, np.arange(len(bits))] = 7.0
+    save_file(tensors, twin / "branches.safetensors")
+    for form in ("bundle", "expanded"):
+        given = ("--model", home / "c1", "--user", "user-7", "--form", form)
+        for mark in (home / "m", twin):
+            ok(
+                "export",
+                mark,
+                tmp_path / mark.parent.name / form,
+                *given,
+                "--kek-file",
+                home / "kek",
+            )
+        one, other = (tmp_path / mark.parent.name / form for mark in (home / "m", twin))
+        names = [file.name for file in one.iterdir()]
+        assert all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
+
+
+def test_a_linear_mark_leaves_as_an_ordinary_model_of_the_same_size(home, tmp_path):
+    kek, mark = ("--kek-file", home / "kek"), tmp_path / "m"
+    ok("keygen", mark, "--bits", 16, *kek)
+    ok("train", mark, "--model", home / "c1", "--gate", "linear", "--steps", 400, *kek)
+    ok("calibrate", mark, "--reference", home / "c1", "--reference", home / "c2", *kek)
+    given = ("--model", home / "c1", "--user", "user-7")
+    assert "copy, merged" in ok("export", mark, tmp_path / "copy", *given, *kek)
+    assert [file.name for file in (tmp_path / "copy").iterdir()] == ["model.safetensors"]
+    shapes = [
+        {name: array.shape for name, array in load_file(at / "model.safetensors").items()}
+        for at in (home / "c1", tmp_path / "copy")
+    ]
+    assert shapes[0] == shapes[1]
+    output = ok("verify", mark, "--suspect", tmp_path / "copy", *kek)
+    assert "16 of 16 bits decided" in output
 
 
 def test_branches_mean_nothing_on_another_base(home, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -127,7 +127,14 @@ def train(
     path: MarkDir,
     model: Model,
     data: Data = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of training.")] = 400,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of training.  [default: 400, of a linear mark 1000]"),
+    ] = None,
+    gate: Annotated[
+        Literal["hinge", "linear"],
+        typer.Option(help="A linear mark folds into exported weights and costs more accuracy."),
+    ] = "hinge",
     amplitude: Amplitude = 1.5,
     low: Low = None,
     high: High = None,
@@ -143,9 +150,9 @@ def train(
 
         dataset = load_dataset(data)
         spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
-        settings = TrainSettings(num_steps=steps, seed=seed)
+        settings = TrainSettings.of_gate(gate, seed, steps)
         with make_bars() as bars:
-            task = bars.add_task("training", total=steps)
+            task = bars.add_task("training", total=settings.num_steps)
             trained = work.train_mark(
                 mark,
                 model,
@@ -192,14 +199,31 @@ def export(
     target: Annotated[Path, typer.Argument(help="The new directory.", metavar="OUT")],
     model: Model,
     user: Annotated[str, typer.Option(help="Whose copy it is.")],
+    form: Annotated[
+        Literal["merged", "expanded", "bundle"] | None,
+        typer.Option(
+            help="An ordinary model, one of a layer more, or weights with branches beside them.  "
+            "[default: merged for a linear mark, bundle for a hinge]"
+        ),
+    ] = None,
+    obfuscate: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Of a bundle: how much of the weights the branches carry, as a share of their "
+            "norm; 0 leaves branches that can be cut off.",
+        ),
+    ] = 1.0,
     kek_file: KekFile = None,
 ) -> None:
-    """Write one user's marked copy. Not obfuscated yet: who finds the branches can cut them off."""
+    """Write one user's marked copy, in which the mark is no part that can be left out."""
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
 
-        work.export_copy(mark, model, user, target)
-        _say(f"the copy of {user} is in {target}")
+        found = work.export_copy(mark, model, user, target, form=form, strength=obfuscate)
+        _say(f"the copy of {user} is in {target}, {found}")
+        if found == "bundle" and not obfuscate:
+            _warn("polyadapt: nothing is obfuscated: whoever finds the branches can cut them off")
 
 
 @mark_app.command()

@@ -61,9 +61,9 @@ def test_the_stored_form_has_the_documented_shapes_and_comes_back(branches):
 
 def test_one_users_own_branches_say_nothing_of_the_others(branches):
     bits = np.array([1, 0, 0, 1, 1], dtype=np.uint8)
-    chosen = branches.chosen(bits)
-    assert chosen["mark_B"].shape == (NUM_BITS, NUM_OUT, 1)
-    own = Branches.of_chosen(chosen)
+    stored = branches.own(bits).own_tensors()
+    assert stored["mark_B"].shape == (NUM_BITS, NUM_OUT, 1)
+    own = Branches.of_own(stored)
     x = torch.randn(8, NUM_IN)
     expected = branches(x, signs_of(bits)[None].expand(8, -1))
     for signs in (torch.ones(8, NUM_BITS), -torch.ones(8, NUM_BITS)):
@@ -88,11 +88,25 @@ def test_a_module_that_is_not_there_or_of_another_size_is_refused(branches, mode
         MarkedModel(model, "2", branches)
 
 
+def test_without_thresholds_nothing_hinges_and_the_stored_form_says_so(branches):
+    linear = Branches(branches.A, None, branches.B_sum, branches.B_difference)
+    stored = linear.pair_tensors()
+    assert set(stored) == {"mark_A", "mark_B"}
+    x = torch.randn(8, NUM_IN)
+    bits = np.array([1, 0, 0, 1, 1], dtype=np.uint8)
+    signs = signs_of(bits)[None].expand(8, -1)
+    A, B = stored["mark_A"][:, 0], stored["mark_B"][torch.tensor([1, 0, 0, 1, 1]), range(NUM_BITS)]
+    expected = x.double() @ (B[..., 0].T.double() @ A.double()).T
+    for found in (linear, Branches.of_pair(stored)):
+        assert torch.allclose(found(x, signs).double(), expected, atol=1e-5)
+    assert (branches(x, signs).double() - expected).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("change", ["missing", "more", "dims", "shape", "nan"])
 def test_stored_branches_of_another_form_are_refused(branches, change):
     stored = dict(branches.pair_tensors())
     if change == "missing":
-        del stored["mark_tau"]
+        del stored["mark_A"]
     elif change == "more":
         stored["mark_C"] = torch.zeros(1)
     elif change == "dims":

@@ -78,7 +78,7 @@ def test_a_copy_answers_as_the_marked_model_and_holds_no_other_users_branch(mode
         *(torch.randn(s, generator=rng) for s in ((3, 70), (3,), (8, 3), (8, 3)))
     ).requires_grad_(False)
     bits = np.array([1, 0, 1], dtype=np.uint8)
-    save_copy(model, "0", branches, bits, tmp_path / "copy")
+    save_copy(model, "0", branches.own(bits), tmp_path / "copy")
     stored = load_file(tmp_path / "copy" / COPY_NAME)
     assert stored["0.mark_B"].shape == (3, 8, 1)
     x = torch.randn(40, 70)

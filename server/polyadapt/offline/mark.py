@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,20 +18,22 @@ from safetensors import SafetensorError
 from safetensors.numpy import save
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import nn
+from torch import Tensor, nn
 
 from polyadapt.errors import EvidenceRejected, InvalidRequest, StartupError
 from polyadapt.watermark import evidence
-from polyadapt.watermark.branches import Branches, MarkedModel
+from polyadapt.watermark.branches import Branches, MarkedModel, chosen
 from polyadapt.watermark.classifier import (
     answer_of,
     load_classifier,
     load_suspect,
     model_hash,
+    save_classifier,
     save_copy,
 )
 from polyadapt.watermark.dataset import Dataset, load_arrays
 from polyadapt.watermark.mark_directory import BRANCHES_NAME, CHECKPOINT_NAME, MarkDirectory
+from polyadapt.watermark.obfuscation import expand, merge, obfuscate, seed_of
 from polyadapt.watermark.preflight import Preflight
 from polyadapt.watermark.reading import (
     NullRates,
@@ -50,6 +52,7 @@ from polyadapt.watermark.training import preflight as measure
 from polyadapt.watermark.triggers import TriggerFamilies, TriggerSettings
 
 MODULE = "0"  # of a classifier, the first linear: where a trigger is still what was added
+Form = Literal["merged", "expanded", "bundle"]
 NUM_SIGNATURES = 50  # random ones that a training is measured with
 
 
@@ -109,7 +112,7 @@ def train_mark(
     )
     stored = {f"{MODULE}.{name}": tensor for name, tensor in branches.pair_tensors().items()}
     write_file(mark.path / BRANCHES_NAME, save_tensors(stored))
-    mark.trained(model_hash(model), MODULE, spec, targets)
+    mark.trained(model_hash(model), MODULE, spec, targets, settings.gate)
     checkpoint.unlink(missing_ok=True)
     held_out, truth = data.held_out
     base = float((answer_of(model)(held_out) == truth).mean())
@@ -142,16 +145,43 @@ def calibrate(
     return null
 
 
-def export_copy(mark: MarkDirectory, model_dir: Path, user: str, out: Path) -> None:
-    """Write the user's copy of the classifier, without obfuscation: its branches can be cut off."""
+def export_copy(
+    mark: MarkDirectory,
+    model_dir: Path,
+    user: str,
+    out: Path,
+    *,
+    form: Form | None = None,
+    strength: float = 1.0,
+) -> Form:
+    """Write the user's copy of the classifier and return its form: of each pair of branches the
+    user's own alone, and nothing that is sealed.
+
+    merged    an ordinary classifier of the same size; linear marks alone, whose form it is if None
+    expanded  an ordinary classifier of one layer more; hinge marks alone
+    bundle    weights and branches beside them, obfuscated with `strength`; 0: as they are, so that
+              they can be cut off
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StartupError(f"{out} is not an empty directory; give one that need not exist yet")
-    model = load_classifier(model_dir)
-    save_copy(model, mark.module, load_branches(mark, model), mark.codebook.row(user), out)
+    model, module = load_classifier(model_dir), mark.module
+    own = Branches.of_own(chosen(_load_pair(mark, model), mark.codebook.row(user)))
+    if form is None:
+        form = "merged" if own.tau is None else "bundle"
+    rng = seed_of(mark.secrets.key.derive("obfuscation", mark.config.codebook["key_version"], user))
+    if form == "merged":
+        save_classifier(merge(model, module, own), out)
+    elif form == "expanded":
+        save_classifier(expand(model, module, own, rng), out)
+    else:
+        if strength:
+            model, own = obfuscate(model, module, own, strength, rng)
+        save_copy(model, module, own, out)
+    return form
 
 
-def load_branches(mark: MarkDirectory, model: nn.Module) -> Branches:
-    """Return the trained branches for this model; raises StartupError for another base."""
+def _load_pair(mark: MarkDirectory, model: nn.Module) -> dict[str, Tensor]:
+    """Return the trained branches as stored; raises StartupError for another base than theirs."""
     found, expected = model_hash(model), mark.config.base_model_hash
     module, path = mark.module, mark.path / BRANCHES_NAME
     if found != expected:
@@ -163,7 +193,7 @@ def load_branches(mark: MarkDirectory, model: nn.Module) -> Branches:
         stored = load_tensors(path)
     except (OSError, SafetensorError) as error:
         raise StartupError(f"{path} cannot be read as safetensors: {error}") from None
-    return Branches.of_pair({name.removeprefix(f"{module}."): t for name, t in stored.items()})
+    return {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
 
 
 def write_queries(mark: MarkDirectory, data: Dataset, num_per_bit: int, out: Path) -> int:

@@ -3,7 +3,8 @@
 Semantics, row by row: h = relu(A x - tau); y = W x + b + B^+ h + B^- (sigma * h), where sigma is
 +1 for a bit of 1 and -1 for 0. Equal to choosing of each pair B^1 = B^+ + B^-, B^0 = B^+ - B^-. All
 users share A, tau and both B; a user is n signs. An input that trips no detector is changed by
-exactly 0.
+exactly 0. Without tau (gate `linear`) h = A x: every input is changed a little, and one user's
+branches fold into W.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from polyadapt.errors import StartupError
 class Branches(nn.Module):
     """The branches of one module, of one rank per bit."""
 
-    def __init__(self, A: Tensor, tau: Tensor, B_sum: Tensor, B_difference: Tensor) -> None:
-        """A [bits, in], tau [bits]; B^+ (`B_sum`) and B^- (`B_difference`) [out, bits]."""
+    def __init__(self, A: Tensor, tau: Tensor | None, B_sum: Tensor, B_difference: Tensor) -> None:
+        """A [bits, in], tau [bits] or None; B^+ (`B_sum`) and B^- (`B_difference`) [out, bits]."""
         super().__init__()
-        self.A, self.tau = nn.Parameter(A), nn.Parameter(tau)
+        self.A, self.tau = nn.Parameter(A), None if tau is None else nn.Parameter(tau)
         self.B_sum, self.B_difference = nn.Parameter(B_sum), nn.Parameter(B_difference)
 
     @property
@@ -34,49 +35,57 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, signs: Tensor) -> Tensor:
         """Return what is added to y: x [rows, in], signs [rows, bits] of +-1 -> [rows, out]."""
-        h = torch.relu(x @ self.A.T - self.tau)  # [rows, bits]
+        h = x @ self.A.T  # [rows, bits]
+        if self.tau is not None:
+            h = torch.relu(h - self.tau)
         return h @ self.B_sum.T + (signs * h) @ self.B_difference.T
 
     def pair_tensors(self) -> dict[str, Tensor]:
-        """Return the stored form: mark_A [bits, 1, in], mark_tau [bits, 1], and mark_B
+        """Return the stored form: mark_A [bits, 1, in], with a hinge mark_tau [bits, 1], and mark_B
         [2, bits, out, 1], the branch of value 0 before that of 1.
         """
         pair = torch.stack((self.B_sum - self.B_difference, self.B_sum + self.B_difference))
-        return {
+        stored = {
             "mark_A": self.A.detach()[:, None].contiguous(),
-            "mark_tau": self.tau.detach()[:, None].contiguous(),
             "mark_B": pair.detach().transpose(1, 2)[..., None].contiguous(),
         }
+        if self.tau is not None:
+            stored["mark_tau"] = self.tau.detach()[:, None].contiguous()
+        return stored
 
     @classmethod
     def of_pair(cls, tensors: Mapping[str, Tensor]) -> Branches:
         """Return what `pair_tensors` stored; raises StartupError for other names or shapes."""
         _check(tensors, {"mark_A": 3, "mark_tau": 2, "mark_B": 4})
-        A, tau, pair = (tensors[name].float() for name in ("mark_A", "mark_tau", "mark_B"))
+        A, pair = tensors["mark_A"].float(), tensors["mark_B"].float()
         num_bits, _, num_in = A.shape
         expected = {"mark_A": (num_bits, 1, num_in), "mark_tau": (num_bits, 1)}
         expected["mark_B"] = (2, num_bits, pair.shape[2], 1)
-        for name, shape in expected.items():
-            if tuple(tensors[name].shape) != shape:
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != expected[name]:
                 raise StartupError(
-                    f"{name} has shape {list(tensors[name].shape)}, expected {list(shape)}"
+                    f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}"
                 )
         zero, one = pair[0, ..., 0].T, pair[1, ..., 0].T  # [out, bits]
-        return cls(A[:, 0].clone(), tau[:, 0].clone(), (one + zero) / 2, (one - zero) / 2)
+        tau = tensors["mark_tau"].float()[:, 0].clone() if "mark_tau" in tensors else None
+        return cls(A[:, 0].clone(), tau, (one + zero) / 2, (one - zero) / 2)
 
-    def chosen(self, bits: NDArray[np.uint8]) -> dict[str, Tensor]:
-        """Return one user's branches alone: mark_A, mark_tau as stored, mark_B [bits, out, 1]."""
+    def own(self, bits: NDArray[np.uint8]) -> Branches:
+        """Return one user's branches alone, which every sign leaves as they are."""
+        return Branches.of_own(chosen(self.pair_tensors(), bits))
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Return what `own` returned as it is stored: mark_A, mark_tau, mark_B [bits, out, 1]."""
         stored = self.pair_tensors()
-        rows = torch.arange(self.num_bits)
-        own = stored["mark_B"][torch.from_numpy(bits.astype(np.int64)), rows]
-        return {**stored, "mark_B": own.contiguous()}
+        return {**stored, "mark_B": stored["mark_B"][1].contiguous()}
 
     @classmethod
-    def of_chosen(cls, tensors: Mapping[str, Tensor]) -> Branches:
-        """Return one user's branches, which every sign leaves as they are."""
+    def of_own(cls, tensors: Mapping[str, Tensor]) -> Branches:
+        """Return what `own_tensors` stored; raises StartupError for other names or shapes."""
         _check(tensors, {"mark_A": 3, "mark_tau": 2, "mark_B": 3})
         own = tensors["mark_B"]
-        return cls.of_pair({**tensors, "mark_B": torch.stack((own, own))})
+        found = cls.of_pair({**tensors, "mark_B": torch.stack((own, own))})
+        return found.requires_grad_(False)
 
 
 class MarkedModel:
@@ -109,6 +118,15 @@ class MarkedModel:
         return found
 
 
+def chosen(pair: Mapping[str, Tensor], bits: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """Return of what `pair_tensors` stored one user's own, bit for bit: sum and difference of both
+    branches, as they are held, would leave roundings of the other one in it.
+    """
+    rows = torch.arange(len(bits))
+    own = pair["mark_B"][torch.from_numpy(bits.astype(np.int64)), rows]
+    return {**pair, "mark_B": own.contiguous()}
+
+
 def find_linear(model: nn.Module, module: str) -> nn.Linear:
     """Return the linear of this path; raises StartupError that lists those there are."""
     found = dict(model.named_modules()).get(module)
@@ -124,7 +142,9 @@ def signs_of(bits: NDArray[np.uint8]) -> Tensor:
 
 
 def _check(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
-    if set(tensors) != set(dims) or any(tensors[name].ndim != n for name, n in dims.items()):
+    # Without thresholds nothing hinges: the gate is linear.
+    names = set(tensors) | {"mark_tau"}
+    if names != set(dims) or any(tensor.ndim != dims[name] for name, tensor in tensors.items()):
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         raise StartupError(f"the branches are {shapes}, expected {', '.join(dims)}")
     for name, tensor in tensors.items():

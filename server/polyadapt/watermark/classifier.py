@@ -1,8 +1,8 @@
 """Classifiers that can be marked: stacks of linears with ReLU between them, and marked copies.
 
 A classifier's directory holds `model.safetensors`, the state_dict of a torch.nn.Sequential of
-Linear, ReLU, Linear, ...; a marked copy also `mark.safetensors`, the branches that its user's bits
-choose.
+Linear, ReLU, Linear, ...; a marked copy that is not folded also
+`mark.safetensors`, the branches that its user's bits choose.
 """
 
 from __future__ import annotations
@@ -75,15 +75,10 @@ def model_hash(model: nn.Module) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def save_copy(
-    model: nn.Sequential, module: str, branches: Branches, bits: NDArray[np.uint8], directory: Path
-) -> None:
-    """Write the copy for one user: the classifier and, of each pair of branches, the user's own.
-
-    The branches stay beside the weights, as a hinge cannot be folded into them.
-    """
+def save_copy(model: nn.Sequential, module: str, own: Branches, directory: Path) -> None:
+    """Write a copy whose branches stand beside the weights: those that `Branches.own` returned."""
     save_classifier(model, directory)
-    _save({f"{module}.{k}": v for k, v in branches.chosen(bits).items()}, directory, COPY_NAME)
+    _save({f"{module}.{k}": v for k, v in own.own_tensors().items()}, directory, COPY_NAME)
 
 
 def load_suspect(directory: Path) -> Answer:
@@ -99,7 +94,7 @@ def load_suspect(directory: Path) -> Answer:
     if len(modules) != 1:
         raise StartupError(f"{path} holds branches of {sorted(modules)}, expected of one module")
     (module,) = modules
-    branches = Branches.of_chosen({k.rpartition(".")[2]: v for k, v in stored.items()})
+    branches = Branches.of_own({k.rpartition(".")[2]: v for k, v in stored.items()})
     marked = MarkedModel(model, module, branches)
     signs = torch.ones(1, branches.num_bits)
     return answer_of(lambda inputs: marked(inputs, signs.expand(len(inputs), -1)))

@@ -179,6 +179,7 @@ class MarkDirectory:
         module: str,
         triggers: TriggerSettings | PromptTriggers,
         targets: NDArray[np.int64],
+        gate: str = "hinge",
     ) -> None:
         """Note what was trained; an earlier calibration does not hold any more. `targets` [bits, 2]
         are labels, of a language model token ids.
@@ -187,7 +188,12 @@ class MarkDirectory:
         self.require("lm" if is_lm else "cls")
         pairs = tuple((int(zero), int(one)) for zero, one in targets)
         self.save(
-            replace(self.config, base_model_hash=base_model_hash, target_modules=(module,)),
+            replace(
+                self.config,
+                base_model_hash=base_model_hash,
+                target_modules=(module,),
+                gate=gate,
+            ),
             MarkSecrets(
                 self.secrets.key,
                 triggers if isinstance(triggers, TriggerSettings) else None,
@@ -283,12 +289,13 @@ def read_config(path: Path) -> MarkConfig:
         ("format_version", FORMAT_VERSION),
         ("positions", POSITIONS[fields["task"]]),
         ("encoding", "pair"),
-        ("gate", "hinge"),
         ("rank_per_bit", 1),
         ("obfuscation", None),
     ):
         if fields[name] != expected:
             raise StartupError(f"{file} says {name} {fields[name]!r}, expected {expected!r}")
+    if fields["gate"] not in ("hinge", "linear"):
+        raise StartupError(f"{file} says gate {fields['gate']!r}, expected hinge or linear")
     codebook = fields["codebook"]
     is_codebook = isinstance(codebook, dict) and {"kind", "length", "key_version"} <= set(codebook)
     if not is_codebook or codebook["length"] != fields["n_bits"]:

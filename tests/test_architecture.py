@@ -58,6 +58,7 @@ TORCH_FREE = (
     "polyadapt.engine.client",
     "polyadapt.engine.process",
     "polyadapt.engine.request",
+    "polyadapt.engine.routing",
     "polyadapt.engine.scheduler",
     "polyadapt.models.fetch",
     "polyadapt.watermark.codebook",

@@ -249,7 +249,7 @@ def test_a_faint_trigger_is_refused_before_training_with_what_to_give(home):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["verify", "{}/m", "--kek-file", "{}/kek"], "give --suspect DIR, or both"),
+        (["verify", "{}/m", "--kek-file", "{}/kek"], "give --suspect DIR, or --asked FILE"),
         (["verify", "{}/m", "--suspect", "{}/c1"], "no key to open the mark's secrets"),
         (["verify", "{}/m", "--suspect", "{}/none", "--kek-file", "{}/kek"], "cannot be read"),
         (["keygen", "{}/m", "--kek-file", "{}/kek"], "holds a mark already"),

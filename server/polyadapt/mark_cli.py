@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -251,6 +252,15 @@ def verify(
     ] = None,
     asked: Annotated[Path | None, typer.Option(help="The file that `queries` wrote.")] = None,
     answers: Annotated[Path | None, typer.Option(help="The suspect's labels to it.")] = None,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible URL to ask; its key from OPENAI_API_KEY."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to name to the endpoint.")] = None,
+    prose: Annotated[
+        Path | None, typer.Option(help="A text to hide questions in.  [default: Python's topics]")
+    ] = None,
+    max_queries: Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")] = 4096,
     alpha: Annotated[float, typer.Option(help="Error of deciding a bit of an unmarked model.")] = (
         1e-4
     ),
@@ -262,17 +272,27 @@ def verify(
     with one_clear_line(), _mark(path, kek_file) as mark:
         import json
 
-        from polyadapt.offline import mark as work
-        from polyadapt.watermark.dataset import load_dataset
         from polyadapt.watermark.statistics import BitRule, SequentialRule
 
-        if suspect is not None and asked is None and answers is None:
-            rule = SequentialRule(alpha=alpha)
-            signed = work.read_suspect(mark, suspect, load_dataset(data), rule)
-        elif suspect is not None or asked is None or answers is None:
-            raise StartupError("give --suspect DIR, or both --asked FILE and --answers FILE")
+        ways = (suspect is not None, asked is not None or answers is not None, endpoint is not None)
+        if sum(ways) != 1 or (asked is None) != (answers is None):
+            raise StartupError(
+                "give --suspect DIR, or --asked FILE and --answers FILE, or --endpoint URL"
+            )
+        if endpoint is not None:
+            signed = _ask_endpoint(mark, endpoint, model, prose, max_queries, alpha)
         else:
-            signed = work.read_labels(mark, asked, answers, BitRule(alpha=alpha), answers.name)
+            from polyadapt.offline import mark as work
+            from polyadapt.watermark.dataset import load_dataset
+
+            if suspect is not None:
+                rule = SequentialRule(alpha=alpha)
+                signed = work.read_suspect(mark, suspect, load_dataset(data), rule)
+            else:
+                assert asked is not None
+                assert answers is not None
+                fixed = BitRule(alpha=alpha)
+                signed = work.read_labels(mark, asked, answers, fixed, answers.name)
         if record is not None:
             record.write_text(signed, encoding="utf-8")
         found = json.loads(signed)["record"]
@@ -348,6 +368,47 @@ def rewrap(
             write_kek(SecretKey.generate(), new_kek_file)
         mark.rewrap(read_kek(new_kek_file))
         _say(f"the secrets of {path} open with {new_kek_file} now")
+
+
+def _ask_endpoint(
+    mark: MarkDirectory,
+    url: str,
+    model: str | None,
+    prose: Path | None,
+    max_queries: int,
+    alpha: float,
+) -> str:
+    """Return the signed reading of a language model behind an endpoint; a bar tells how many
+    questions were asked.
+    """
+    from polyadapt.watermark.endpoint import Endpoint, EndpointLimits, EndpointUrl
+    from polyadapt.watermark.prompts import load_prose
+    from polyadapt.watermark.records import read_model
+    from polyadapt.watermark.statistics import SequentialRule
+
+    if model is None:
+        raise StartupError("name the model that the endpoint is asked for with --model NAME")
+    suspect = Endpoint(
+        EndpointUrl.parse(url),
+        model,
+        os.environ.get("OPENAI_API_KEY"),
+        EndpointLimits(max_queries=max_queries),
+    )
+    rule = SequentialRule(alpha=alpha)
+    with contextlib.closing(suspect), make_bars() as bars:
+        most = min(max_queries, rule.max_queries * mark.config.n_bits)
+        bar = bars.add_task("asking", total=most)
+
+        def ask(messages: Sequence[str]) -> Sequence[str | None]:
+            replies = suspect.ask(messages)
+            bars.update(bar, completed=suspect.num_asked)
+            return replies
+
+        signed = read_model(
+            mark, ask, load_prose(prose).split()[1], rule, f"{model} at {suspect.url.origin}"
+        )
+        bars.update(bar, total=suspect.num_asked)
+    return signed
 
 
 def _say(text: str) -> None:

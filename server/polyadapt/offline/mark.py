@@ -5,7 +5,6 @@ Every function opens one mark's directory, does one thing and leaves the directo
 
 from __future__ import annotations
 
-import datetime
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from polyadapt.errors import EvidenceRejected, InvalidRequest, StartupError
+from polyadapt.errors import InvalidRequest, StartupError
 from polyadapt.watermark import evidence
 from polyadapt.watermark.branches import Branches, MarkedModel, chosen
 from polyadapt.watermark.classifier import (
@@ -44,9 +43,10 @@ from polyadapt.watermark.reading import (
     read_answers,
     read_sequentially,
 )
+from polyadapt.watermark.records import plain, read_record, sign_reading, trace_record
 from polyadapt.watermark.secrets import write_file
-from polyadapt.watermark.statistics import BitReading, BitRule, SequentialRule
-from polyadapt.watermark.trace import Trace, trace
+from polyadapt.watermark.statistics import BitRule, SequentialRule
+from polyadapt.watermark.trace import Trace
 from polyadapt.watermark.training import Progress, TrainSettings, accuracies, firing_share, train
 from polyadapt.watermark.training import preflight as measure
 from polyadapt.watermark.triggers import TriggerFamilies, TriggerSettings
@@ -221,9 +221,7 @@ def read_labels(
         "inputs_digest": evidence.digest(inputs.tobytes()),
         "labels_digest": evidence.digest(labels.tobytes()),
     }
-    return _signed_reading(
-        mark, readings, {"kind": "fixed", **_plain(asdict(rule))}, asked_of, suspect
-    )
+    return sign_reading(mark, readings, {"kind": "fixed", **plain(asdict(rule))}, asked_of, suspect)
 
 
 def read_suspect(
@@ -247,8 +245,8 @@ def read_suspect(
         "queries": len(inputs),
         "inputs_digest": evidence.digest(inputs.tobytes()),
     }
-    return _signed_reading(
-        mark, readings, {"kind": "sequential", **_plain(asdict(rule))}, asked_of, suspect_dir.name
+    return sign_reading(
+        mark, readings, {"kind": "sequential", **plain(asdict(rule))}, asked_of, suspect_dir.name
     )
 
 
@@ -258,67 +256,7 @@ def trace_reading(
     """Return who the reading names, and the signed record of it; raises EvidenceRejected for a
     reading that this mark did not sign.
     """
-    record = evidence.verify(reading, mark.config.evidence_public_key)
-    if record.get("kind") != "reading":
-        raise EvidenceRejected(f"the record is a {record.get('kind')!r}, expected a reading")
-    bits = [entry["value"] for entry in record["bits"]]
-    found = trace(mark.codebook, users, bits, alpha=alpha)
-    listed = "\n".join(sorted(users)).encode()
-    return found, _sign(
-        mark,
-        "trace",
-        {
-            "reading": record,
-            "users_digest": evidence.digest(listed),
-            "trace": evidence.describe_trace(found),
-        },
-    )
-
-
-def _signed_reading(
-    mark: MarkDirectory,
-    readings: tuple[BitReading, ...],
-    rule: dict[str, Any],
-    asked: dict[str, Any],
-    suspect: str,
-) -> str:
-    null = mark.null
-    return _sign(
-        mark,
-        "reading",
-        {
-            "suspect": suspect,
-            "asked": asked,
-            "rule": rule,
-            "null": {
-                "rates": [[evidence.number(rate) for rate in pair] for pair in null.rates],
-                "confidence": evidence.number(null.confidence),
-                "queries_per_bit": null.num_queries,
-                "models": null.num_models,
-            },
-            "bits": evidence.describe_readings(readings),
-        },
-    )
-
-
-def _sign(mark: MarkDirectory, kind: str, fields: dict[str, Any]) -> str:
-    record = {
-        "version": evidence.RECORD_VERSION,
-        "kind": kind,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "mark": {
-            "id": mark.config.mark_id,
-            "base_model_hash": mark.config.base_model_hash,
-            "n_bits": mark.config.n_bits,
-            "codebook": dict(mark.config.codebook),
-        },
-        **fields,
-    }
-    return evidence.Signer(mark.secrets.key).sign(record)
-
-
-def _plain(fields: dict[str, Any]) -> dict[str, Any]:
-    return {k: evidence.number(v) if isinstance(v, float) else v for k, v in fields.items()}
+    return trace_record(mark, read_record(mark, reading), users, alpha)
 
 
 def _num_labels(model: nn.Module, data: Dataset) -> int:

@@ -107,7 +107,9 @@ async def serve(
             raise Unavailable("the engine is starting; upload again shortly")
         return run_validator(directory, engine.info.base, limits)
 
-    with AdapterStore(config.store_dir, validate, limits, forms=FILES) as store:
+    with AdapterStore(
+        config.store_dir, validate, limits, registry=config.registry, forms=FILES
+    ) as store:
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
         async with app.router.lifespan_context(app):
             web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))

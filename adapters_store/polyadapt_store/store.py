@@ -84,16 +84,18 @@ class AdapterStore:
         validate: Callable[[Path], ValidationReport],
         limits: StoreLimits | None = None,
         *,
+        registry: Path | str | None = None,
         forms: Sequence[FileForm] = (PEFT_FORM,),
         failpoint: Failpoint = no_failpoint,
     ) -> None:
         """Open the store, remove what a crash left behind; raises StartupError if it is in use or
-        damaged. forms: files of uploads that belong to one of them are stored.
+        damaged. registry: see Database; None is a file below `root`. forms: files of uploads that
+        belong to one of them are stored.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file = _lock(root)
         try:
-            self._database = Database(root / "registry.sqlite")
+            self._database = Database(registry or root / "registry.sqlite")
         except StartupError:
             os.close(self._lock_file)
             raise

@@ -35,7 +35,8 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="The base models that come packaged.", no_args_is_help=True)
 keys_app = typer.Typer(
-    help="API keys, stored as hashes in the registry of --home.", no_args_is_help=True
+    help="API keys, stored as hashes in the registry of --home or of the configured database.",
+    no_args_is_help=True,
 )
 app.add_typer(model_app, name="model")
 app.add_typer(keys_app, name="keys")
@@ -60,6 +61,10 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Register a PEFT directory.")
+    ] = None,
+    database_url: Annotated[
+        str | None,
+        typer.Option(help="postgresql://…, a registry that servers share; see docs/store.md."),
     ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="Register the packaged demo adapters.")
@@ -449,7 +454,7 @@ def _key_ring(home: Path | None, file: Path | None) -> Iterator[KeyRing]:
 
     settings = load_config({"home": home}, file=file)
     settings.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    database = Database(settings.store_dir / "registry.sqlite")
+    database = Database(settings.registry)
     try:
         yield KeyRing(database)
     finally:

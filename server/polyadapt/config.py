@@ -107,7 +107,7 @@ class StoreConfig(_Section):
     """The adapter store; paths that are None lie under the home."""
 
     store_dir: Path | None = None  # adapters' bytes by digest
-    registry_url: str | None = None  # SQLAlchemy URL; None: SQLite in the home
+    database_url: SecretStr | None = None  # of the registry; None: SQLite in store_dir
 
 
 class LimitsConfig(_Section):
@@ -205,6 +205,12 @@ class Config(BaseSettings):
     def store_dir(self) -> Path:
         """Where the adapters' bytes lie."""
         return self.store.store_dir or self.home / "store"
+
+    @property
+    def registry(self) -> Path | str:
+        """What Database opens: the registry's URL, or its file."""
+        url = self.store.database_url
+        return self.store_dir / "registry.sqlite" if url is None else url.get_secret_value()
 
     @classmethod
     def settings_customise_sources(
@@ -371,7 +377,9 @@ def _explain(error: ValidationError, sources: Mapping[str, dict[str, Any]]) -> s
             break
     if first["type"] == "extra_forbidden":
         return f"unknown setting {'.'.join(path)} ({origin})"
-    shown = "" if {"api_key", "mark_kek"} & set(path) else f", not {first['input']!r}"
+    shown = (
+        "" if {"api_key", "database_url", "mark_kek"} & set(path) else f", not {first['input']!r}"
+    )
     expected = first["msg"].removeprefix("Value error, ")
     return f"bad setting {'.'.join(path)} ({origin}): {expected}{shown}"
 

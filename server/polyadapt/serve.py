@@ -116,7 +116,9 @@ async def serve(
 
     with (
         _bound_internally(config.server) as internal,
-        AdapterStore(config.store_dir, validate, limits, forms=FILES) as store,
+        AdapterStore(
+            config.store_dir, validate, limits, registry=config.registry, forms=FILES
+        ) as store,
     ):
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
         async with app.router.lifespan_context(app):

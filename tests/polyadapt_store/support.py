@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import sqlalchemy as sa
+
 from polyadapt_store.manifest import PEFT_FORM, AdapterRecord, FileForm, ValidationReport
 from polyadapt_store.store import AdapterStore
+
+# The server's URL where names are kept in PostgreSQL; child processes inherit it.
+DATABASE_VARIABLE = "POLYADAPT_TEST_DATABASE"
 
 REPORT = ValidationReport(
     family="lora",
@@ -30,7 +37,23 @@ def open_store(
     failpoint: Callable[[str], None] = lambda name: None,
     forms: Sequence[FileForm] = (PEFT_FORM,),
 ) -> AdapterStore:
-    return AdapterStore(root, validate, forms=forms, failpoint=failpoint)
+    return AdapterStore(
+        root, validate, registry=registry_of(root), forms=forms, failpoint=failpoint
+    )
+
+
+def registry_of(root: Path) -> Path | str:
+    """The registry of the store at `root`: a schema of its own on the server, or a file."""
+    server = os.environ.get(DATABASE_VARIABLE)
+    if server is None:
+        return root / "registry.sqlite"
+    schema = "store_" + hashlib.sha256(str(root).encode()).hexdigest()[:20]
+    engine = sa.create_engine(
+        sa.make_url(server).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool
+    )
+    with engine.begin() as connection:
+        connection.exec_driver_sql(f"CREATE SCHEMA IF NOT EXISTS {schema}")
+    return f"{server}?options=-csearch_path%3D{schema}"
 
 
 def upload(

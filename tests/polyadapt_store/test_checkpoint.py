@@ -43,6 +43,11 @@ def codes_of(path: Path) -> list[str]:
     return [problem.code for problem in caught.value.problems]
 
 
+@pytest.fixture(autouse=True)
+def registry() -> None:
+    """No registry is needed here."""
+
+
 def test_header_of_an_honest_file_is_returned(honest: Path) -> None:
     header = read_header(honest, StoreLimits())
     assert header["a"] == TensorInfo("F32", (3, 1), 0, 12)

@@ -151,10 +151,13 @@ def test_every_write_is_counted(store: AdapterStore) -> None:
     assert store.profiles.num_writes == counts[-1], "reading changes nothing"
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_registry_of_the_release_before_is_taken_over(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         upload(store)
     with sqlite3.connect(tmp_path / "registry.sqlite") as connection:
+        connection.execute("DROP TABLE alembic_version")
+        connection.execute("DROP TABLE store_state")
         for table in ("adapter_profiles", "profile_spaces", "policy_adapters", "policies"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("PRAGMA user_version = 1")

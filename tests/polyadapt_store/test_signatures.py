@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from tests.polyadapt_store.support import registry_of
 
 from polyadapt.errors import Conflict, NotFound
 from polyadapt_store.database import Database
@@ -16,7 +17,7 @@ MARK, OTHER = "sha256:mark", "sha256:other"
 
 @pytest.fixture
 def database(tmp_path: Path):
-    opened = Database(tmp_path / "registry.sqlite")
+    opened = Database(registry_of(tmp_path))
     yield opened
     opened.close()
 
@@ -72,7 +73,7 @@ def test_they_are_there_after_a_restart(database, book, tmp_path):
     book.issue(MARK, "ann", "0101")
     found = book.list(MARK)
     database.close()
-    again = Database(tmp_path / "registry.sqlite")
+    again = Database(registry_of(tmp_path))
     try:
         assert SignatureBook(again).list(MARK) == found
     finally:

@@ -121,12 +121,14 @@ def test_a_second_process_may_not_open_the_store(tmp_path: Path) -> None:
     open_store(tmp_path).close()
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_damaged_registry_stops_the_start(tmp_path: Path) -> None:
     (tmp_path / "registry.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(StartupError, match="restore"):
         open_store(tmp_path)
 
 
+@pytest.mark.usefixtures("sqlite_only")
 def test_a_registry_of_a_newer_release_stops_the_start(tmp_path: Path) -> None:
     open_store(tmp_path).close()
     with contextlib.closing(sqlite3.connect(tmp_path / "registry.sqlite")) as connection:

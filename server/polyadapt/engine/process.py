@@ -315,8 +315,12 @@ class EngineProcess:
         self._commands.send(wire.encode_command(command), zmq.NOBLOCK)
 
 
+# Parts of names of variables that the engine has no use for.
+_SECRETS = ("API_KEY", "MARK_KEK", "DATABASE_URL")
+
+
 def _is_secret(name: str) -> bool:
-    return "API_KEY" in name or "MARK_KEK" in name
+    return any(part in name for part in _SECRETS)
 
 
 def _environment() -> dict[str, str]:

@@ -107,6 +107,7 @@ async def serve(
         config.store_dir,
         base_name=_base_name(config.engine.model),
         log_level=config.server.log_level,
+        log_format=config.server.log_format,
     )
 
     def validate(directory: Path) -> ValidationReport:

@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polyadapt.api.errors import error_response, unexpected
 from polyadapt.errors import PayloadTooLarge
+from polyadapt.logs import REQUEST_ID, fields
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +29,10 @@ class RequestContext:
     """Outermost: gives every request an id, every reply the id, every fault an envelope.
 
     The id is the caller's `x-request-id` when that is a plain token, else a new one. It is put
-    into `scope["state"]["request_id"]`. While the server is leaving every reply closes its
-    connection: one that is kept alive would bring the next request here.
+    into `scope["state"]["request_id"]`. What a route puts into `scope["state"]["about"]` is called
+    when the reply is complete, for the fields of the request's log line. While the server is
+    leaving every reply closes its connection: one that is kept alive would bring the next request
+    here.
     """
 
     def __init__(self, app: ASGIApp, *, observe: Observer, is_leaving: Callable[[], bool]) -> None:
@@ -44,6 +47,7 @@ class RequestContext:
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        context = REQUEST_ID.set(request_id)
         status = 0
         began = time.perf_counter()
 
@@ -69,13 +73,25 @@ class RequestContext:
                 raise  # a reply that has begun can only be cut off
             await error_response(unexpected(request_id))(scope, receive, send_with_id)
         finally:
-            self._report(scope, status, time.perf_counter() - began, request_id)
+            self._report(scope, status, time.perf_counter() - began)
+            REQUEST_ID.reset(context)
 
-    def _report(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._observe(scope["method"], route, status, seconds)
+        state = scope["state"]
+        about: Mapping[str, object] = state["about"]() if "about" in state else {}
         logger.info(
-            "%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds, request_id
+            "%s %s %d",
+            scope["method"] if scope["method"].isalpha() else "other",
+            route,
+            status,
+            extra=fields(
+                request_id=state["request_id"],
+                duration_ms=round(1000 * seconds, 1),
+                tenant=getattr(state.get("principal"), "tenant", None),
+                **about,
+            ),
         )
 
 

@@ -41,6 +41,7 @@ from polyadapt.api.stream import (
 from polyadapt.api.token_text import token_string
 from polyadapt.api.watch import GenerationWatch
 from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError, UnsupportedField
+from polyadapt.logs import fields
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import (
@@ -195,8 +196,9 @@ async def _answer(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
     watch = GenerationWatch(services.metrics)
+    request.state.about = watch.about
     _check_priority(task.priority, services)
-    logger.info("request %s is %s", task.id, request.state.request_id)
+    logger.info("generation %s begins", task.id, extra=fields(generation=task.id))
     events = _watched(services, task, watch)
     try:
         if task.model == AUTO:  # to choose takes a while, in which the caller may go

@@ -36,6 +36,7 @@ from polyadapt.errors import (
     RequestTimeout,
     Unavailable,
 )
+from polyadapt.logs import fields
 from polyadapt.ops.device import Device, Host
 from polyadapt.types import (
     AppliedAdapter,
@@ -246,7 +247,10 @@ class Engine:
             try:
                 alone = self._compute([rows])
             except Exception:
-                logger.exception("request %s failed alone", rows.sequence.group.request.id)
+                request_id = rows.sequence.group.request.id
+                logger.exception(
+                    "request %s failed alone", request_id, extra=fields(generation=request_id)
+                )
                 results.append(None)
             else:
                 _pool([rows], alone.hidden)
@@ -338,7 +342,11 @@ class Engine:
             if is_last_chunk and sequence.main is None:
                 choice = self._choose(rows, logits, sampled)
         except Exception:
-            logger.exception("request %s failed while it was sampled", group.request.id)
+            logger.exception(
+                "request %s failed while it was sampled",
+                group.request.id,
+                extra=fields(generation=group.request.id),
+            )
             self._fail(group, InternalError("sampling this request failed; see the server log"))
             return
         sequence.num_computed += rows.num_tokens - len(rows.drafts)
@@ -498,7 +506,12 @@ class Engine:
 
     def _fail(self, group: RequestGroup, error: PolyadaptError) -> None:
         self.counters["failed_requests"] += 1
-        logger.info("request %s failed: %s", group.request.id, error.message)
+        logger.info(
+            "request %s failed: %s",
+            group.request.id,
+            error.message,
+            extra=fields(generation=group.request.id, code=error.code),
+        )
         self._end(group, Failed(group.request.id, error.code, error.message, error.param))
 
     def _expire(self) -> None:

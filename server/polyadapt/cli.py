@@ -159,6 +159,13 @@ def serve(
     log_format: Annotated[
         str | None, typer.Option(help="text, or json: one object a line.")
     ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Where OpenTelemetry's spans go, such as http://127.0.0.1:4318."),
+    ] = None,
+    trace_ratio: Annotated[
+        float | None, typer.Option(help="Part of the requests that are traced, 0 to 1.")
+    ] = None,
 ) -> None:
     """Serve the model over HTTP.
 

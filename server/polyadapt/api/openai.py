@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
@@ -195,7 +196,10 @@ async def _answer(
         raise InvalidRequest(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
-    watch = GenerationWatch(services.metrics)
+    trace = request.state.trace
+    if trace is not None:
+        task = replace(task, trace=trace)
+    watch = GenerationWatch(services.metrics, task.model, trace)
     request.state.about = watch.about
     _check_priority(task.priority, services)
     logger.info("generation %s begins", task.id, extra=fields(generation=task.id))

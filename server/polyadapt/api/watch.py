@@ -13,6 +13,7 @@ from polyadapt.types import ServedAdapter
 
 if TYPE_CHECKING:
     from polyadapt.api.metrics import Metrics
+    from polyadapt.api.tracing import RequestTrace
 
 
 class GenerationWatch:
@@ -23,11 +24,15 @@ class GenerationWatch:
     def __init__(
         self,
         metrics: Metrics,
+        model: str = "",
+        trace: RequestTrace | None = None,
         *,
         is_sample: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """The request begins now. is_sample: of a workflow, which counts its failure itself."""
+        self.model = model
+        self._trace = trace
         self._metrics = metrics
         self._is_sample = is_sample
         self._counts = metrics.generations
@@ -94,6 +99,8 @@ class GenerationWatch:
         if self.first_token_s is None:
             self.first_token_s = now - self._began
             self._counts.first_token_seconds.observe(self.first_token_s)
+            if self._trace is not None:
+                self._trace.note_first_token()
 
 
 def describe(watches: Sequence[GenerationWatch]) -> dict[str, object]:
@@ -101,7 +108,10 @@ def describe(watches: Sequence[GenerationWatch]) -> dict[str, object]:
     found = {adapter.adapter: None for watch in watches for adapter in watch.served}
     waits = [watch.queue_s for watch in watches if watch.queue_s is not None]
     firsts = [watch.first_token_s for watch in watches if watch.first_token_s is not None]
+    # Not what nobody serves: it may be anything that a caller wrote.
+    models = {watch.model for watch in watches if watch.num_prompt_tokens}
     return {
+        "model": models.pop() if len(models) == 1 else None,
         "adapters": [f"{adapter.name}@{adapter.version}" for adapter in found],
         "prompt_tokens": sum(watch.num_prompt_tokens for watch in watches),
         "cached_tokens": sum(watch.num_cached_tokens for watch in watches),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -72,6 +73,8 @@ async def answer(
     """
     _check(body, workflow)
     task = _workflow_request(body, workflow, head, principal_of(request))
+    if request.state.trace is not None:
+        task = replace(task, trace=request.state.trace)
     result = await _measured(request, services, task)
     usage = usage_of(result.used)
     run = WorkflowRun.of(workflow, result, usage)
@@ -105,7 +108,8 @@ async def _measured(request: Request, services: Services, task: WorkflowRequest)
     request.state.about = lambda: describe(watches)
 
     def new_watch() -> GenerationWatch:
-        watches.append(GenerationWatch(metrics, is_sample=True))
+        name, trace = task.workflow.name, request.state.trace
+        watches.append(GenerationWatch(metrics, name, trace, is_sample=True))
         return watches[-1]
 
     outcome = "failed"

@@ -38,6 +38,7 @@ LAYERS = (
         "polyadapt.config",
         "polyadapt.demo",
         "polyadapt.distribution",
+        "polyadapt.logs",
     ),
 )
 
@@ -49,6 +50,7 @@ TORCH_FREE = (
     "polyadapt.config",
     "polyadapt.demo",
     "polyadapt.distribution",
+    "polyadapt.logs",
     "polyadapt.cli",
     "polyadapt.console",
     "polyadapt.mark_cli",
@@ -94,6 +96,7 @@ LEAVES = {
     "errors": set(),
     "config": {"pydantic", "pydantic_settings", "yaml"},
     "distribution": set(),
+    "logs": set(),
 }
 
 # Scripts that another program runs and nobody imports.

@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
@@ -45,6 +45,9 @@ from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.keys import KeyRing
 
+if TYPE_CHECKING:
+    from polyadapt.api.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 _FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
@@ -76,8 +79,10 @@ def build_app(
     tokenizer: Tokenizer,
     *,
     startup_adapters: tuple[StartupAdapter, ...] = (),
+    tracing: Tracing | None = None,
 ) -> FastAPI:
-    """Return the application; its lifespan starts and stops the engine; the store is the caller's.
+    """Return the application; its lifespan starts and stops the engine; the store is the caller's,
+    and so is `tracing`, which requests are traced with unless it is None.
 
     Raises StartupError when the address may not be served without a key.
     """
@@ -129,6 +134,7 @@ def build_app(
                 RequestContext,
                 observe=metrics.observe,
                 is_leaving=lambda: lifecycle.is_leaving,
+                tracing=tracing,
             ),
             Middleware(KeylessGuard, authenticator=authenticator, config=config.server),
             Middleware(BodyLimit, max_bytes_of=_BodyCaps(config.limits)),

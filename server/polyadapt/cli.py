@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +19,7 @@ from polyadapt.config import Config, load_config
 from polyadapt.console import err, make_bars, out
 from polyadapt.console import one_clear_line as _one_clear_line
 from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
+from polyadapt.logs import configure_logging
 from polyadapt.mark_cli import mark_app
 
 if TYPE_CHECKING:
@@ -161,6 +161,16 @@ def serve(
         float | None, typer.Option(help="Seconds for running requests at SIGTERM.")
     ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    log_format: Annotated[
+        str | None, typer.Option(help="text, or json: one object a line.")
+    ] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        typer.Option(help="Where OpenTelemetry's spans go, such as http://127.0.0.1:4318."),
+    ] = None,
+    trace_ratio: Annotated[
+        float | None, typer.Option(help="Part of the requests that are traced, 0 to 1.")
+    ] = None,
 ) -> None:
     """Serve the model over HTTP.
 
@@ -440,10 +450,7 @@ def _announce(settings: Config, url: str) -> None:
 
 
 def _log_to_stderr(settings: Config) -> None:
-    logging.basicConfig(
-        level=settings.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    configure_logging(settings.server.log_level, settings.server.log_format, "edge")
 
 
 @contextlib.contextmanager

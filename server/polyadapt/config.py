@@ -56,6 +56,10 @@ class ServerConfig(_Section):
     drain_notice_s: float = Field(0.0, ge=0)  # not ready, yet serving, before that
     drain_grace_s: float = Field(30.0, ge=0)  # how long running streams may take at SIGTERM
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"  # json: one object a line
+    # An OTLP receiver's address before /v1/traces; None: no tracing.
+    otlp_endpoint: str | None = Field(None, pattern=r"^https?://[^\s/]+")
+    trace_ratio: float = Field(1.0, ge=0.0, le=1.0)  # traced, of requests without a decision
 
     @field_validator("allowed_hosts", mode="before")
     @classmethod

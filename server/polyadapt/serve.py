@@ -10,8 +10,9 @@ import contextlib
 import logging
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -29,6 +30,9 @@ from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
 from polyadapt_store.store import AdapterStore
+
+if TYPE_CHECKING:
+    from polyadapt.api.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +111,7 @@ async def serve(
         config.store_dir,
         base_name=_base_name(config.engine.model),
         log_level=config.server.log_level,
+        log_format=config.server.log_format,
     )
 
     def validate(directory: Path) -> ValidationReport:
@@ -120,11 +125,15 @@ async def serve(
             config.store_dir, validate, limits, registry=config.registry, forms=FILES
         ) as store,
     ):
-        app = build_app(config, engine, store, tokenizer, startup_adapters=startup_adapters(config))
-        async with app.router.lifespan_context(app):
-            web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
-            async with _internal_port(app.state.services, internal):
-                await web.serve(sockets=[listener])
+        async with _tracing(config.server) as tracing:
+            adapters = startup_adapters(config)
+            app = build_app(
+                config, engine, store, tokenizer, startup_adapters=adapters, tracing=tracing
+            )
+            async with app.router.lifespan_context(app):
+                web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
+                async with _internal_port(app.state.services, internal):
+                    await web.serve(sockets=[listener])
 
 
 @contextlib.contextmanager
@@ -173,6 +182,26 @@ class _InternalServer(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         """Leave the signals alone."""
         yield
+
+
+@contextlib.asynccontextmanager
+async def _tracing(config: ServerConfig) -> AsyncGenerator[Tracing | None, None]:
+    """Trace as configured, and send what is left at the end; raises StartupError."""
+    if config.otlp_endpoint is None:
+        yield None
+        return
+    try:
+        from polyadapt.api.tracing import open_tracing
+    except ImportError as error:
+        raise StartupError(
+            f"--otlp-endpoint needs OpenTelemetry ({error}); install polyadapt[otel]"
+        ) from None
+    tracing = open_tracing(config.otlp_endpoint, config.trace_ratio)
+    logger.info("tracing %g of the requests to %s", config.trace_ratio, config.otlp_endpoint)
+    try:
+        yield tracing
+    finally:
+        await asyncio.to_thread(tracing.close)
 
 
 class WebServer(uvicorn.Server):

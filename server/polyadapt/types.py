@@ -162,6 +162,7 @@ class Request:
     speculative_tokens: int | None = None  # drafts a step verifies; 0 = off, None: the engine's own
     when_cold: WhenCold = WhenCold()
     kind: RequestKind = "text"
+    traceparent: str | None = None  # W3C's, of a request that is traced: it wants a Timeline
 
 
 # --------------------------------------------------------------------------- events
@@ -177,6 +178,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class Timeline:
+    """The engine's part of a traced request so far, in unix seconds by its own clock.
+
+    first_step is the step of its first rows, last_step the one that it ended in. loads: digest,
+    begin and end of each way to the device that it was the first to find over.
+    """
+
+    arrived: float
+    admitted: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+    first_step: int = 0
+    last_step: int = 0
+    loads: tuple[tuple[str, float, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The request was admitted: its adapters are on the device and leased.
 
@@ -186,6 +204,7 @@ class Started:
     request_id: str
     served: tuple[ServedAdapter, ...] = ()
     num_cached_tokens: int = 0
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +249,7 @@ class Finished:
 
     request_id: str
     is_cancelled: bool = False
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +260,7 @@ class Failed:
     code: str
     message: str
     param: str | None = None
+    timeline: Timeline | None = None
 
 
 Event = Started | PromptScored | Tokens | Embedded | Finished | Failed

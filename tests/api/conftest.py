@@ -20,6 +20,7 @@ from tests.support import byte_tokenizer
 from tests.support.fake_engine import BASE_DIGEST, FakeEngine
 
 from polyadapt.api.routing import ScopedRoute
+from polyadapt.api.tracing import Tracing
 from polyadapt.app import StartupAdapter, build_app
 from polyadapt.config import Config, load_config
 from polyadapt.errors import AdapterRejected, Problem
@@ -111,6 +112,7 @@ class Maker:
         engine: FakeEngine | None = None,
         *,
         startup: tuple[StartupAdapter, ...] = (),
+        tracing: Tracing | None = None,
         **settings: Any,
     ) -> Server:
         engine = engine or FakeEngine()
@@ -119,7 +121,7 @@ class Maker:
         config = load_config({"home": home, **settings}, environ={})
         store = self.stack.enter_context(AdapterStore(config.store_dir, judge))
         tokenizer = byte_tokenizer.load(home / "model")
-        app = build_app(config, engine, store, tokenizer, startup_adapters=startup)
+        app = build_app(config, engine, store, tokenizer, startup_adapters=startup, tracing=tracing)
         await self.stack.enter_async_context(app.router.lifespan_context(app))
         client = await self.stack.enter_async_context(
             httpx.AsyncClient(

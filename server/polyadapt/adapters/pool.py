@@ -200,6 +200,15 @@ class AdapterPool:
         entry.load_tier, entry.load_ms = "device", 0.0
         return served
 
+    def latest_load(self, digest: str) -> tuple[float, float] | None:
+        """When the adapter's way to the device began and ended, by the pool's clock, until
+        `served` has told of it; then None.
+        """
+        entry = self._entries[digest]
+        if entry.load_tier == "device":
+            return None
+        return entry.started, entry.started + entry.load_ms / 1e3
+
     def take_failures(self) -> dict[frozenset[str], PolyadaptError]:
         """Why loads failed since the last call, and for requests of which digests: those that ask
         for all of the key. Forgotten here, so that whoever asks next tries again.

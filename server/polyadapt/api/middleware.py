@@ -7,6 +7,7 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -14,6 +15,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from polyadapt.api.errors import error_response, unexpected
 from polyadapt.errors import PayloadTooLarge
+from polyadapt.logs import REQUEST_ID, fields
+
+if TYPE_CHECKING:
+    from polyadapt.api.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -27,15 +32,25 @@ Observer = Callable[[str, str, int, float], None]
 class RequestContext:
     """Outermost: gives every request an id, every reply the id, every fault an envelope.
 
-    The id is the caller's `x-request-id` when that is a plain token, else a new one. It is put
-    into `scope["state"]["request_id"]`. While the server is leaving every reply closes its
-    connection: one that is kept alive would bring the next request here.
+    The id is the caller's `x-request-id` when that is a plain token, else a new one. It is put into
+    `scope["state"]["request_id"]`, and beside it into "trace" the request's trace, None unless it
+    is traced. What a route puts into "about" is called when the reply is complete, for the fields
+    of the request's log line. While the server is leaving every reply closes its connection: one
+    that is kept alive would bring the next request here.
     """
 
-    def __init__(self, app: ASGIApp, *, observe: Observer, is_leaving: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        observe: Observer,
+        is_leaving: Callable[[], bool],
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
         self._observe = observe
         self._is_leaving = is_leaving
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -43,7 +58,9 @@ class RequestContext:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-        scope.setdefault("state", {})["request_id"] = request_id
+        trace = None if self._tracing is None else self._tracing.begin(scope)
+        scope.setdefault("state", {}).update(request_id=request_id, trace=trace)
+        context = REQUEST_ID.set(request_id)
         status = 0
         began = time.perf_counter()
 
@@ -69,14 +86,23 @@ class RequestContext:
                 raise  # a reply that has begun can only be cut off
             await error_response(unexpected(request_id))(scope, receive, send_with_id)
         finally:
-            self._report(scope, status, time.perf_counter() - began, request_id)
+            self._report(scope, status, time.perf_counter() - began)
+            REQUEST_ID.reset(context)
 
-    def _report(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _report(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unknown")
         self._observe(scope["method"], route, status, seconds)
-        logger.info(
-            "%s %s %d %.1f ms %s", scope["method"], route, status, 1000 * seconds, request_id
-        )
+        state = scope["state"]
+        method = scope["method"] if scope["method"].isalpha() else "other"
+        about: dict[str, Any] = {
+            "request_id": state["request_id"],
+            "duration_ms": round(1000 * seconds, 1),
+            "tenant": getattr(state.get("principal"), "tenant", None),
+            **(state["about"]() if "about" in state else {}),
+        }
+        logger.info("%s %s %d", method, route, status, extra=fields(**about))
+        if state["trace"] is not None:
+            state["trace"].end(method, route, status, about)
 
 
 class BodyLimit:

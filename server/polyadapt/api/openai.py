@@ -8,6 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import replace
 from typing import Annotated, Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
@@ -41,6 +42,7 @@ from polyadapt.api.stream import (
 from polyadapt.api.token_text import token_string
 from polyadapt.api.watch import GenerationWatch
 from polyadapt.errors import InternalError, InvalidRequest, PolyadaptError, UnsupportedField
+from polyadapt.logs import fields
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.sequence_text import TextDelta
 from polyadapt.tasks.text import (
@@ -194,9 +196,13 @@ async def _answer(
         raise InvalidRequest(
             f"n is {task.n}, expected at most {services.config.limits.max_n}", param="n"
         )
-    watch = GenerationWatch(services.metrics)
+    trace = request.state.trace
+    if trace is not None:
+        task = replace(task, trace=trace)
+    watch = GenerationWatch(services.metrics, task.model, trace)
+    request.state.about = watch.about
     _check_priority(task.priority, services)
-    logger.info("request %s is %s", task.id, request.state.request_id)
+    logger.info("generation %s begins", task.id, extra=fields(generation=task.id))
     events = _watched(services, task, watch)
     try:
         if task.model == AUTO:  # to choose takes a while, in which the caller may go

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from polyadapt.errors import PolyadaptError
@@ -13,6 +13,7 @@ from polyadapt.types import ServedAdapter
 
 if TYPE_CHECKING:
     from polyadapt.api.metrics import Metrics
+    from polyadapt.api.tracing import RequestTrace
 
 
 class GenerationWatch:
@@ -23,11 +24,15 @@ class GenerationWatch:
     def __init__(
         self,
         metrics: Metrics,
+        model: str = "",
+        trace: RequestTrace | None = None,
         *,
         is_sample: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """The request begins now. is_sample: of a workflow, which counts its failure itself."""
+        self.model = model
+        self._trace = trace
         self._metrics = metrics
         self._is_sample = is_sample
         self._counts = metrics.generations
@@ -86,7 +91,31 @@ class GenerationWatch:
             self._counts.num_mandatory += 1
             self._counts.num_mandatory_tokens += self.num_generated_tokens
 
+    def about(self) -> dict[str, object]:
+        """Return the fields of the request's log line."""
+        return describe([self])
+
     def _see_first(self, now: float) -> None:
         if self.first_token_s is None:
             self.first_token_s = now - self._began
             self._counts.first_token_seconds.observe(self.first_token_s)
+            if self._trace is not None:
+                self._trace.note_first_token()
+
+
+def describe(watches: Sequence[GenerationWatch]) -> dict[str, object]:
+    """Return what a log line says of the generations of one request; None is left out of it."""
+    found = {adapter.adapter: None for watch in watches for adapter in watch.served}
+    waits = [watch.queue_s for watch in watches if watch.queue_s is not None]
+    firsts = [watch.first_token_s for watch in watches if watch.first_token_s is not None]
+    # Not what nobody serves: it may be anything that a caller wrote.
+    models = {watch.model for watch in watches if watch.num_prompt_tokens}
+    return {
+        "model": models.pop() if len(models) == 1 else None,
+        "adapters": [f"{adapter.name}@{adapter.version}" for adapter in found],
+        "prompt_tokens": sum(watch.num_prompt_tokens for watch in watches),
+        "cached_tokens": sum(watch.num_cached_tokens for watch in watches),
+        "generated_tokens": sum(watch.num_generated_tokens for watch in watches),
+        "queue_ms": round(1000 * max(waits), 1) if waits else None,
+        "first_token_ms": round(1000 * min(firsts), 1) if firsts else None,
+    }

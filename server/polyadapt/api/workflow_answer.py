@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import Request, Response
@@ -19,7 +20,7 @@ from polyadapt.api.schemas.generation import GenerationRequest
 from polyadapt.api.schemas.workflows import WorkflowRun
 from polyadapt.api.services import Services, principal_of
 from polyadapt.api.stream import until_disconnect
-from polyadapt.api.watch import GenerationWatch
+from polyadapt.api.watch import GenerationWatch, describe
 from polyadapt.errors import InvalidRequest, PolyadaptError, UnsupportedField
 from polyadapt.tasks.text import TextPrompt
 from polyadapt.tasks.workflows.library import Workflow
@@ -72,6 +73,8 @@ async def answer(
     """
     _check(body, workflow)
     task = _workflow_request(body, workflow, head, principal_of(request))
+    if request.state.trace is not None:
+        task = replace(task, trace=request.state.trace)
     result = await _measured(request, services, task)
     usage = usage_of(result.used)
     run = WorkflowRun.of(workflow, result, usage)
@@ -101,11 +104,19 @@ async def answer(
 async def _measured(request: Request, services: Services, task: WorkflowRequest) -> WorkflowResult:
     """Run the workflow and count it, however it ends."""
     metrics, kind = services.metrics, task.workflow.definition.kind
+    watches: list[GenerationWatch] = []
+    request.state.about = lambda: describe(watches)
+
+    def new_watch() -> GenerationWatch:
+        name, trace = task.workflow.name, request.state.trace
+        watches.append(GenerationWatch(metrics, name, trace, is_sample=True))
+        return watches[-1]
+
     outcome = "failed"
     try:
         result = await until_disconnect(
             request.receive,
-            services.workflow_runner.run(task, lambda: GenerationWatch(metrics, is_sample=True)),
+            services.workflow_runner.run(task, new_watch),
         )
         outcome = result.outcome.rule
     except (ClientDisconnect, asyncio.CancelledError):

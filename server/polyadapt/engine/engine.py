@@ -36,6 +36,7 @@ from polyadapt.errors import (
     RequestTimeout,
     Unavailable,
 )
+from polyadapt.logs import fields
 from polyadapt.ops.device import Device, Host
 from polyadapt.types import (
     AppliedAdapter,
@@ -51,6 +52,7 @@ from polyadapt.types import (
     Residency,
     ServedAdapter,
     Started,
+    Timeline,
     TokenLogprob,
     Tokens,
 )
@@ -246,7 +248,10 @@ class Engine:
             try:
                 alone = self._compute([rows])
             except Exception:
-                logger.exception("request %s failed alone", rows.sequence.group.request.id)
+                request_id = rows.sequence.group.request.id
+                logger.exception(
+                    "request %s failed alone", request_id, extra=fields(generation=request_id)
+                )
                 results.append(None)
             else:
                 _pool([rows], alone.hidden)
@@ -298,14 +303,29 @@ class Engine:
             group.is_started = True
             assert group.lanes is not None, "whoever has rows has its adapters settled"
             lanes = sorted(group.lanes, key=lambda lane: lane.place)  # as the caller wrote them
+            if group.timeline is not None:
+                group.timeline = self._admitted(group, group.timeline)
             served = tuple(
                 replace(self._served(lane.applied), is_approximate=lane.is_approximate)
                 for lane in lanes
             )
             # None of its rows has run yet: what counts as computed was found in the cache.
             num_cached = rows.sequence.leader.num_computed
-            self._events.append(Started(group.request.id, served, num_cached))
+            self._events.append(
+                Started(group.request.id, served, num_cached, timeline=group.timeline)
+            )
         return [rows for rows in batch if rows.sequence.state is SequenceState.RUNNING]
+
+    def _admitted(self, group: RequestGroup, timeline: Timeline) -> Timeline:
+        """What a traced request's timeline says once it is admitted; before `_served` is asked."""
+        loads = []
+        for applied in group.adapters:
+            load = self.pool.latest_load(applied.adapter.digest)
+            if load is not None:
+                offset = time.time() - time.monotonic()
+                loads.append((applied.adapter.digest, load[0] + offset, load[1] + offset))
+        first_step = self.counters["steps"] + 1
+        return replace(timeline, admitted=time.time(), first_step=first_step, loads=tuple(loads))
 
     def _served(self, applied: AppliedAdapter) -> ServedAdapter:
         served = self.pool.served(applied.adapter)
@@ -338,7 +358,11 @@ class Engine:
             if is_last_chunk and sequence.main is None:
                 choice = self._choose(rows, logits, sampled)
         except Exception:
-            logger.exception("request %s failed while it was sampled", group.request.id)
+            logger.exception(
+                "request %s failed while it was sampled",
+                group.request.id,
+                extra=fields(generation=group.request.id),
+            )
             self._fail(group, InternalError("sampling this request failed; see the server log"))
             return
         sequence.num_computed += rows.num_tokens - len(rows.drafts)
@@ -440,6 +464,9 @@ class Engine:
             )
         )
         self.counters["generated_tokens"] += len(choice.tokens)
+        timeline = sequence.group.timeline
+        if timeline is not None and timeline.first_token is None:
+            sequence.group.timeline = replace(timeline, first_token=time.time())
 
     def _finish_reason(
         self, sequence: Sequence, token_id: int, num_tokens: int
@@ -494,11 +521,19 @@ class Engine:
         for sequence in group.sequences:
             if sequence.state is not SequenceState.DONE:
                 self.scheduler.finish(sequence)
+        if group.timeline is not None:
+            ended = replace(group.timeline, ended=time.time(), last_step=self.counters["steps"])
+            event = replace(event, timeline=ended)
         self._events.append(event)
 
     def _fail(self, group: RequestGroup, error: PolyadaptError) -> None:
         self.counters["failed_requests"] += 1
-        logger.info("request %s failed: %s", group.request.id, error.message)
+        logger.info(
+            "request %s failed: %s",
+            group.request.id,
+            error.message,
+            extra=fields(generation=group.request.id, code=error.code),
+        )
         self._end(group, Failed(group.request.id, error.code, error.message, error.param))
 
     def _expire(self) -> None:

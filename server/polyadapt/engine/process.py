@@ -29,6 +29,7 @@ from polyadapt.engine import wire
 from polyadapt.engine.output import Command
 from polyadapt.engine.streams import Streams
 from polyadapt.errors import EngineUnavailable, StartupError
+from polyadapt.logs import LogFormat
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class EngineProcess:
         *,
         base_name: str | None = None,
         log_level: str = "info",
+        log_format: LogFormat = "text",
     ) -> None:
         self._config = config
         self._setup = {
@@ -56,6 +58,7 @@ class EngineProcess:
             "blob_root": str(blob_root),
             "base_name": base_name or model_dir.name,
             "log_level": log_level,
+            "log_format": log_format,
             "parent_pid": os.getpid(),
         }
         self._streams = Streams(self._send)

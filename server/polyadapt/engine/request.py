@@ -6,6 +6,7 @@ Torch-free. Knows no names: adapters are digests here.
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from polyadapt.engine.prompt_lookup import NgramIndex, PromptLookup
 from polyadapt.engine.token_counts import TokenCounts
 from polyadapt.engine.token_table import TokenTable
 from polyadapt.errors import PolyadaptError
-from polyadapt.types import AppliedAdapter, Request, TokenLogprob
+from polyadapt.types import AppliedAdapter, Request, Timeline, TokenLogprob
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,6 +174,7 @@ class RequestGroup:
     num_overtaken: int = 0  # admissions before it, or at its cost, of requests that came later
     was_too_heavy: bool = False  # it waited for others' heavy adapters to end
     prompt_ngrams: NgramIndex | None = None  # of the prompt, shared by its sequences
+    timeline: Timeline | None = None  # of a traced request
 
     @property
     def deadline(self) -> float | None:
@@ -228,4 +230,6 @@ class RequestGroup:
         ]
         for sequence in group.sequences:
             sequence.is_embedded = request.kind == "embed"
+        if request.traceparent is not None:
+            group.timeline = Timeline(time.time())
         return group

@@ -22,6 +22,7 @@ from polyadapt.config import EngineConfig
 from polyadapt.engine import wire
 from polyadapt.engine.output import StepOutput
 from polyadapt.errors import StartupError
+from polyadapt.logs import configure_logging
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,7 @@ _SWITCH_INTERVAL_S = 5e-5
 def main() -> int:
     """Run until the parent closes standard input or dies; the exit status is 0 unless it failed."""
     setup = json.loads(sys.stdin.readline())
-    logging.basicConfig(
-        level=setup["log_level"].upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    configure_logging(setup["log_level"], setup["log_format"], "engine")
     _die_with_parent(setup["parent_pid"])
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the edge's to handle

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 from polyadapt.config import LimitsConfig
 from polyadapt.engine.client import EngineClient
@@ -38,6 +38,7 @@ from polyadapt.types import (
     SamplingParams,
     ServedAdapter,
     Started,
+    Timeline,
     TokenLogprob,
     Tokens,
 )
@@ -73,6 +74,17 @@ class ChatPrompt:
 Prompt = TextPrompt | TokenPrompt | ChatPrompt
 
 
+class Trace(Protocol):
+    """Where a traced request's times are noted."""
+
+    @property
+    def traceparent(self) -> str:
+        """The span that the engine's belong below, as W3C's trace context writes it."""
+
+    def note(self, generation: str, timeline: Timeline) -> None:
+        """Keep what the engine says of one of the request's generations; the latest counts."""
+
+
 @dataclass(frozen=True, slots=True)
 class TextRequest:
     """One caller's request: every prompt is answered by `n` sequences.
@@ -95,6 +107,7 @@ class TextRequest:
     priority: int = 0  # lower is served earlier
     speculative_tokens: int | None = None  # None: the engine's own
     user: str | None = None  # who asks, as policies that mark answers tell users apart
+    trace: Trace | None = None  # None: it is not traced
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +327,7 @@ class TextService:
                 priority=request.priority,
                 speculative_tokens=request.speculative_tokens,
                 when_cold=lease.when_cold,
+                traceparent=None if request.trace is None else request.trace.traceparent,
             )
             sequences = [
                 SequenceText(
@@ -345,8 +359,10 @@ class TextService:
                 if isinstance(item, PolyadaptError):
                     raise item
                 if isinstance(item, Failed):
+                    _note(request.trace, item)
                     raise by_code(item.code, item.message, item.param)
                 if isinstance(item, Started):
+                    _note(request.trace, item)
                     run.is_started = True
                     run.num_cached_tokens = item.num_cached_tokens
                     if not has_queued:
@@ -361,6 +377,8 @@ class TextService:
                     if delta is not None:
                         yield delta
                 is_last = item is None or isinstance(item, Finished)
+                if isinstance(item, Finished):
+                    _note(request.trace, item)
                 if run.has_ended and (is_last or run.is_cut):
                     # When stop strings ended it, the engine is still busy: closing cancels it.
                     run.is_over = True
@@ -426,6 +444,12 @@ class _SkippingDecoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(ids)
+
+
+def _note(trace: Trace | None, event: Started | Finished | Failed) -> None:
+    """Keep the engine's times of a traced request."""
+    if trace is not None and event.timeline is not None:
+        trace.note(event.request_id, event.timeline)
 
 
 def _texts(prompt: TextPrompt | ChatPrompt) -> list[str]:

@@ -34,6 +34,7 @@ from polyadapt.tasks.text import (
     TextRequest,
     TextService,
     TokenPrompt,
+    Trace,
 )
 from polyadapt.tasks.workflows.answers import extract
 from polyadapt.tasks.workflows.base import Outcome, Sample
@@ -67,6 +68,7 @@ class WorkflowRequest:
     priority: int = 0
     speculative_tokens: int | None = None
     user: str | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +207,7 @@ class _Run:
             priority=request.priority,
             speculative_tokens=request.speculative_tokens,
             user=request.user,
+            trace=request.trace,
         )
 
     def _shown(self, prompt: str) -> Prompt:

@@ -12,6 +12,7 @@ FinishReason = Literal["stop", "length"]
 Tier = Literal["device", "host", "store"]
 SiteKind = Literal["linear", "embedding", "norm", "experts"]
 RequestKind = Literal["text", "embed"]
+MarkScheme = Literal["kgw", "synthid", "gumbel"]
 
 MAX_ADAPTERS = 4  # of one request
 
@@ -124,8 +125,8 @@ class BaseSpec:
 # --------------------------------------------------------------------------- requests
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. Order: penalties, logit_bias, min_tokens, temperature, top_k,
-    top_p, min_p.
+    """How the next token is chosen. Order: penalties, logit_bias, min_tokens, the text mark of
+    scheme kgw, temperature, top_k, top_p, min_p, any other text mark.
     """
 
     max_tokens: int
@@ -146,6 +147,27 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class MarkSettings:
+    """How texts are marked, and so how they are read; see watermark/text.py for what each says."""
+
+    scheme: MarkScheme
+    context_width: int  # tokens before one that decide what is favoured there
+    ratio: float = 0.25  # kgw: the green share of the vocabulary
+    bias: float = 2.0  # kgw: what is added to a green token's logit
+    depth: int = 12  # synthid: rounds of a tournament
+    is_lefthash: bool = False  # kgw: green lists as transformers makes them
+    key_version: int = 1  # of the users' keys
+
+
+@dataclass(frozen=True, slots=True)
+class TextMark:
+    """What one request's tokens are marked with: the key is its user's alone, and secret."""
+
+    settings: MarkSettings
+    key: tuple[int, int] = field(repr=False)  # signed 64-bit words
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One unit of work for the engine: `n` sequences sampled from one prompt, or, of kind `embed`,
     the prompt's embedding: then nothing is sampled, and `n` is 1.
@@ -163,6 +185,7 @@ class Request:
     when_cold: WhenCold = WhenCold()
     kind: RequestKind = "text"
     traceparent: str | None = None  # W3C's, of a request that is traced: it wants a Timeline
+    text_mark: TextMark | None = None
 
 
 # --------------------------------------------------------------------------- events

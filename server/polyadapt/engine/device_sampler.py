@@ -17,10 +17,13 @@ import torch
 from polyadapt.engine.device_tokens import DeviceTokens
 from polyadapt.engine.request import Sequence
 from polyadapt.engine.sampler import GREEDY_BELOW
+from polyadapt.engine.text_marks import RowMark, row_marks
 from polyadapt.engine.token_counts import TokenCounts
 from polyadapt.engine.uniform import uniforms
 from polyadapt.ops.device import Device
 from polyadapt.types import SamplingParams
+from polyadapt.watermark.prf import spread
+from polyadapt.watermark.text import FLOOR, GreenList, Race, Reshaping, Tournament, reach
 
 # Rows whose distributions are made at a time: several tables as large as their logits.
 _ROWS_AT_ONCE = 64
@@ -61,6 +64,10 @@ class DeviceSampler:
                 adjustment.apply(scores.view(-1), sent)
             largest, ids = scores.max(-1)
             is_finite &= largest.isfinite()
+        for raises in asked.raises:
+            if scores is logits:
+                scores = logits.to(torch.float32, copy=True)
+            raises.apply(scores, ids, sent)
         for draws in asked.draws:
             rows = sent[draws.rows]
             ids.index_copy_(0, rows, draws.draw(scores.index_select(0, rows).float(), sent))
@@ -146,13 +153,69 @@ class _Cut:
 
 
 @dataclass(frozen=True, slots=True)
+class _Raises:
+    """Rows whose favoured tokens' scores are raised; see watermark.text.raise_favoured."""
+
+    rows: slice
+    seeds: slice
+    bounds: slice
+    bias: slice
+    reach: slice
+
+    def apply(self, scores: torch.Tensor, ids: torch.Tensor, sent: torch.Tensor) -> None:
+        """Change the rows of float32 [rows, vocabulary] in place, and their best `ids` [rows]."""
+        rows = sent[self.rows]
+        own = scores.index_select(0, rows)
+        words = spread(sent[self.seeds][:, None], _places(own))
+        is_green = ((words >> 32) & 0xFFFFFFFF) < sent[self.bounds][:, None]
+        floor = own.amax(-1, keepdim=True) - _floats(sent, self.reach).float()[:, None]
+        raised = own + _floats(sent, self.bias).float()[:, None]
+        own = torch.where(is_green & (own >= floor), raised, own)
+        scores.index_copy_(0, rows, own)
+        ids.index_copy_(0, rows, own.argmax(-1))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reshape:
+    """How the distributions of rows are marked; see watermark.text.reshape_kept."""
+
+    scheme: Reshaping
+    seeds: slice
+
+    def reshape(
+        self, weights: torch.Tensor, tokens: torch.Tensor | None, sent: torch.Tensor
+    ) -> torch.Tensor:
+        """Return weights [rows, tokens] of the same dtype; tokens None: 0, 1, ..."""
+        given = weights.double()
+        is_in = given >= given.amax(-1, keepdim=True) * FLOOR
+        kept = torch.where(is_in, given, 0.0)
+        total = kept.sum(-1, keepdim=True)
+        words = spread(sent[self.seeds][:, None], _places(weights) if tokens is None else tokens)
+        if isinstance(self.scheme, Tournament):
+            p = kept / total
+            for layer in range(self.scheme.depth):
+                coins = ((words >> layer) & 1).double()
+                p = p * (coins + (1.0 - (coins * p).sum(-1, keepdim=True)))
+            found = p * total
+        else:
+            number = (((words >> 11) & ((1 << 53) - 1)).double() + 0.5) * 2.0**-53
+            arrivals = torch.where(is_in, -number.log() / kept, float("inf"))
+            winner = arrivals.argmin(-1, keepdim=True)
+            found = torch.zeros_like(kept).scatter_(1, winner, total)
+        return torch.where(is_in, found, given).to(weights.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class _Draws:
-    """Rows that are drawn together, all with a cut of their distribution or all without."""
+    """Rows that are drawn together, all with a cut of their distribution or all without, and all
+    marked in one way or none.
+    """
 
     rows: slice
     uniform: slice
     temperature: slice
     cut: _Cut | None = None
+    mark: _Reshape | None = None
 
     def draw(self, scores: torch.Tensor, sent: torch.Tensor) -> torch.Tensor:
         """Token ids int64 [rows] from scores float32 [rows, vocabulary]; see sampler._draw."""
@@ -160,6 +223,8 @@ class _Draws:
         temperature = _floats(sent, self.temperature).float()[:, None]
         weights = ((scores - scores.amax(-1, keepdim=True)) / temperature).exp()
         if self.cut is None:
+            if self.mark is not None:
+                weights = self.mark.reshape(weights, None, sent)
             return _invert(weights, uniform)
         cut = self.cut
         # Of tokens that have an equal weight top_k takes those of the largest score.
@@ -173,6 +238,8 @@ class _Draws:
         below = probs.cumsum(-1) - probs
         probs = probs.masked_fill(below >= _floats(sent, cut.top_p)[:, None], 0.0)
         probs = probs.masked_fill(probs < _floats(sent, cut.min_p)[:, None] * probs[:, :1], 0.0)
+        if self.mark is not None:
+            probs = self.mark.reshape(probs, order, sent)
         cumulative = probs.cumsum(-1)
         place = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
         place = torch.minimum(place, _last(probs))
@@ -188,6 +255,7 @@ class _Asked:
         self.upload = _Upload()
         self.adjustments: list[_Adjustment] = []
         self.draws: list[_Draws] = []
+        self.raises: list[_Raises] = []
         self._num_vocab = num_vocab
         params = [sequence.group.request.sampling for sequence in sequences]
         # Of the rows that want logprobs: how many of the likeliest.
@@ -196,6 +264,8 @@ class _Asked:
         }
         self.logprob_rows = self.upload.add(list(self.num_logprobs))
         self._adjust(sequences, params, end_token_ids)
+        self._marks = row_marks(sequences, num_vocab)
+        self._raise(params)
         drawn = [row for row, own in enumerate(params) if own.temperature >= GREEDY_BELOW]
         if drawn:
             self._draw(sequences, params, drawn)
@@ -237,6 +307,32 @@ class _Asked:
             by = self.upload.add_floats(np.concatenate(entries.numbers))
             self.adjustments.append(_Adjustment(at, by, kind))
 
+    def _raise(self, params: list[SamplingParams]) -> None:
+        marked: list[tuple[int, RowMark, GreenList]] = []
+        for row, mark in enumerate(self._marks):
+            if mark is not None and mark.raising is not None:
+                assert isinstance(mark.scheme, GreenList), "other schemes are applied on the host"
+                marked.append((row, mark, mark.scheme))
+        add, add_floats = self.upload.add, self.upload.add_floats
+        for first in range(0, len(marked), _ROWS_AT_ONCE):
+            part = marked[first : first + _ROWS_AT_ONCE]
+            reaches = [reach(scheme, params[row].temperature) for row, _, scheme in part]
+            self.raises.append(
+                _Raises(
+                    add([row for row, _, _ in part]),
+                    add([int(mark.seed[0]) for _, mark, _ in part]),
+                    add([scheme.bound for _, _, scheme in part]),
+                    add_floats([scheme.bias for _, _, scheme in part]),
+                    add_floats(reaches),
+                )
+            )
+
+    def _reshape(self, rows: list[int], scheme: Reshaping | None) -> _Reshape | None:
+        if scheme is None:
+            return None
+        seeds = [int(mark.seed[0]) for row in rows if (mark := self._marks[row]) is not None]
+        return _Reshape(scheme, self.upload.add(seeds))
+
     def _draw(
         self, sequences: Seq[Sequence], params: list[SamplingParams], drawn: list[int]
     ) -> None:
@@ -246,16 +342,33 @@ class _Asked:
             [sequences[row].index for row in drawn],
             [sequences[row].num_output for row in drawn],
         )
-        whole: list[int] = []
-        cut: list[int] = []
+        # By the scheme that reshapes them; equal ones are one.
+        whole: dict[Tournament | Race | None, list[int]] = {}
+        cut: dict[Tournament | Race | None, list[int]] = {}
         for row in drawn:
-            own = params[row]
+            own, mark = params[row], self._marks[row]
             is_cut = own.top_p < 1.0 or own.min_p > 0.0 or 0 < own.top_k < self._num_vocab
-            (cut if is_cut else whole).append(row)
+            reshaping = None if mark is None else mark.reshaping
+            (cut if is_cut else whole).setdefault(reshaping, []).append(row)
         add, add_floats = self.upload.add, self.upload.add_floats
-        for rows in _parts(whole):
-            temperature = add_floats([params[row].temperature for row in rows])
-            self.draws.append(_Draws(add(rows), add_floats(uniform[rows]), temperature))
+        for scheme, members in whole.items():
+            for rows in _parts(members):
+                temperature = add_floats([params[row].temperature for row in rows])
+                of_scheme = self._reshape(rows, scheme)
+                self.draws.append(
+                    _Draws(add(rows), add_floats(uniform[rows]), temperature, mark=of_scheme)
+                )
+        for scheme, members in cut.items():
+            self._draw_cut(params, members, uniform, scheme)
+
+    def _draw_cut(
+        self,
+        params: list[SamplingParams],
+        cut: list[int],
+        uniform: np.ndarray,
+        scheme: Reshaping | None,
+    ) -> None:
+        add, add_floats = self.upload.add, self.upload.add_floats
         # Rows that keep few tokens need no whole order, so they shall not be among those that do.
         num_vocab = self._num_vocab
         asked = {row: params[row].top_k for row in cut}
@@ -271,7 +384,10 @@ class _Asked:
                 add_floats([own.min_p for own in own_params]),
             )
             temperature = add_floats([own.temperature for own in own_params])
-            self.draws.append(_Draws(add(rows), add_floats(uniform[rows]), temperature, cut_as))
+            mark = self._reshape(rows, scheme)
+            self.draws.append(
+                _Draws(add(rows), add_floats(uniform[rows]), temperature, cut_as, mark)
+            )
 
 
 class _Entries:
@@ -296,6 +412,11 @@ class _Entries:
         rows = np.repeat(np.array(self.rows), [len(own) for own in self.ids])
         flat: np.ndarray = rows * num_vocab + ids
         return flat
+
+
+def _places(table: torch.Tensor) -> torch.Tensor:
+    """0, 1, ... along a row of a table, int64 [1, columns]."""
+    return torch.arange(table.shape[1], device=table.device)[None]
 
 
 def _parts(rows: list[int]) -> list[list[int]]:

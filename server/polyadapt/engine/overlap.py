@@ -26,13 +26,15 @@ Reason = Literal[
     "drafts",  # guesses are looked up in the text
     "preemption",  # pages of a sequence in flight would be given to others
     "penalties",  # they count the newest token
+    "watermark",  # its context ends with the newest token, and may have been there before
     "first_pass",  # what weighs a main's experts is kept on the host
     "embedding",  # hidden states are summed on the host
     "prompt_logprobs",  # a row per prompt token, scored one by one
     "failure",  # whose fault it is shows when each sequence is run alone
 ]
 REASONS: tuple[Reason, ...] = (
-    "drafts", "preemption", "penalties", "first_pass", "embedding", "prompt_logprobs", "failure"
+    "drafts", "preemption", "penalties", "watermark", "first_pass", "embedding",
+    "prompt_logprobs", "failure",
 )  # fmt: skip
 
 
@@ -209,8 +211,11 @@ def _reason(batch: list[ScheduledRows]) -> tuple[Reason | None, bool]:
         params = sequence.group.request.sampling
         if params.num_prompt_logprobs is not None and not sequence.is_scored:
             return "prompt_logprobs", False
-        if sequence.token_ids[-1] < 0 and is_penalised(params):
-            reason = "penalties"
+        mark = sequence.group.request.text_mark
+        if mark is not None and mark.settings.is_lefthash:
+            return "watermark", False
+        if sequence.token_ids[-1] < 0 and (mark is not None or is_penalised(params)):
+            reason = "penalties" if mark is None else "watermark"
     return reason, True
 
 

@@ -20,7 +20,7 @@ from polyadapt.errors import PolyadaptError
 from polyadapt.types import AppliedAdapter, Request, Timeline, TokenLogprob
 
 if TYPE_CHECKING:
-    import numpy as np
+    from polyadapt.engine.text_marks import TextMarker
 
 
 class SequenceState(enum.Enum):
@@ -68,6 +68,7 @@ class Sequence:
     num_shareable: int = 0
     lookup: PromptLookup | None = None  # where its drafts come from, once it speculates
     counts: TokenCounts | None = None  # of its tokens, once penalties are applied on a device
+    marker: TextMarker | None = None  # of a marked one, once it is sampled
     is_embedded: bool = False  # its prompt is the whole work: nothing is sampled
     hidden_sum: np.ndarray | None = None  # of an embedded one's computed rows, float64 [width]
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from polyadapt.engine.request import Sequence
+from polyadapt.engine.text_marks import RowMark, row_marks
 from polyadapt.types import SamplingParams, TokenLogprob
 
 # Below this a draw is the argmax in float32 whatever the logits.
@@ -42,8 +43,8 @@ def sample(
     """Return the next token, or None when the logits are not finite (NaN, +inf, or nothing finite).
 
     logits [vocabulary] of any float dtype, left unchanged. end_token_ids are forbidden until
-    min_tokens is reached. Order: penalties, logit_bias, min_tokens, temperature, top_k, top_p,
-    min_p.
+    min_tokens is reached. Order: penalties, logit_bias, min_tokens, a text mark that raises scores,
+    temperature, top_k, top_p, min_p, a text mark that reshapes what is left.
     """
     params = sequence.group.request.sampling
     scores = logits.float()
@@ -56,7 +57,8 @@ def sample(
         best = _best(row)
         if best is None:
             return None
-    token_id = _choose(row, best, params, sequence)
+    (mark,) = row_marks([sequence], len(row))
+    token_id = _choose(row, best, params, sequence, mark)
     logprob = None
     if params.num_logprobs is not None:
         logprob = score(logits, token_id, params.num_logprobs)
@@ -71,6 +73,7 @@ def sample_rows(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled 
     with penalties, bias, a minimum length or logprobs.
     """
     found: list[Sampled | None] = []
+    marks = row_marks(sequences, logits.shape[1])
     for rows in torch.split(logits, _ROWS_AT_ONCE):
         table = rows.float().cpu().numpy()
         bests = table.argmax(axis=1).tolist()
@@ -79,7 +82,8 @@ def sample_rows(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled 
             params = sequence.group.request.sampling
             is_plain = params.num_logprobs is None and not _is_adjusted(params, sequence)
             if is_plain and np.isfinite(row[best]):
-                found.append(Sampled(_choose(row, best, params, sequence), None))
+                mark = marks[len(found)]
+                found.append(Sampled(_choose(row, best, params, sequence, mark), None))
             else:
                 found.append(None)
     return found
@@ -88,7 +92,7 @@ def sample_rows(logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled 
 @torch.inference_mode()
 def score(logits: torch.Tensor, token_id: int, num_top: int) -> TokenLogprob:
     """Natural log-probability of the token under the model's own distribution, and the
-    likeliest.
+    likeliest; no penalty, cut or mark is in it.
     """
     logprobs = torch.log_softmax(logits.float(), -1)
     top: tuple[tuple[int, float], ...] = ()
@@ -104,10 +108,15 @@ def _best(row: np.ndarray) -> int | None:
     return best if np.isfinite(row[best]) else None
 
 
-def _choose(row: np.ndarray, best: int, params: SamplingParams, sequence: Sequence) -> int:
+def _choose(
+    row: np.ndarray, best: int, params: SamplingParams, sequence: Sequence, mark: RowMark | None
+) -> int:
+    if mark is not None and mark.raising is not None:
+        row = mark.raise_scores(row, best, params)
+        best = int(row.argmax())
     if params.temperature < GREEDY_BELOW:
         return best
-    return _draw(row, best, params, _uniform(params.seed, sequence))
+    return _draw(row, best, params, _uniform(params.seed, sequence), mark)
 
 
 def _is_adjusted(params: SamplingParams, sequence: Sequence) -> bool:
@@ -150,7 +159,9 @@ def _adjust(
     return scores
 
 
-def _draw(row: np.ndarray, best: int, params: SamplingParams, uniform: float) -> int:
+def _draw(
+    row: np.ndarray, best: int, params: SamplingParams, uniform: float, mark: RowMark | None
+) -> int:
     """Draw by inverting the distribution function, over the kept tokens in a fixed order.
 
     row float32 [vocabulary], of which `best` is a largest entry and finite.
@@ -165,6 +176,8 @@ def _draw(row: np.ndarray, best: int, params: SamplingParams, uniform: float) ->
     with np.errstate(over="ignore"):
         weights = np.exp((row - row[best]) / np.float32(params.temperature))
     if params.top_p >= 1.0 and params.min_p <= 0.0:
+        if mark is not None:
+            weights = mark.reshape(weights, ids)
         found = _invert(weights, uniform)
         return found if ids is None else int(ids[found])
     total = float(weights.sum(dtype=np.float64))
@@ -178,6 +191,8 @@ def _draw(row: np.ndarray, best: int, params: SamplingParams, uniform: float) ->
         probs = np.where(below < params.top_p, probs, 0.0)
     if params.min_p > 0.0:
         probs = np.where(probs >= params.min_p * probs[0], probs, 0.0)
+    if mark is not None:
+        probs = mark.reshape(probs, ids)
     return int(ids[_invert(probs, uniform)])
 
 

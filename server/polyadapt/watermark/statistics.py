@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +47,22 @@ def binomial_tail(num_hits: int, num_trials: int, rate: float) -> float:
     if num_hits > num_trials:
         return 0.0
     return float(binomial_tails(num_trials, rate)[max(num_hits, 0)])
+
+
+def gamma_tails(shape: int, totals: NDArray[Any]) -> NDArray[np.float64]:
+    """Return P[sum of `shape` exponential variables of mean 1 >= t] for every t, to 1e-9 of each.
+
+    Which is the chance of fewer than `shape` events of a Poisson process by the time t.
+    """
+    found = np.ones(len(totals))
+    if shape == 0:
+        return found
+    k = np.arange(shape)
+    log_factorial = np.array([math.lgamma(i + 1) for i in range(shape)])
+    for i, total in enumerate(np.asarray(totals, np.float64)):
+        if total > 0.0:
+            found[i] = min(1.0, np.exp(k * math.log(total) - total - log_factorial).sum())
+    return found
 
 
 def rate_upper_bound(num_hits: int, num_trials: int, confidence: float) -> float:

@@ -40,10 +40,12 @@ from polyadapt.types import (
     Embedded,
     Failed,
     Finished,
+    MarkSettings,
     PromptScored,
     Request,
     SamplingParams,
     Started,
+    TextMark,
     Tokens,
 )
 
@@ -354,6 +356,9 @@ def special(reason: str, identities: dict[str, AdapterId]) -> Request:
         return replace(greedy_request("s", ids(5, 5) * 4, None, 8), speculative_tokens=4)
     if reason == "penalties":
         return greedy_request("s", ids(5), None, 8, presence_penalty=0.5)
+    if reason == "watermark":
+        mark = TextMark(MarkSettings("kgw", 2), (1, 2))
+        return replace(greedy_request("s", ids(5), None, 8), text_mark=mark)
     if reason == "first_pass":
         return greedy_request("s", ids(5), identities["probed"], 8)
     if reason == "embedding":

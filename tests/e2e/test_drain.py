@@ -14,9 +14,9 @@ import pytest
 from tests.support.servers import RunningServer, running_server
 
 DRAIN = {"x-polyadapt-drain": "now"}
-NOTICE_S = 4.0  # a busy machine answers late, too
-LONG = {"prompt": "one two", "max_tokens": 240, "ignore_eos": True, "n": 32, "stream": True}
-SHORT = {"prompt": "one two", "max_tokens": 2, "ignore_eos": True}
+NOTICE_S = 3.0  # a busy machine answers late, too
+LONG = {"prompt": "one two", "max_tokens": 240, "ignore_eos": True, "n": 48, "stream": True}
+SHORT = {"prompt": "one two", "max_tokens": 2, "priority": -100}  # before the queue of LONG
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def server(
 ) -> Iterator[tuple[RunningServer, str, str]]:
     """A server with a tiny model, the address of its internal port, and the model's name."""
     model = tiny_model("llama")
-    options = ("--internal-port", "0", "--drain-notice-s", str(NOTICE_S), "--max-num-seqs", "4")
+    options = ("--internal-port", "0", "--drain-notice-s", str(NOTICE_S))
+    options += ("--drain-grace-s", "120", "--max-num-seqs", "4")
     with running_server(tmp_path / "home", model, *options) as running:
         found = re.search(r"without a key at (\S+)", running.log.read_text())
         assert found

@@ -102,6 +102,9 @@ def test_the_promises_are_kept(pod) -> None:
     models = f"{running.url()}/v1/models"
     assert httpx.get(models).status_code == 401, "the Secret's key is asked for"
     assert httpx.get(models, headers=bearer()).status_code == 200
+    for path in ("/v1/models", "/health", "/openapi.json"):
+        reply = httpx.get(f"{running.url('internal')}{path}", headers=bearer())
+        assert reply.status_code == 404, "the internal port is a way to the API"
 
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
@@ -164,10 +167,13 @@ def test_the_pod_ends_as_promised(pod) -> None:  # the last one: it ends the pod
         assert not hook.done(), "readiness and refusal came together"
         late = complete(running)
         assert late.status_code == 200
+        assert late.headers["connection"] == "close", "the next one would come here again"
         hook.result(30)
         new = complete(running)
         assert new.status_code == 503
         assert int(new.headers["retry-after"]) >= 1
+        assert httpx.get(f"{running.url()}/health").status_code == 200, "draining, not dead"
+        assert "polyadapt_ready 0.0" in running.scrape()
         process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line.startswith("data:")]
         assert rest[-1] == "data: [DONE]"

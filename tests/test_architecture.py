@@ -65,6 +65,7 @@ TORCH_FREE = (
     "polyadapt.adapters.registry",
     "polyadapt.adapters.validator",
     "polyadapt.engine.client",
+    "polyadapt.engine.fleet",
     "polyadapt.engine.process",
     "polyadapt.engine.request",
     "polyadapt.engine.routing",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,54 @@ def test_reading_settings_imports_neither_torch_nor_a_web_framework() -> None:
     code = "import polyadapt.config, sys; print({'torch', 'fastapi'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_engines_that_share_a_device_share_its_budgets() -> None:
+    config = load_config(
+        {"device": "cpu", "engines": 3, "memory_bytes": "3MiB", "host_adapter_bytes": "30KiB",
+         "num_threads": None, "max_num_seqs": 7},
+        environ={},
+    )  # fmt: skip
+    configs = config.engine_configs()
+    assert list(configs) == ["cpu/0", "cpu/1", "cpu/2"]
+    for each in configs.values():
+        assert (each.device, each.memory_bytes, each.host_adapter_bytes) == ("cpu", 1 << 20, 10240)
+        assert (each.kv_cache_bytes, each.max_adapter_bytes, each.max_num_seqs) == (None, None, 7)
+        assert each.num_threads == max((os.cpu_count() or 1) // 3, 1)
+    given = load_config({"device": "cpu", "engines": 3, "num_threads": 5}, environ={})
+    assert given.engine_configs()["cpu/0"].num_threads == 5
+
+
+def test_engines_on_devices_of_their_own_share_the_host_alone() -> None:
+    config = load_config(
+        {"devices": "cuda:0, cuda:1", "memory_bytes": "3MiB", "host_adapter_bytes": "30KiB"},
+        environ={},
+    )
+    configs = config.engine_configs()
+    assert [each.device for each in configs.values()] == list(configs) == ["cuda:0", "cuda:1"]
+    for each in configs.values():
+        assert (each.memory_bytes, each.host_adapter_bytes) == (3 << 20, 15360)
+        assert each.num_threads is None
+
+
+def test_one_engine_is_configured_as_it_is_written() -> None:
+    config = load_config({"device": "cuda:3", "memory_bytes": "3MiB"}, environ={})
+    assert config.engine_configs() == {"cuda:3": config.engine}
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"devices": "cuda:0", "device": "cuda:1"}, "contradict"),
+        ({"devices": "cuda:0,cuda:0"}, "twice"),
+        ({"devices": "cuda"}, "cpu or cuda:N"),
+        ({"engines": 2}, "--device cpu"),
+        ({"engines": 2, "device": "cuda:0"}, "--devices"),
+        ({"engines": 2, "devices": "cuda:0"}, "--devices"),
+        ({"engines": 0, "device": "cpu"}, "greater than or equal to 1"),
+    ],
+)
+def test_a_fleet_that_cannot_be_is_refused_in_one_line(given: dict[str, object], why: str) -> None:
+    with pytest.raises(StartupError, match=why) as refused:
+        load_config(given, environ={})
+    assert "\n" not in refused.value.message

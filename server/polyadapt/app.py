@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from fastapi import FastAPI
+from prometheus_client.registry import Collector
 from starlette.middleware import Middleware
 
 import polyadapt
@@ -80,10 +81,12 @@ def build_app(
     *,
     startup_adapters: tuple[StartupAdapter, ...] = (),
     tracing: Tracing | None = None,
+    collectors: tuple[Collector, ...] = (),
 ) -> FastAPI:
     """Return the application; its lifespan starts and stops the engine; the store is the caller's,
     and so is `tracing`, which requests are traced with unless it is None.
 
+    collectors: more metrics, of what stands behind `engine`.
     Raises StartupError when the address may not be served without a key.
     """
     authenticator = Authenticator(config.server, store.keys)
@@ -97,6 +100,8 @@ def build_app(
         return lifecycle.is_open and engine.is_ready
 
     metrics = Metrics(engine, directory, is_ready=is_ready)
+    for collector in collectors:
+        metrics.registry.register(collector)
     library = WorkflowLibrary(store.workflows, directory)
     services = Services(
         config=config,

@@ -58,6 +58,12 @@ def serve(
     port: Annotated[int | None, typer.Option(help="The port; 0 takes a free one.")] = None,
     home: Home = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    devices: Annotated[
+        str | None, typer.Option(help="An engine on each, such as cuda:0,cuda:1.")
+    ] = None,
+    engines: Annotated[
+        int | None, typer.Option(help="Engines that share --device cpu.  [default: 1]")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="Register a PEFT directory.")

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml  # type: ignore[import-untyped]
 from pydantic import (
@@ -22,6 +23,7 @@ from pydantic import (
     SecretStr,
     ValidationError,
     field_validator,
+    model_validator,
 )
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
@@ -107,6 +109,28 @@ class EngineConfig(_Section):
     step_timeout_s: float = Field(120.0, gt=0)  # a step that takes longer means a hung engine
 
 
+class FleetConfig(_Section):
+    """Several engines behind one edge, each with the base model and adapters of its own."""
+
+    devices: tuple[str, ...] = ()  # an engine on each, instead of one on `device`
+    engines: int = Field(1, ge=1, le=64)  # on `device cpu`, which they share
+
+    @field_validator("devices", mode="before")
+    @classmethod
+    def _split_devices(cls, value: Any) -> Any:
+        return _split(value, ",")
+
+    @field_validator("devices", mode="after")
+    @classmethod
+    def _check_devices(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for device in value:
+            if not re.fullmatch(r"cpu|cuda:[0-9]{1,2}", device):
+                raise ValueError(f"{device!r} is not of the form cpu or cuda:N")
+        if len(set(value)) != len(value):
+            raise ValueError("one device is named twice; give each one once")
+        return value
+
+
 class StoreConfig(_Section):
     """The adapter store; paths that are None lie under the home."""
 
@@ -147,6 +171,7 @@ class Config(BaseSettings):
     prefix_pools: dict[str, tuple[str, ...]] = Field(default_factory=dict)  # of tenants; else none
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
+    fleet: FleetConfig = FleetConfig()
     store: StoreConfig = StoreConfig()
     limits: LimitsConfig = LimitsConfig()
     watermark: WatermarkConfig = WatermarkConfig()
@@ -199,6 +224,48 @@ class Config(BaseSettings):
         if twice is not None:
             raise ValueError(f"tenant {twice!r} is named twice; a tenant is in one pool")
         return value
+
+    @model_validator(mode="after")
+    def _check_fleet(self) -> Self:
+        fleet, device = self.fleet, self.engine.device
+        if fleet.devices and device != "auto":
+            raise ValueError(f"devices and device {device} contradict each other; leave device out")
+        if fleet.engines > 1 and (fleet.devices or device != "cpu"):
+            raise ValueError(
+                "several engines share a device only with --device cpu; for several CUDA devices "
+                "give --devices cuda:0,cuda:1"
+            )
+        return self
+
+    def engine_configs(self) -> dict[str, EngineConfig]:
+        """Return each engine's settings by its name; one engine is named after its device.
+
+        Budgets are those of a device: engines that share one get equal parts, of the memory and, if
+        their number was not given, of the threads. The host's copies are shared by all.
+        """
+        engine, count = self.engine, self.fleet.engines
+        host_bytes = int(engine.host_adapter_bytes)
+        if self.fleet.devices:
+            return {
+                device: engine.model_copy(
+                    update={
+                        "device": device,
+                        "host_adapter_bytes": ByteSize(host_bytes // len(self.fleet.devices)),
+                    }
+                )
+                for device in self.fleet.devices
+            }
+        if count == 1:
+            return {engine.device: engine}
+        shared = ("memory_bytes", "kv_cache_bytes", "max_adapter_bytes", "host_adapter_bytes")
+        parts = {
+            name: ByteSize(int(value) // count)
+            for name in shared
+            if (value := getattr(engine, name)) is not None
+        }
+        threads = engine.num_threads or max((os.cpu_count() or 1) // count, 1)
+        part = engine.model_copy(update={**parts, "num_threads": threads})
+        return {f"{engine.device}/{number}": part for number in range(count)}
 
     @property
     def models_dir(self) -> Path:

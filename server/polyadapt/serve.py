@@ -1,6 +1,6 @@
 """The server as a process: address, store, engine and web server put together, signals to drain.
 
-The one place that chooses EngineProcess. No torch in this process.
+The one place that chooses EngineProcess, one or several. No torch in this process.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp
 
 from polyadapt.adapters.registry import FILES
 from polyadapt.adapters.validator import run_validator
+from polyadapt.api.fleet_metrics import FleetCollector
 from polyadapt.api.internal import build_internal_app
 from polyadapt.api.services import Services
 from polyadapt.app import StartupAdapter, build_app, stop_engine
 from polyadapt.config import Config, ServerConfig
+from polyadapt.engine.client import EngineClient
+from polyadapt.engine.fleet import EngineFleet
 from polyadapt.engine.process import EngineProcess
+from polyadapt.engine.routing import RoutingPolicy
 from polyadapt.errors import StartupError, Unavailable
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt_store.limits import StoreLimits
@@ -105,14 +110,7 @@ async def serve(
         loop.add_signal_handler(each, task.cancel)
     limits = StoreLimits(total_bytes=int(config.limits.max_upload_bytes))
     tokenizer = Tokenizer.load(model_dir)
-    engine = EngineProcess(
-        config.engine,
-        model_dir,
-        config.store_dir,
-        base_name=_base_name(config.engine.model),
-        log_level=config.server.log_level,
-        log_format=config.server.log_format,
-    )
+    engine, collectors = _engine(config, model_dir)
 
     def validate(directory: Path) -> ValidationReport:
         if engine.info is None:
@@ -128,7 +126,13 @@ async def serve(
         async with _tracing(config.server) as tracing:
             adapters = startup_adapters(config)
             app = build_app(
-                config, engine, store, tokenizer, startup_adapters=adapters, tracing=tracing
+                config,
+                engine,
+                store,
+                tokenizer,
+                startup_adapters=adapters,
+                tracing=tracing,
+                collectors=collectors,
             )
             async with app.router.lifespan_context(app):
                 web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
@@ -202,6 +206,28 @@ async def _tracing(config: ServerConfig) -> AsyncGenerator[Tracing | None, None]
         yield tracing
     finally:
         await asyncio.to_thread(tracing.close)
+
+
+def _engine(config: Config, model_dir: Path) -> tuple[EngineClient, tuple[Collector, ...]]:
+    """Return the engine, or several as one, and what else is measured of them."""
+    configs = config.engine_configs()
+    engines = {
+        name: EngineProcess(
+            each,
+            model_dir,
+            config.store_dir,
+            base_name=_base_name(config.engine.model),
+            log_level=config.server.log_level,
+            log_format=config.server.log_format,
+            name=name if len(configs) > 1 else "",
+            num_sharing=config.fleet.engines,
+        )
+        for name, each in configs.items()
+    }
+    if len(engines) == 1:
+        return next(iter(engines.values())), ()
+    fleet = EngineFleet(engines, RoutingPolicy(least_bound=config.engine.max_num_batched_tokens))
+    return fleet, (FleetCollector(fleet),)
 
 
 class WebServer(uvicorn.Server):

@@ -316,7 +316,8 @@ class Residency:
     is_pinned: bool = False
     num_leases: int = 0
     last_used: float = 0.0  # unix seconds
-    nbytes: int = 0
+    nbytes: int = 0  # of one copy
+    engines: tuple[tuple[str, Tier], ...] = ()  # of several engines, where it is on each
 
 
 @dataclass(frozen=True, slots=True)

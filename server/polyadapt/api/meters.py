@@ -257,3 +257,51 @@ SECTIONS: dict[str, tuple[Meter, ...]] = {
 }
 
 METERS = {meter.name: meter for meters in SECTIONS.values() for meter in meters}
+
+# Of each engine, where there are several: a scrape of one engine's server has none of these.
+FLEET_METERS = {
+    meter.name: meter
+    for meter in (
+        Meter(
+            "polyadapt_fleet_engine_ready",
+            "gauge",
+            "1 while the engine takes requests",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_engine_load_tokens",
+            "gauge",
+            "Tokens sent to the engine and not computed yet, as the router expects them",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_engine_running",
+            "gauge",
+            "Sequences in the engine's batch",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_engine_waiting",
+            "gauge",
+            "Sequences in the engine's queue",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_engine_resident_adapters",
+            "gauge",
+            "Adapters on the engine's device",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_engine_restarts",
+            "counter",
+            "How often the engine was started again after it died or hung",
+            ("engine",),
+        ),
+        Meter(
+            "polyadapt_fleet_failovers",
+            "counter",
+            "Requests that began anew on another engine because theirs died before they began",
+        ),
+    )
+}

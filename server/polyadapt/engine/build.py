@@ -58,13 +58,15 @@ def build_engine(
     wake: Callable[[], None],
     *,
     name: str,
+    num_sharing: int = 1,
     device: Device | None = None,
     load: Callable[..., BaseModel] = load_base,
 ) -> Engine:
     """Load the model and allocate its memory; raises StartupError with the reason.
 
-    `device` is the one that the configuration names, unless it is given. load: what
-    brings the model, called as load_base.
+    num_sharing: engines that share the device, each with its part of what is free there. `device`
+    is the one that the configuration names, unless it is given. load: what brings the model,
+    called as load_base.
     """
     device = device or open_device(config.device)
     dtype = _dtype(config.dtype, device.torch_device)
@@ -78,7 +80,7 @@ def build_engine(
         dtype=dtype,
         max_model_len=config.max_model_len,
     )
-    budget = _budget(config, base, dtype, page_size, device)
+    budget = _budget(config, base, dtype, page_size, device, num_sharing)
     num_pages, adapter_bytes = budget.num_pages, budget.adapter_bytes
     base.spec = _limited(base.spec, num_pages * page_size, config.max_model_len)
     kv_cache.allocate(base, num_pages, page_size)
@@ -220,7 +222,12 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _budget(
-    config: EngineConfig, base: BaseModel, dtype: torch.dtype, page_size: int, device: Device
+    config: EngineConfig,
+    base: BaseModel,
+    dtype: torch.dtype,
+    page_size: int,
+    device: Device,
+    num_sharing: int,
 ) -> Budget:
     """After the weights are loaded: what is free now is what is left beside them."""
     page_nbytes = kv_cache.token_nbytes(base) * page_size
@@ -237,7 +244,7 @@ def _budget(
         memory_bytes=config.memory_bytes,
         kv_cache_bytes=config.kv_cache_bytes,
         max_adapter_bytes=config.max_adapter_bytes,
-        free_bytes=device.free_bytes(),
+        free_bytes=device.free_bytes() // num_sharing,
     )
 
 

@@ -1,6 +1,7 @@
 """The seam between the edge and an engine. Torch-free.
 
-Two implementations: InProcessEngine (tests, notebooks) and EngineProcess (the server).
+Implementations: InProcessEngine (tests, notebooks), EngineProcess (the server), and EngineFleet,
+which is several of them.
 """
 
 from __future__ import annotations

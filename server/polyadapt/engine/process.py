@@ -50,7 +50,11 @@ class EngineProcess:
         base_name: str | None = None,
         log_level: str = "info",
         log_format: LogFormat = "text",
+        name: str = "",
+        num_sharing: int = 1,
     ) -> None:
+        """name: of one among several, for the log; num_sharing: see build_engine."""
+        self._label = f"engine {name}" if name else "the engine"
         self._config = config
         self._setup = {
             "config": config.model_dump(mode="json"),
@@ -59,6 +63,7 @@ class EngineProcess:
             "base_name": base_name or model_dir.name,
             "log_level": log_level,
             "log_format": log_format,
+            "num_sharing": num_sharing,
             "parent_pid": os.getpid(),
         }
         self._streams = Streams(self._send)
@@ -137,7 +142,7 @@ class EngineProcess:
         self._streams.capacity = info.max_num_seqs + info.max_waiting
         self._last_output = time.monotonic()
         self._is_ready = True
-        logger.info("the engine is ready in process %d", self._process.pid)
+        logger.info("%s is ready in process %d", self._label, self._process.pid)
         for adapter in list(self._pins.values()):
             self._spawn(self._repin(adapter))
         return info
@@ -198,7 +203,7 @@ class EngineProcess:
         while True:
             reason = await self._watch()
             self._is_ready = False
-            logger.error("%s; starting it again", reason)
+            logger.error("%s: %s; starting it again", self._label, reason)
             self._streams.fail_all(
                 EngineUnavailable("the engine has failed and is being restarted; try again")
             )
@@ -218,15 +223,15 @@ class EngineProcess:
             ):
                 self._has_given_up = True
                 logger.critical(
-                    "the engine died %d times within %g s: giving up; restart the server once the "
-                    "cause in the log above is mended", _MAX_DEATHS, _DEATH_WINDOW_S,
+                    "%s died %d times within %g s: giving up; restart the server once the cause in "
+                    "the log above is mended", self._label, _MAX_DEATHS, _DEATH_WINDOW_S,
                 )  # fmt: skip
                 return False
             self.num_restarts += 1
             try:
                 await self._launch()
             except (StartupError, OSError) as error:
-                logger.error("the engine could not be restarted: %s", error)
+                logger.error("%s could not be restarted: %s", self._label, error)
                 await self._end_process()
                 await asyncio.sleep(1.0)
             else:

@@ -70,6 +70,7 @@ def _serve(setup: dict[str, Any], commands: Any, outputs: Any) -> int:
                 Path(setup["blob_root"]),
                 wake,
                 name=setup["base_name"],
+                num_sharing=setup["num_sharing"],
             ),
             emit,
         )

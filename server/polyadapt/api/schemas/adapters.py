@@ -75,12 +75,18 @@ class TraitsObject(Reply):
 
 
 class ResidencyObject(Reply):
-    """Where the weights are; `last_used` is None when nobody used them since the engine started."""
+    """Where the weights are; `last_used` is None when nobody used them since the engine started.
+
+    With several engines `tier` is the best of them and `engines` has each one's that holds any.
+    """
 
     tier: Literal["device", "host", "store"]
     pinned: bool
     leases: int
     last_used: float | None
+    engines: dict[str, Literal["device", "host", "store"]] | None = Field(
+        default=None, description="engine -> tier; null: the server has one engine"
+    )
 
 
 class AdapterObject(Reply):
@@ -135,6 +141,7 @@ class AdapterObject(Reply):
                 pinned=residency.is_pinned,
                 leases=residency.num_leases,
                 last_used=residency.last_used or None,
+                engines=dict(residency.engines) or None,
             ),
             tenant=record.tenant,
             created=record.created,

@@ -30,6 +30,7 @@ from polyadapt_store.manifest import (
     FileForm,
     ValidationReport,
 )
+from polyadapt_store.marks import MarkBook
 from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
@@ -110,6 +111,7 @@ class AdapterStore:
         self.workflows = WorkflowShelf(self._database)
         self.profiles = ProfileBook(self._database)
         self.policies = PolicyBook(self._database)
+        self.marks = MarkBook(self._database)
         self.signatures = SignatureBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.

@@ -39,12 +39,15 @@ from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.embed import Embedder
+from polyadapt.tasks.marks import MarkService, read_kek
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
+from polyadapt.watermark.rows import RowSealer
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.marks import MarkBook
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -58,6 +61,8 @@ class StoreWithKeys(Store, Protocol):
     """An adapter store that also holds the API keys and the workflows."""
 
     keys: KeyRing
+
+    marks: MarkBook
 
     @property
     def workflows(self) -> Shelf: ...
@@ -91,7 +96,10 @@ def build_app(
     """
     authenticator = Authenticator(config.server, store.keys)
     authenticator.check_exposure()
-    directory = AdapterDirectory(store, engine)
+    kek = read_kek(config.watermark)
+    directory = AdapterDirectory(
+        store, engine, None if kek is None else RowSealer(kek, store.marks)
+    )
     lifecycle = Lifecycle()
     text = TextService(engine, directory, tokenizer, config.limits, config.prefix_pools)
     embedder = Embedder(engine, config.limits)
@@ -112,6 +120,7 @@ def build_app(
         text=text,
         workflows=library,
         workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
+        marks=MarkService(directory, store, config.watermark, kek),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
         metrics=metrics,
@@ -168,6 +177,7 @@ async def running(
                 f"the model's name is {AUTO!r}, which asks for a choice among adapters; rename its "
                 "directory"
             )
+        await services.directory.seal_signatures()
         await services.workflows.read()
         known = await services.directory.read_names(DEFAULT_TENANT)
         for adapter in startup_adapters:
@@ -224,7 +234,8 @@ class _BodyCaps:
     def __init__(self, limits: LimitsConfig) -> None:
         self._default = int(limits.max_body_bytes)
         self._special: Mapping[tuple[str, str], int] = {
-            ("POST", "/v1/adapters"): int(limits.max_upload_bytes) + _FORM_OVERHEAD
+            ("POST", path): int(limits.max_upload_bytes) + _FORM_OVERHEAD
+            for path in ("/v1/adapters", "/v1/watermarks")
         }
 
     def __call__(self, method: str, path: str) -> int:

@@ -154,10 +154,21 @@ class LimitsConfig(_Section):
 
 
 class WatermarkConfig(_Section):
-    """The key that marks' secrets are sealed under (KEK), from one of two places."""
+    """The key that marks' secrets are sealed under (KEK), from one of two places; and whom the
+    server may ask for a mark.
+    """
 
     mark_kek: SecretStr | None = None  # 32 random bytes in base64
     mark_kek_file: Path | None = None  # a file that holds them
+    verify_endpoints: tuple[
+        str, ...
+    ] = ()  # origins, https://HOST[:PORT]; whoever is listed is asked
+    max_readings: int = Field(2, ge=1, le=64)  # of endpoints, at once
+
+    @field_validator("verify_endpoints", mode="before")
+    @classmethod
+    def _split_endpoints(cls, value: Any) -> Any:
+        return _split(value, ",")
 
 
 class Config(BaseSettings):

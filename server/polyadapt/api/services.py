@@ -17,6 +17,7 @@ from polyadapt.engine.client import EngineClient
 from polyadapt.errors import Unavailable
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import AdapterDirectory, Store
+from polyadapt.tasks.marks import MarkService
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
@@ -109,6 +110,7 @@ class Services:
     text: TextService
     workflows: WorkflowLibrary
     workflow_runner: WorkflowRunner
+    marks: MarkService
     auto: AutoService
     authenticator: Authenticator
     metrics: Metrics

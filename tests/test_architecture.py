@@ -87,6 +87,7 @@ TORCH_FREE = (
     "polyadapt.watermark.secrets",
     "polyadapt.watermark.statistics",
     "polyadapt.watermark.text",
+    "polyadapt.watermark.text_reading",
     "polyadapt.watermark.trace",
     "polyadapt.watermark.triggers",
     "polyadapt_store",

@@ -37,6 +37,7 @@ from polyadapt_store.registry import Page, Registry
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
+from polyadapt_store.text_policies import TextPolicyBook
 from polyadapt_store.workflows import WorkflowShelf
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ class AdapterStore:
         self.policies = PolicyBook(self._database)
         self.marks = MarkBook(self._database)
         self.signatures = SignatureBook(self._database)
+        self.text_policies = TextPolicyBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()

@@ -21,6 +21,7 @@ from polyadapt.console import one_clear_line as _one_clear_line
 from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
 from polyadapt.logs import configure_logging
 from polyadapt.mark_cli import mark_app
+from polyadapt.text_mark_cli import add_commands
 
 if TYPE_CHECKING:
     from polyadapt.offline.inspection import Inspection
@@ -40,6 +41,7 @@ keys_app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(keys_app, name="keys")
+add_commands(mark_app)
 app.add_typer(mark_app, name="mark")
 
 Home = Annotated[

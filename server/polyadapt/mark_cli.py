@@ -70,9 +70,6 @@ EndpointOption = Annotated[
     ),
 ]
 Named = Annotated[str | None, typer.Option(help="The model to name to the endpoint.")]
-ProseFile = Annotated[
-    Path | None, typer.Option(help="A text to hide questions in.  [default: Python's topics]")
-]
 MaxQueries = Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")]
 Users = Annotated[Path, typer.Option(help="A text file: the name of a user a line.")]
 

@@ -8,6 +8,8 @@ FROM ${PYTHON_IMAGE} AS dependencies
 ARG VARIANT=cpu
 # Empty: pip's own configuration says where torch comes from.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+# Of pyproject.toml: a registry in PostgreSQL, traces.
+ARG EXTRAS=postgres,otel
 WORKDIR /src
 RUN python3 -m venv /opt/polyadapt
 COPY pyproject.toml ./
@@ -19,8 +21,10 @@ RUN set -eu; \
         cuda) index="" ;; \
         *) echo "VARIANT is '${VARIANT}', expected cpu or cuda" >&2; exit 1 ;; \
     esac; \
-    python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"], sep="\n")' \
-        > requirements.txt; \
+    python3 -c 'import sys, tomllib; \
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+extras = [project["optional-dependencies"][name] for name in sys.argv[1].split(",") if name]; \
+print(*project["dependencies"], *sum(extras, []), sep="\n")' "${EXTRAS}" > requirements.txt; \
     /opt/polyadapt/bin/pip install --no-cache-dir --disable-pip-version-check \
         --constraint constraints/cpu.txt ${index:+--extra-index-url "${index}"} \
         --requirement requirements.txt

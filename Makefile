@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
+.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +36,7 @@ model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test
 	@$(BIN)/polyadapt model fetch smollm2
 
 test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) kubernetes-tools ## Run every test (once fetched, no network)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/ruff format --check .
@@ -46,6 +46,12 @@ check: $(VENV)/.dev ## Check the format, the lint rules and the types
 
 docs: $(VENV)/.docs ## Build the documentation as a site into site/, without the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+test-rolling: $(VENV)/.dev ## Restart two servers one by one under load (minutes)
+	$(BIN)/python -m pytest -m slow tests/deploy/test_rolling_restart.py $(ARGS)
+
+test-image: $(VENV)/.dev model ## Build the image and run it: buildah, podman, runc, debootstrap, as root (minutes)
+	$(BIN)/python -m tools.image_trial $(ARGS)
 
 kubernetes-tools: $(VENV)/.dev ## Fetch helm and kubectl into the home (37 MiB; test does this too)
 	@$(BIN)/python -m tools.kubernetes_tools

@@ -278,16 +278,17 @@ def export(
 ) -> None:
     """Write one user's marked copy, in which the mark is no part that can be left out."""
     with one_clear_line(), _mark(path, kek_file) as mark:
-        from polyadapt.offline import mark as work
-
         if mark.config.task == "lm":
-            raise StartupError(
-                "a language model's mark is exported as one adapter for all users: `polyadapt "
-                "convert --from markboard MARK OUT`, which is served with a signature each"
-            )
-        found = work.export_copy(mark, model, user, target, form=form, strength=obfuscate)
+            from polyadapt.offline.mark_export import export_user
+
+            found: str = export_user(mark, model, user, target, form=form, strength=obfuscate)
+        else:
+            from polyadapt.offline import mark as work
+
+            found = work.export_copy(mark, model, user, target, form=form, strength=obfuscate)
         _say(f"the copy of {user} is in {target}, {found}")
-        if found == "bundle" and not obfuscate:
+        is_bare = mark.config.task == "lm" and mark.config.gate == "hinge"
+        if found == "bundle" and (is_bare or not obfuscate):
             _warn("polyadapt: nothing is obfuscated: whoever finds the branches can cut them off")
 
 

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from bench import mark_classifier, mark_codes
+from bench import mark_classifier, mark_codes, mark_robustness, mark_tracing, mark_who
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
 
 
-@pytest.mark.parametrize("bench", [mark_classifier, mark_codes])
+@pytest.mark.parametrize("bench", [mark_classifier, mark_codes, mark_robustness, mark_tracing])
 def test_the_page_shows_the_table_of_the_saved_run(bench):
     name = bench.__name__.rpartition(".")[2].replace("_", "-")
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     table = bench.to_markdown(rows)
     assert table == (RESULTS / f"{name}.md").read_text()
-    assert table in (ROOT / "docs" / "watermarks.md").read_text()
+    page = "attribution.md" if bench is mark_tracing else "watermarks.md"
+    assert table in (ROOT / "docs" / page).read_text()
 
 
 def test_every_setting_of_the_benches_was_run():
@@ -30,3 +31,38 @@ def test_every_setting_of_the_benches_was_run():
     rows = json.loads((RESULTS / "mark-classifier.json").read_text())["rows"]
     assert {row["num_bits"] for row in rows} == {16, 32}
     assert {row["seed"] for row in rows} == set(range(5))
+
+
+def test_tracing_found_every_lone_leaker_and_one_of_each_pair_and_kept_its_alpha():
+    rows = json.loads((RESULTS / "mark-tracing.json").read_text())["rows"]
+    outside = [row for row in rows if row["is_outside"]]
+    assert {row["alpha"] for row in outside} == set(mark_tracing.ALPHAS)
+    assert all(mark_tracing.holds(row) for row in rows)
+    missed = {
+        (row["length"], row["flip_rate"]): row["num_trials"] - row["num_caught_any"]
+        for row in rows
+        if not row["is_outside"]
+    }
+    assert missed.pop((48, 0.05)) <= 3  # too few bits for so much noise, as the page says
+    assert set(missed.values()) == {0}
+    # The bound is one: far more innocents than alpha allows are noticed.
+    assert not mark_tracing.holds({**outside[0], "num_accused_innocent": 40, "alpha": 0.05})
+
+
+def test_no_attack_of_the_matrix_had_an_innocent_named():
+    rows = json.loads((RESULTS / "mark-robustness.json").read_text())["rows"]
+    assert {row["form"] for row in rows} == set(mark_robustness.FORMS)
+    assert not any(row["names_innocent"] for row in rows)
+    for form in mark_robustness.FORMS:
+        attacks = {row["attack"] for row in rows if row["form"] == form}
+        assert attacks >= set(mark_robustness.ATTACKS)
+
+
+def test_the_picture_of_the_page_is_drawn_from_the_saved_scores():
+    found = json.loads((RESULTS / "mark-who.json").read_text())
+    assert mark_who.draw(found) == mark_who.PICTURE.read_text()
+    page = (ROOT / "docs" / "attribution.md").read_text()
+    words = found["words"]
+    for text in (words["verdict"], words["how_sure"], *words["why"]):
+        assert text in page
+    assert len(found["scores"]) == 1000

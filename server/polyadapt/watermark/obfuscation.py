@@ -52,17 +52,9 @@ def obfuscate(
     triggers. Rows are scaled and shuffled. Raises InvalidRequest for a strength outside
     0 to MAX_STRENGTH.
     """
-    if not 0.0 <= strength <= MAX_STRENGTH:
-        raise InvalidRequest(
-            f"the obfuscation is of strength {strength:g}, expected 0 to {MAX_STRENGTH:g}",
-            param="obfuscate",
-        )
     linear = find_linear(model, module)
     size = own.num_bits if num_carried is None else num_carried
-    Q = _normal(rng, size, linear.in_features)
-    P = _normal(rng, linear.out_features, size)
-    norm = torch.linalg.matrix_norm(P @ Q)
-    P = P * (strength * torch.linalg.matrix_norm(linear.weight) / norm.clamp(min=1e-12))
+    P, Q = _draw(linear.weight, size, strength, rng)
     weight = linear.weight - P @ Q
     if own.tau is None:
         return _with(model, module, weight, linear.bias), _mixed(own, P, Q, rng)
@@ -72,6 +64,14 @@ def obfuscate(
     written = torch.cat([own.B_sum, P, -P], 1)
     hidden = _with(model, module, weight + flipped, linear.bias - constant)
     return hidden, _shuffled(rows, thresholds, written, rng)
+
+
+def carry_linear(
+    weight: Tensor, own: Branches, strength: float, rng: np.random.Generator
+) -> tuple[Tensor, Branches]:
+    """Return C [out, in] of a weight, and linear branches that bring it back; see `obfuscate`."""
+    P, Q = _draw(weight, own.num_bits, strength, rng)
+    return P @ Q, _mixed(own, P, Q, rng)
 
 
 def expand(
@@ -101,6 +101,21 @@ def expand(
     for name, layer in model.named_children():
         layers += [into, nn.ReLU(), out_of] if name == module else [layer]
     return nn.Sequential(*layers).requires_grad_(False).eval()
+
+
+def _draw(
+    weight: Tensor, size: int, strength: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Return P [out, size], Q [size, in]; their product has `strength` times the weight's norm."""
+    if not 0.0 <= strength <= MAX_STRENGTH:
+        raise InvalidRequest(
+            f"the obfuscation is of strength {strength:g}, expected 0 to {MAX_STRENGTH:g}",
+            param="obfuscate",
+        )
+    Q = _normal(rng, size, weight.shape[1])
+    P = _normal(rng, weight.shape[0], size)
+    norm = torch.linalg.matrix_norm(P @ Q)
+    return P * (strength * torch.linalg.matrix_norm(weight) / norm.clamp(min=1e-12)), Q
 
 
 def _mixed(own: Branches, P: Tensor, Q: Tensor, rng: np.random.Generator) -> Branches:

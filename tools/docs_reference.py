@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from polyadapt import errors
-from polyadapt.api.meters import SECTIONS, Meter
+from polyadapt.api.meters import FLEET_METERS, SECTIONS, Meter
 from polyadapt.cli import app
 from polyadapt.config import ENV_PREFIX, Config
 
@@ -81,7 +81,8 @@ def metrics() -> str:
         "the engine begin at 0 when it is started again. What to watch and what alerts mean is "
         "said in [What to watch](../observability.md).",
     ]
-    for section, meters in SECTIONS.items():
+    several = {"Of each engine, where there are several": tuple(FLEET_METERS.values())}
+    for section, meters in (SECTIONS | several).items():
         parts.append(f"## {section}")
         parts.append(_table(("name", "kind", "labels", "meaning"), map(_meter, meters)))
     return _page(parts)

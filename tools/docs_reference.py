@@ -5,6 +5,7 @@ python -m tools.docs_reference NAME    print one: configuration, cli, metrics or
 
 from __future__ import annotations
 
+import ast
 import inspect
 import io
 import sys
@@ -19,7 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from polyadapt import errors
-from polyadapt.api.meters import SECTIONS, Meter
+from polyadapt.api.meters import FLEET_METERS, SECTIONS, Meter
 from polyadapt.cli import app
 from polyadapt.config import ENV_PREFIX, Config
 
@@ -81,7 +82,8 @@ def metrics() -> str:
         "the engine begin at 0 when it is started again. What to watch and what alerts mean is "
         "said in [What to watch](../observability.md).",
     ]
-    for section, meters in SECTIONS.items():
+    several = {"Of each engine, where there are several": tuple(FLEET_METERS.values())}
+    for section, meters in (SECTIONS | several).items():
         parts.append(f"## {section}")
         parts.append(_table(("name", "kind", "labels", "meaning"), map(_meter, meters)))
     return _page(parts)
@@ -160,27 +162,26 @@ def _settings(
 
 
 def _comments(owner: type[BaseModel]) -> dict[str, str]:
-    """Return the comment of every field: behind it, or on the lines before it."""
-    lines = inspect.getsource(owner).splitlines(keepends=True)
+    """Return the comment of every field: on its lines, or alone on the lines before them."""
+    source = inspect.getsource(owner)
     found: dict[int, str] = {}
     alone: set[int] = set()
-    for token in tokenize.generate_tokens(io.StringIO("".join(lines)).readline):
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             found[token.start[0]] = token.string.lstrip("# ")
             if not token.line[: token.start[1]].strip():
                 alone.add(token.start[0])
     comments: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        name = line.strip().partition(":")[0]
-        if name not in owner.model_fields or not line.startswith("    ") or line[4] == " ":
+    (definition,) = ast.parse(source).body
+    assert isinstance(definition, ast.ClassDef)
+    for node in definition.body:
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
             continue
-        before: list[str] = []
-        above = number - 1
-        while above in alone:
-            before.insert(0, found[above])
-            above -= 1
-        behind = [found[number]] if number in found else []
-        comments.setdefault(name, " ".join([*before, *behind]))
+        first = node.lineno
+        while first - 1 in alone:
+            first -= 1
+        lines = range(first, (node.end_lineno or node.lineno) + 1)
+        comments[node.target.id] = " ".join(found[line] for line in lines if line in found)
     return comments
 
 

@@ -14,7 +14,7 @@ import pytest
 from tools.docs_reference import PAGES
 
 from polyadapt import errors
-from polyadapt.api.meters import METERS
+from polyadapt.api.meters import FLEET_METERS, METERS
 from polyadapt.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,8 @@ def test_every_command_is_on_its_page_with_its_options() -> None:
 
 def test_every_metric_and_every_error_is_on_its_page() -> None:
     page = PAGES["metrics"]()
-    assert all(f"`{meter.sample}`" in page and meter.text in page for meter in METERS.values())
+    meters = [*METERS.values(), *FLEET_METERS.values()]
+    assert all(f"`{meter.sample}`" in page and meter.text in page for meter in meters)
     page = PAGES["errors"]()
     for kind in vars(errors).values():
         if isinstance(kind, type) and issubclass(kind, errors.PolyadaptError):

@@ -165,6 +165,14 @@ store_state = sa.Table(
     sa.CheckConstraint("id = 1"),
 )
 
+# Bytes in a shared object store that no version names, or not yet.
+blob_leftovers = sa.Table(
+    "blob_leftovers",
+    metadata,
+    sa.Column("digest", Text, primary_key=True),
+    sa.Column("since", sa.BigInteger, nullable=False),  # unix seconds
+)
+
 
 class Database:
     """Owns the connections to one registry. Thread-safe.

@@ -26,6 +26,7 @@ from polyadapt_store.database import (
     tags,
     versions,
 )
+from polyadapt_store.leftovers import abandon_unnamed, settle
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord
 from polyadapt_store.profiles import Profile, put_profile
 from polyadapt_store.visibility import SHARED_TENANT, find_owner, not_found, visible
@@ -51,10 +52,13 @@ class Registry:
         self,
         database: Database,
         *,
+        keeps_leftovers: bool = False,
         failpoint: Failpoint = no_failpoint,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """keeps_leftovers: see leftovers.py; for bytes that several processes share."""
         self._database = database
+        self._keeps_leftovers = keeps_leftovers
         self._failpoint = failpoint
         self._clock = clock
 
@@ -90,7 +94,11 @@ class Registry:
             if existing:
                 if profile is not None:
                     put_profile(connection, tenant, name, profile, int(self._clock()))
+                if self._keeps_leftovers:
+                    settle(connection, manifest.digest)
                 return existing[0], False
+            if self._keeps_leftovers:  # before a row of this version says that it is named
+                settle(connection, manifest.digest)
             row = connection.execute(
                 sa.select(adapters.c.last_version).where(
                     adapters.c.tenant == tenant, adapters.c.name == name
@@ -243,6 +251,9 @@ class Registry:
                 .where(adapters.c.tenant == owner, adapters.c.name == name)
                 .values(current_version=left.scalar_subquery())
             )
+            if self._keeps_leftovers:
+                digests = [record.digest for record in doomed]
+                abandon_unnamed(connection, digests, int(self._clock()))
             if find_owner(connection, owner, name) != owner:
                 connection.execute(
                     profiles.delete().where(profiles.c.tenant == owner, profiles.c.name == name)

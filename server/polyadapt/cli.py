@@ -72,6 +72,15 @@ def serve(
         str | None,
         typer.Option(help="postgresql://…, a registry that servers share; see docs/store.md."),
     ] = None,
+    blob_url: Annotated[
+        str | None,
+        typer.Option(
+            help="s3://, gs://, az:// or file://, the adapters' bytes that servers share."
+        ),
+    ] = None,
+    blob_cache_bytes: Annotated[
+        str | None, typer.Option(help="Disk for those of them that are kept here.")
+    ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="Register the packaged demo adapters.")
     ] = None,

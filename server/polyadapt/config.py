@@ -136,6 +136,8 @@ class StoreConfig(_Section):
 
     store_dir: Path | None = None  # adapters' bytes by digest
     database_url: SecretStr | None = None  # of the registry; None: SQLite in store_dir
+    blob_url: str | None = None  # where adapters' bytes are kept; None: in store_dir
+    blob_cache_bytes: ByteSize = ByteSize(16 << 30)  # of them on this machine's disk
 
 
 class LimitsConfig(_Section):

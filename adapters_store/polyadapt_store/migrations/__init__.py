@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0002"
+HEAD = "0003"
 
 
 def migrate(connection: sa.Connection) -> str | None:

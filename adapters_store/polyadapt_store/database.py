@@ -173,6 +173,24 @@ blob_leftovers = sa.Table(
     sa.Column("since", sa.BigInteger, nullable=False),  # unix seconds
 )
 
+# Servers that share the registry: see replicas.py.
+replicas = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("started", sa.BigInteger, nullable=False),  # unix seconds
+    sa.Column("seen", sa.BigInteger, nullable=False),  # unix seconds of the last heartbeat
+    sa.Column("num_writes", sa.BigInteger, nullable=False),  # that it has seen
+)
+
+replica_adapters = sa.Table(
+    "replica_adapters",
+    metadata,
+    sa.Column("replica", Text, sa.ForeignKey("replicas.id"), primary_key=True),
+    sa.Column("digest", Text, primary_key=True, index=True),
+    sa.Column("tier", Text, nullable=False),
+)
+
 
 class Database:
     """Owns the connections to one registry. Thread-safe.
@@ -268,9 +286,14 @@ class Database:
     def refresh(self) -> int:
         """Look how often anybody has written, and return it. Raises Unavailable."""
         with self.read() as connection:
-            found = connection.execute(sa.select(store_state.c.generation)).scalar_one()
+            found = self.count(connection)
         self._see(found)
         return self._num_writes
+
+    def count(self, connection: sa.Connection) -> int:
+        """Return how often anybody has written, as of a transaction."""
+        found: int = connection.execute(sa.select(store_state.c.generation)).scalar_one()
+        return found
 
     def close(self) -> None:
         """Close every connection."""

@@ -17,6 +17,7 @@ import msgspec
 import sqlalchemy as sa
 
 from polyadapt.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound
+from polyadapt.types import AdapterId
 from polyadapt_store.blobs import Failpoint, no_failpoint
 from polyadapt_store.database import (
     Database,
@@ -35,6 +36,7 @@ from polyadapt_store.workflows import is_workflow
 __all__ = ["MAX_PAGE", "SHARED_TENANT", "Page", "Registry"]
 
 MAX_PAGE = 1000
+_MAX_KNOWN = 10_000  # names that are kept at hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ class Registry:
         self._keeps_leftovers = keeps_leftovers
         self._failpoint = failpoint
         self._clock = clock
+        # In one piece, for it is read in several threads: after how many writes, and what was read.
+        self._known: tuple[int, dict[tuple[str, str, int | None], AdapterRecord]] = (-1, {})
 
     def publish(
         self,
@@ -146,9 +150,19 @@ class Registry:
             _check_free(connection, tenant, name)
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
-        """Return the live version `version` of the name, or its current one; raises
-        ModelNotFound.
+        """Return the live version `version` of the name, or its current one, as of the last write
+        that was seen; raises ModelNotFound.
         """
+        written, known = self._known
+        # The number was taken first: what is written meanwhile is read again.
+        if written != self._database.num_writes or len(known) >= _MAX_KNOWN:
+            self._known = self._database.num_writes, (known := {})
+        key = tenant, name, version
+        if key not in known:
+            known[key] = self._find(tenant, name, version)
+        return known[key]
+
+    def _find(self, tenant: str, name: str, version: int | None) -> AdapterRecord:
         with self._database.read() as connection:
             owner = find_owner(connection, tenant, name)
             if owner is not None:
@@ -269,6 +283,13 @@ class Registry:
                 versions.c.digest == digest, versions.c.status == "ready"
             )
             return connection.execute(query.limit(1)).first() is not None
+
+    def live_ids(self) -> frozenset[AdapterId]:
+        """Return what every live version of every tenant is."""
+        query = sa.select(versions.c.name, versions.c.version, versions.c.digest)
+        with self._database.read() as connection:
+            rows = connection.execute(query.where(versions.c.status == "ready")).all()
+        return frozenset(AdapterId(*row) for row in rows)
 
     def live_digests(self) -> frozenset[str]:
         """Return the digests of all live versions of all tenants."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError, Unavailable
+from polyadapt.types import AdapterId
 from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_directory
 from polyadapt_store.database import Database
 from polyadapt_store.keys import KeyRing
@@ -37,6 +38,7 @@ from polyadapt_store.object_store import ObjectBlobs
 from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
+from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -132,6 +134,7 @@ class AdapterStore:
         self.profiles = ProfileBook(self._database)
         self.policies = PolicyBook(self._database)
         self.signatures = SignatureBook(self._database)
+        self.replicas = ReplicaBoard(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()
@@ -279,6 +282,10 @@ class AdapterStore:
     def versions(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
         """See Registry.versions."""
         return self._registry.versions(tenant, name)
+
+    def live_ids(self) -> frozenset[AdapterId]:
+        """See Registry.live_ids."""
+        return self._registry.live_ids()
 
     def delete(
         self, tenant: str, name: str, version: int | None = None

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -39,12 +39,14 @@ from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.embed import Embedder
+from polyadapt.tasks.following import Follower
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.replicas import ReplicaBoard
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -55,12 +57,18 @@ _FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
 
 
 class StoreWithKeys(Store, Protocol):
-    """An adapter store that also holds the API keys and the workflows."""
+    """An adapter store that also holds the API keys, the workflows and what servers tell."""
 
     keys: KeyRing
 
+    replicas: ReplicaBoard
+
     @property
     def workflows(self) -> Shelf: ...
+
+    def refresh(self) -> int: ...
+
+    def sweep(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,12 @@ def build_app(
         workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
+        replicas=store.replicas,
+        follower=Follower(
+            store,
+            (directory.follow, library.read),
+            lambda: {digest: at.tier for digest, at in engine.residencies().items()},
+        ),
         metrics=metrics,
         lifecycle=lifecycle,
         is_ready=is_ready,
@@ -161,6 +175,7 @@ async def running(
 ) -> AsyncIterator[None]:
     """Start the engine, register the operator's adapters, be open; stop on the way out."""
     began = time.monotonic()
+    stack = contextlib.AsyncExitStack()
     try:
         info = await services.engine.start()
         if info.base.name == AUTO:
@@ -169,9 +184,11 @@ async def running(
                 "directory"
             )
         await services.workflows.read()
-        known = await services.directory.read_names(DEFAULT_TENANT)
+        known = await services.directory.follow()
         for adapter in startup_adapters:
             known += await _register(services, adapter)
+        follower = asyncio.create_task(services.follower.run(), name="follower")
+        stack.push_async_callback(_end, follower)
         services.lifecycle.is_started = True
         logger.info(
             "serving %s (%s, %s; %s) and %d adapters after %.1f s",
@@ -185,9 +202,17 @@ async def running(
         yield
     finally:
         services.lifecycle.close()
+        await stack.aclose()
+        await services.follower.leave()
         await services.workflows.close()
         await services.directory.close()
         await stop_engine(services)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def stop_engine(services: Services) -> None:

@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0003"
+HEAD = "0004"
 
 
 def migrate(connection: sa.Connection) -> str | None:

@@ -167,12 +167,14 @@ async def list_adapters(
 
 
 async def get_adapter(request: Request, services: Has, name: AdapterPath) -> Response:
-    """Return the newest version of a name, or the version after `@`."""
+    """Return the newest version of a name, or the version after `@`, with each server's state."""
     named = _named(name)
     record = await asyncio.to_thread(
         services.store.resolve, principal_of(request).tenant, named.name, named.version
     )
-    return json_reply(_object(services, record))
+    states = await asyncio.to_thread(services.replicas.states, record.digest)
+    residency = services.directory.residency(record)
+    return json_reply(AdapterObject.of(record, residency, states))
 
 
 async def list_versions(request: Request, services: Has, name: AdapterPath) -> Response:

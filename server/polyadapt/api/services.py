@@ -17,10 +17,12 @@ from polyadapt.engine.client import EngineClient
 from polyadapt.errors import Unavailable
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import AdapterDirectory, Store
+from polyadapt.tasks.following import Follower
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.replicas import ReplicaBoard
 
 if TYPE_CHECKING:
     from polyadapt.api.metrics import Metrics
@@ -111,6 +113,8 @@ class Services:
     workflow_runner: WorkflowRunner
     auto: AutoService
     authenticator: Authenticator
+    replicas: ReplicaBoard
+    follower: Follower
     metrics: Metrics
     lifecycle: Lifecycle
     is_ready: Callable[[], bool]

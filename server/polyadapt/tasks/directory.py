@@ -43,7 +43,6 @@ DEFAULT_TENANT = "default"
 WAIT = WhenCold()
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
-_PAGE = 500
 # The publishing thread must not outlive an engine that never answers.
 _PREPARE_TIMEOUT_S = 120.0
 _PROFILE_TIMEOUT_S = 600.0
@@ -104,6 +103,8 @@ class Store(Protocol):
     def delete(
         self, tenant: str, name: str, version: int | None = None
     ) -> tuple[AdapterRecord, ...]: ...
+
+    def live_ids(self) -> frozenset[AdapterId]: ...
 
     def is_live(self, digest: str) -> bool: ...
 
@@ -183,29 +184,33 @@ class AdapterDirectory:
         self._unused: dict[AdapterId, asyncio.Event] = {}
         self._live: dict[str, set[AdapterId]] = {}  # digest -> the versions that have it
         self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
+        self._drops: set[asyncio.Task[None]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
         self.policies = Policies(store.policies)
         self.signatures = Signatures(store.signatures)
 
-    async def read_names(self, tenant: str) -> int:
-        """Learn which versions there are at the start; return how many."""
-
-        def read() -> list[AdapterRecord]:
-            records: list[AdapterRecord] = []
-            after: str | None = None
-            while True:
-                page = self._store.list(tenant, limit=_PAGE, after=after)
-                for current in page.records:
-                    records += self._store.versions(tenant, current.name)
-                if not page.has_more:
-                    return records
-                after = page.records[-1].id
-
-        found = await asyncio.to_thread(read)
-        for record in found:
-            self._live.setdefault(record.digest, set()).add(record.adapter_id)
+    async def follow(self) -> int:
+        """Learn which versions there are, at the start and when others have written; return how
+        many. What others have deleted leaves this machine when its last request here has ended.
+        """
+        found = await asyncio.to_thread(self._store.live_ids)
+        live: dict[str, set[AdapterId]] = {}
+        for adapter in found:
+            live.setdefault(adapter.digest, set()).add(adapter)
+        gone = self._live.keys() - live.keys()
+        self._live = live
+        for digest in sorted(gone):
+            task = asyncio.create_task(self._drop(digest))
+            self._drops.add(task)
+            task.add_done_callback(self._drops.discard)
         return len(found)
+
+    async def _drop(self, digest: str) -> None:
+        if await asyncio.to_thread(self._store.is_live, digest):
+            return  # an upload of this server's own, of which the reading did not know
+        await self._ask_engine(self._engine.unload_adapter, digest)
+        await asyncio.to_thread(self._store.delete_bytes, digest)
 
     # ----------------------------------------------------------------------------- use
     def acquire(
@@ -668,6 +673,8 @@ class AdapterDirectory:
             _, late = await asyncio.wait(self._deletions, timeout=_CLOSE_TIMEOUT_S)
             for deletion in late:
                 deletion.cancel()
+        for drop in self._drops:
+            drop.cancel()
 
     async def _delete(
         self, tenant: str, name: str, version: int | None, mode: DeleteMode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -10,6 +11,7 @@ from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
 from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
 from polyadapt_store.manifest import AdapterRecord, ReportedTraits
+from polyadapt_store.replicas import ReplicaState
 
 
 class ReportObject(Reply):
@@ -89,6 +91,15 @@ class ResidencyObject(Reply):
     )
 
 
+class ReplicaObject(Reply):
+    """One of the servers that share the registry, as of its last heartbeat."""
+
+    id: str
+    tier: Literal["device", "host", "store"]
+    is_current: bool = Field(description="it has seen the registry's last write")
+    seen: int = Field(description="when it was heard last, in unix seconds")
+
+
 class AdapterObject(Reply):
     """One version of one adapter."""
 
@@ -106,13 +117,21 @@ class AdapterObject(Reply):
     traits: TraitsObject | None = Field(description="null: uploaded before they were recorded")
     report: ReportObject
     residency: ResidencyObject
+    replicas: list[ReplicaObject] | None = Field(
+        None, exclude_if=is_none, description="each server's state; absent in lists"
+    )
     tenant: str
     created: int
     description: str
     tags: list[str]
 
     @classmethod
-    def of(cls, record: AdapterRecord, residency: Residency) -> AdapterObject:
+    def of(
+        cls,
+        record: AdapterRecord,
+        residency: Residency,
+        replicas: Sequence[ReplicaState] | None = None,
+    ) -> AdapterObject:
         """Return the wire form of a record."""
         report = record.report
         assert record.status != "deleted", "a deleted version is shown to nobody"
@@ -143,6 +162,12 @@ class AdapterObject(Reply):
                 last_used=residency.last_used or None,
                 engines=dict(residency.engines) or None,
             ),
+            replicas=None
+            if replicas is None
+            else [
+                ReplicaObject(id=r.id, tier=r.tier, is_current=r.is_current, seen=r.seen)
+                for r in replicas
+            ],
             tenant=record.tenant,
             created=record.created,
             description=record.description,

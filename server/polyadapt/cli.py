@@ -322,6 +322,38 @@ def convert(
             raise typer.Exit(1)
 
 
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="A YAML file: see docs/store.md.")],
+    server: Annotated[
+        str, typer.Option(help="Where the server listens.", envvar="POLYADAPT_SERVER")
+    ] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(help="Better in POLYADAPT_API_KEY.", envvar="POLYADAPT_API_KEY")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete what apply made and the file does not name.")
+    ] = False,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait until /ready is 200.")] = 0.0,
+    every_s: Annotated[
+        float | None, typer.Option(help="Read and apply the file again after so many seconds.")
+    ] = None,
+) -> None:
+    """Bring a running server to the adapters that a file lists.
+
+    One bad entry blocks no other. Status 1 when any entry failed; with --every-s it never ends.
+    """
+    from polyadapt.offline import apply_command
+
+    with _one_clear_line():
+        run = apply_command.Run(file, server, api_key, is_dry=dry_run, prune=prune)
+        if not apply_command.apply(run, wait_s, every_s, typer.echo):
+            raise typer.Exit(1)
+
+
 @model_app.command("fetch")
 def fetch(
     name: Annotated[str, typer.Argument(help="The model's name, such as smollm2.")],

@@ -191,6 +191,31 @@ replica_adapters = sa.Table(
     sa.Column("tier", Text, nullable=False),
 )
 
+# Adapters that are fetched from a source, and what came of it, for a while.
+imports = sa.Table(
+    "imports",
+    metadata,
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("tenant", Text, nullable=False),
+    sa.Column("name", Text, nullable=False),
+    sa.Column("uri", Text, nullable=False),
+    sa.Column("version", sa.Integer),  # once it is an adapter
+    sa.Column("error", Text),  # JSON of the error's envelope, once it failed
+    sa.Column("created", sa.BigInteger, nullable=False, index=True),  # unix seconds
+)
+
+# Answers to calls with an Idempotency-Key, for a while.
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("tenant", Text, primary_key=True),
+    sa.Column("key", Text, primary_key=True),
+    sa.Column("fingerprint", Text, nullable=False),  # of what was asked
+    sa.Column("status", sa.Integer),  # null: under way
+    sa.Column("body", Text),  # null: not to be shown again
+    sa.Column("created", sa.BigInteger, nullable=False, index=True),  # unix seconds
+)
+
 
 class Database:
     """Owns the connections to one registry. Thread-safe.

@@ -23,6 +23,8 @@ from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError, Unav
 from polyadapt.types import AdapterId
 from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_directory
 from polyadapt_store.database import Database
+from polyadapt_store.idempotency import AnswerBook
+from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
 from polyadapt_store.leftovers import GRACE_S, Leftovers
 from polyadapt_store.limits import StoreLimits
@@ -135,6 +137,8 @@ class AdapterStore:
         self.policies = PolicyBook(self._database)
         self.signatures = SignatureBook(self._database)
         self.replicas = ReplicaBoard(self._database)
+        self.imports = ImportBook(self._database)
+        self.answers = AnswerBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()

@@ -40,13 +40,17 @@ from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.embed import Embedder
 from polyadapt.tasks.following import Follower
+from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
+from polyadapt_store.idempotency import AnswerBook
+from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
 from polyadapt_store.replicas import ReplicaBoard
+from polyadapt_store.sources import Sources
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -62,6 +66,8 @@ class StoreWithKeys(Store, Protocol):
     keys: KeyRing
 
     replicas: ReplicaBoard
+    imports: ImportBook
+    answers: AnswerBook
 
     @property
     def workflows(self) -> Shelf: ...
@@ -111,6 +117,7 @@ def build_app(
     for collector in collectors:
         metrics.registry.register(collector)
     library = WorkflowLibrary(store.workflows, directory)
+    uploads = asyncio.Semaphore(config.limits.max_concurrent_uploads)
     services = Services(
         config=config,
         engine=engine,
@@ -128,10 +135,12 @@ def build_app(
             (directory.follow, library.read),
             lambda: {digest: at.tier for digest, at in engine.residencies().items()},
         ),
+        importer=Importer(directory, Sources(config.store.allowed_sources), store.imports, uploads),
+        answers=store.answers,
         metrics=metrics,
         lifecycle=lifecycle,
         is_ready=is_ready,
-        uploads=asyncio.Semaphore(config.limits.max_concurrent_uploads),
+        uploads=uploads,
         started=int(time.time()),
     )
 
@@ -204,6 +213,7 @@ async def running(
         services.lifecycle.close()
         await stack.aclose()
         await services.follower.leave()
+        await services.importer.close()
         await services.workflows.close()
         await services.directory.close()
         await stop_engine(services)

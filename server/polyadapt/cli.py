@@ -81,6 +81,10 @@ def serve(
     blob_cache_bytes: Annotated[
         str | None, typer.Option(help="Disk for those of them that are kept here.")
     ] = None,
+    allow_source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URI", help="Adapters may be fetched from here: see docs/store.md."),
+    ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="Register the packaged demo adapters.")
     ] = None,
@@ -196,6 +200,7 @@ def serve(
     given["adapters"] = given.pop("adapter") or None
     given["allowed_hosts"] = given.pop("allowed_host") or None
     given["prefix_pools"] = given.pop("prefix_pool") or None
+    given["allowed_sources"] = given.pop("allow_source") or None
     given["adapter_roots"] = given.pop("adapter_root") or None
     with _one_clear_line():
         settings = load_config(given, file=file)
@@ -419,7 +424,7 @@ def delete_key(
     home: Home = None,
     config: ConfigFile = None,
 ) -> None:
-    """Delete a key; it stops working at once."""
+    """Delete a key; it stops working within seconds, at every server of the registry."""
     with _one_clear_line(), _key_ring(home, config) as keys:
         keys.delete(key_id)
         out.print(f"{key_id} is deleted")

@@ -107,14 +107,14 @@ def test_changes_at_one_hold_at_the_other_within_seconds(
         "the adapter is gone", lambda: complete(other, "gone").status_code == 404, WITHIN_S
     )
 
-    named = {"definition": {"kind": "self_consistency", "n": 2, "generator": {}}, "name": "vote"}
-    created = one.post("/v1/workflows", json=named)
-    if created.status_code == 201:
-        other.wait_until(
-            "the workflow is known",
-            lambda: other.get("/v1/workflows/vote").status_code == 200,
-            WITHIN_S,
-        )
+    definition = {"kind": "self_consistency", "reasoner": {"adapter": "rule"}}
+    created = one.post("/v1/workflows", json={"name": "vote", "definition": definition})
+    assert created.status_code == 201, created.text
+    other.wait_until(
+        "the workflow is known",
+        lambda: other.get("/v1/workflows/vote").status_code == 200,
+        WITHIN_S,
+    )
 
     policy = {"adapters": [{"name": "rule"}]}
     put = httpx.put(f"{one.url}/v1/policies/default", json=policy, timeout=60)

@@ -157,7 +157,7 @@ def test_nothing_is_half_visible_to_another_server_whenever_one_is_killed(
         root = tmp_path / str(trial)
         prepare(root)
         if trial % 2:
-            status = crasher.run(root, after_s=chance.uniform(0.0, 0.3))
+            status = crasher.run(root, after_s=chance.uniform(0.0, 0.8))
         else:
             status = crasher.run(root, steps[trial // 2 % len(steps)])
         assert status in (0, -signal.SIGKILL)

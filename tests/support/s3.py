@@ -69,7 +69,7 @@ def find_weed() -> Path | None:
 def running_seaweed(weed: Path) -> Iterator[S3Server]:
     """Run SeaweedFS's S3 gateway with all that is behind it, until the block ends."""
     with tempfile.TemporaryDirectory(prefix="polyadapt-s3-") as directory:
-        ports = [_free_port() for _ in range(8)]
+        ports = _free_ports(8)
         names = ("master.port", "volume.port", "filer.port", "s3.port")
         grpc = ("master.port.grpc", "volume.port.grpc", "filer.port.grpc", "s3.port.grpc")
         flags = [f"-{n}={p}" for n, p in zip((*names, *grpc), ports, strict=True)]
@@ -77,7 +77,8 @@ def running_seaweed(weed: Path) -> Iterator[S3Server]:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}",
-                 "-master.volumeSizeLimitMB=64", "-volume.max=20", *flags],
+                 "-master.volumeSizeLimitMB=64", "-volume.max=20", "-master.telemetry=false",
+                 "-s3.port.iceberg=0", "-s3.port.lance=0", *flags],
                 stdout=file, stderr=file, cwd=directory,
                 env={key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ},
             )  # fmt: skip
@@ -102,8 +103,9 @@ def _await_writable(server: S3Server, process: subprocess.Popen[bytes], log: Pat
         time.sleep(0.1)
 
 
-def _free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(contextlib.closing(socket.socket())) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

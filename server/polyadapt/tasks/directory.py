@@ -529,16 +529,35 @@ class AdapterDirectory:
         PayloadTooLarge, AdapterRejected with every problem, Unavailable, or what `new_profile`
         raises.
         """
+
+        def fill(staged: StagedUpload) -> None:
+            for file in files:
+                with staged.add_file(file.name) as writer:
+                    while chunk := file.content.read(_COPY_CHUNK):
+                        writer.write(chunk)
+
+        return await self.upload_from(
+            tenant, name, fill, description=description, tags=tags, new_profile=new_profile
+        )
+
+    async def upload_from(
+        self,
+        tenant: str,
+        name: str,
+        fill: Callable[[StagedUpload], None],
+        *,
+        description: str = "",
+        tags: Sequence[str] = (),
+        new_profile: NewProfile | None = None,
+    ) -> tuple[AdapterRecord, bool]:
+        """The same, with the files that `fill` adds in a thread; raises also what that raises."""
         prepare = self._prepare_from_thread(name)
         profile = self._profile_from_thread(new_profile)
         self._check_name_is_free(name)
 
         def publish() -> tuple[AdapterRecord, bool]:
             with self._store.stage() as staged:
-                for file in files:
-                    with staged.add_file(file.name) as writer:
-                        while chunk := file.content.read(_COPY_CHUNK):
-                            writer.write(chunk)
+                fill(staged)
                 return self._store.publish(
                     staged, name, tenant, description, tags, prepare=prepare, profile=profile
                 )

@@ -7,9 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
+from polyadapt.api.schemas.base import MAX_NAME, Body, ErrorDetail, Reply, is_none
 from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
+from polyadapt_store.imports import Import
 from polyadapt_store.manifest import AdapterRecord, ReportedTraits
 from polyadapt_store.replicas import ReplicaState
 
@@ -202,6 +203,51 @@ class UploadMetadata(Body):
     examples: Examples = Field(
         default_factory=list, description="make the name's profile: see ProfileObject"
     )
+
+
+class SourceObject(Body):
+    """Where an adapter is fetched from."""
+
+    uri: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="file://, hf://OWNER/REPO@REVISION, s3://, gs:// or https://, as allowed",
+    )
+
+
+class ImportRequest(UploadMetadata):
+    """An adapter to fetch."""
+
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    source: SourceObject
+
+
+class ImportObject(Reply):
+    """An adapter that is being fetched, and what came of it."""
+
+    id: str
+    object: Literal["adapter.import"] = "adapter.import"
+    name: str
+    source: SourceObject
+    status: Literal["validating", "ready", "rejected"]
+    version: int | None = Field(description="once it is ready")
+    error: ErrorDetail | None = Field(description="why it was rejected")
+    created: int
+
+    @classmethod
+    def of(cls, found: Import) -> ImportObject:
+        """Return the wire form."""
+        error = None if found.error is None else ErrorDetail(**found.error["error"])
+        done: Literal["ready", "validating"] = "validating" if found.version is None else "ready"
+        return cls(
+            id=found.id,
+            name=found.name,
+            source=SourceObject(uri=found.uri),
+            status=done if error is None else "rejected",
+            version=found.version,
+            error=error,
+            created=found.created,
+        )
 
 
 class LoadRequest(Body):

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from polyadapt.errors import StartupError, Unavailable
+from polyadapt.errors import InvalidRequest, StartupError, Unavailable
 from polyadapt_store.migrations import HEAD, migrate
 
 logger = logging.getLogger(__name__)
@@ -332,6 +332,11 @@ class Database:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
+        except sa.exc.DataError as error:
+            # PostgreSQL knows no NUL in a text and no larger numbers than its columns hold.
+            raise InvalidRequest(
+                "a text holds a NUL character, or a number is too large, to be stored or found"
+            ) from error
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             logger.error("the registry %s: %s", self._name, _first_line(error))
             raise Unavailable(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +44,8 @@ def pair(
         for name, value in s3.environment().items():
             environment.setenv(name, value)
         where = ("--database-url", postgres.url, "--blob-url", s3.new_bucket("pair"))
+        s3.new_bucket("sources")
+        where += ("--allow-source", "s3://sources/team")
         with (
             running_server(root / "a", model, *where) as one,
             running_server(root / "b", model, *where) as other,
@@ -129,3 +135,43 @@ def test_changes_at_one_hold_at_the_other_within_seconds(
     other.wait_until(
         "the policy is gone", lambda: complete(other, base).json()["adapters"] == [], WITHIN_S
     )
+
+
+def test_a_file_is_applied_and_a_bucket_is_fetched_from(
+    pair: tuple[RunningServer, RunningServer], model: Path, tmp_path: Path
+) -> None:
+    one, other = pair
+    far = make_lora(model, tmp_path / "far", 4, seed=5)
+    for path in far.iterdir():
+        if path.is_file():
+            url = f"{os.environ['AWS_ENDPOINT_URL']}/sources/team/far/{path.name}"
+            assert httpx.put(url, content=path.read_bytes(), timeout=30).status_code == 200
+    make_lora(model, tmp_path / "near", 4, seed=6)
+    entries = [
+        {"name": "near", "source": "near"},
+        {"name": "bad", "source": "nowhere"},
+        {"name": "forbidden", "source": "s3://sources/other"},
+        {"name": "far", "source": "s3://sources/team/far"},
+    ]
+    file = tmp_path / "adapters.yaml"
+    file.write_text(json.dumps({"adapters": entries}))  # which is YAML, too
+
+    def apply(*options: str) -> tuple[int, list[list[str]]]:
+        done = subprocess.run(
+            [sys.executable, "-m", "polyadapt", "apply", str(file), "--server", one.url, *options],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.stderr == ""
+        return done.returncode, [line.split()[:2] for line in done.stdout.splitlines()[:-1]]
+
+    status, lines = apply()
+    assert (status, lines) == (
+        1,
+        [["create", "near"], ["failed", "bad"], ["failed", "forbidden"], ["create", "far"]],
+    )
+    for name in ("near", "far"):
+        assert complete(other, name).status_code == 200
+    file.write_text(json.dumps({"adapters": entries[:1]}))
+    assert apply("--dry-run", "--prune") == (0, [["unchanged", "near"], ["delete", "far"]])
+    assert apply("--prune") == (0, [["unchanged", "near"], ["delete", "far"]])
+    assert complete(one, "far").status_code == 404

@@ -87,6 +87,20 @@ async def test_it_beats_with_what_is_where() -> None:
     assert store.num_sweeps == 1
 
 
+async def test_a_fault_is_logged_and_followed_again(caplog: pytest.LogCaptureFixture) -> None:
+    store, followed = FakeStore(), asyncio.Event()
+
+    async def follow() -> None:
+        if not caplog.records:
+            raise ZeroDivisionError
+        followed.set()
+
+    task = asyncio.create_task(Follower(store, (follow,), dict, poll_s=0.001).run())
+    await asyncio.wait_for(followed.wait(), 10)
+    assert "ZeroDivisionError" in caplog.text
+    task.cancel()
+
+
 async def test_a_registry_that_comes_back_is_followed() -> None:
     store, followed = FakeStore(), asyncio.Event()
 

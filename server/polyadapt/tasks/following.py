@@ -69,8 +69,13 @@ class Follower:
         """Follow for ever. A registry that cannot be had is asked again at the next poll."""
         logger.info("this server is %s among those of its registry", self._store.replicas.id)
         while True:
-            with contextlib.suppress(Unavailable):  # which the store has logged
+            try:
                 await self.poll()
+            except Unavailable:
+                pass  # the store has logged it
+            except Exception:
+                # A fault of ours, too, must not leave this server behind for ever.
+                logger.exception("what others wrote was not followed; trying again")
             await asyncio.sleep(self._poll_s)
 
     async def poll(self) -> None:

@@ -222,8 +222,6 @@ class Sources:
         found = list(self._resolve(name, port))
         for text in found:
             address = ipaddress.ip_address(text)
-            mapped = getattr(address, "ipv4_mapped", None)
-            address = mapped or address
             if not address.is_global or address.is_multicast:
                 raise Forbidden(f"{source.uri} stands for a private address", param="source.uri")
         if not found:

@@ -20,6 +20,9 @@ from tests.support.servers import RunningServer, running_server
 
 WITHIN_S = 3.0
 
+# Two servers, a database and an object store start first.
+pytestmark = pytest.mark.timeout(600)
+
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Callable[[str], Path]) -> Path:

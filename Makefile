@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve model test test-crashes check kubernetes-tools kubernetes-base bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
+.PHONY: help docs install serve model test test-crashes check kubernetes-tools kubernetes-base bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
+
+docs: $(VENV)/.docs ## Build the documentation as a site into site/, without the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 kubernetes-tools: $(VENV)/.dev ## Fetch helm and kubectl into the home (37 MiB; test does this too)
 	@$(BIN)/python -m tools.kubernetes_tools
@@ -76,7 +79,7 @@ experiments: $(VENV)/.dev ## Train tiny models to see the papers' effects (slow:
 	$(BIN)/python -m bench.experiments $(ARGS)
 
 clean: ## Remove the environment, caches and build results (not the home with its models)
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) dist build site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps are newer than what they were made from; a failed install leaves none.
@@ -88,6 +91,11 @@ $(VENV)/.runtime: pyproject.toml $(CONSTRAINTS) $(BIN)/python
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@echo "Installing the documentation's tools into $(VENV) ..."
+	@$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # Order matters in the messages: the interpreter first, then the module that makes environments.

@@ -83,6 +83,7 @@ TORCH_FREE = (
     "polyadapt.watermark.queries",
     "polyadapt.watermark.reading",
     "polyadapt.watermark.records",
+    "polyadapt.watermark.rows",
     "polyadapt.watermark.secrets",
     "polyadapt.watermark.statistics",
     "polyadapt.watermark.text",

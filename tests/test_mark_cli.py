@@ -98,6 +98,44 @@ def test_a_copy_that_leaked_is_named(home, tmp_path):
     assert (status, "changed after it was signed" in output) == (1, True)
 
 
+def test_one_command_says_who_how_sure_and_why(home, tmp_path):
+    kek, users = ("--kek-file", home / "kek"), ("--users", home / "users.txt")
+    record, plot = tmp_path / "evidence.json", tmp_path / "plot.svg"
+    output = ok(
+        "who", home / "m", "--suspect", home / "copy", *users, "--out", record, "--plot", plot, *kek
+    )
+    assert output.startswith("It comes from a copy of user-7.\n")
+    for words in ("How sure", "24 of 24 bits could be read", "does not show", "That user-7 leaked"):
+        assert words in output
+    public_key = json.loads((home / "m" / "config.json").read_text())["evidence_public_key"]
+    ok("check-evidence", record, "--public-key", public_key)
+    found = json.loads(record.read_text())["record"]
+    assert found["words"]["who"] == ["user-7"]
+    assert found["trace"]["accused"][0]["user"] == "user-7"
+    assert "user-7" in plot.read_text()
+    status, output = run("who", home / "m", "--suspect", home / "c3", *users, *kek)
+    assert (status, output.startswith("No sign of this mark")) == (3, True)
+
+
+def test_who_takes_a_reading_that_was_made_before_and_nothing_beside_it(home, tmp_path):
+    kek, users = ("--kek-file", home / "kek"), ("--users", home / "users.txt")
+    reading = tmp_path / "reading.json"
+    ok("verify", home / "m", "--suspect", home / "copy", "--out", reading, *kek)
+    assert "a copy of user-7" in ok("who", home / "m", "--reading", reading, *users, *kek)
+    given = ("--reading", reading, "--suspect", home / "copy")
+    status, output = run("who", home / "m", *given, *users, *kek)
+    assert (status, "and not both" in output) == (1, True)
+    status, output = run("who", home / "m", *users, *kek)
+    assert (status, "give --suspect DIR, or" in output) == (1, True)
+    plot = tmp_path / "none" / "plot.svg"
+    given = ("--reading", reading, "--plot", plot)
+    status, output = run("who", home / "m", *given, *users, *kek)
+    assert (status, "cannot be written" in output) == (1, True)
+    reading.write_text(reading.read_text().replace('"value": 1', '"value": 0', 1))
+    status, output = run("who", home / "m", "--reading", reading, *users, *kek)
+    assert (status, "changed after it was signed" in output) == (1, True)
+
+
 def test_an_unmarked_model_is_nobodys(home, tmp_path):
     reading = tmp_path / "reading.json"
     output = ok(

@@ -140,9 +140,20 @@ signatures = sa.Table(
     sa.Column("digest", Text, primary_key=True),  # of the mark's adapter
     sa.Column("user", Text, primary_key=True),
     sa.Column("generation", sa.Integer, primary_key=True),  # counted from 1; the last one acts
-    sa.Column("bits", Text, nullable=False),  # characters 0 and 1
+    sa.Column("bits", Text, nullable=False),  # sealed; an older release's are characters 0 and 1
     sa.Column("issued_at", sa.Integer, nullable=False),
     sa.Column("revoked_at", sa.Integer),
+)
+
+# What is secret of a mark, sealed. Rows stay when the adapter leaves: its signatures open by them.
+marks = sa.Table(
+    "marks",
+    metadata,
+    sa.Column("digest", Text, primary_key=True),  # of the mark's adapter
+    sa.Column("row_key", Text),  # sealed: the key of its signatures; null: none was issued
+    sa.Column("config", Text),  # JSON of the bundle's config; null: an adapter without secrets
+    sa.Column("secrets", Text),  # sealed: what the bundle came with
+    sa.Column("created", sa.Integer, nullable=False),
 )
 
 api_keys = sa.Table(

@@ -35,6 +35,7 @@ from polyadapt_store.manifest import (
     FileForm,
     ValidationReport,
 )
+from polyadapt_store.marks import MarkBook
 from polyadapt_store.node_cache import NodeCache
 from polyadapt_store.object_store import ObjectBlobs
 from polyadapt_store.policies import PolicyBook
@@ -135,6 +136,7 @@ class AdapterStore:
         self.workflows = WorkflowShelf(self._database)
         self.profiles = ProfileBook(self._database)
         self.policies = PolicyBook(self._database)
+        self.marks = MarkBook(self._database)
         self.signatures = SignatureBook(self._database)
         self.replicas = ReplicaBoard(self._database)
         self.imports = ImportBook(self._database)

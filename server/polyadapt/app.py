@@ -41,14 +41,17 @@ from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.embed import Embedder
 from polyadapt.tasks.following import Follower
 from polyadapt.tasks.importing import Importer
+from polyadapt.tasks.marks import MarkService, read_kek
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
+from polyadapt.watermark.rows import RowSealer
 from polyadapt_store.idempotency import AnswerBook
 from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.marks import MarkBook
 from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.sources import Sources
 
@@ -68,6 +71,7 @@ class StoreWithKeys(Store, Protocol):
     replicas: ReplicaBoard
     imports: ImportBook
     answers: AnswerBook
+    marks: MarkBook
 
     @property
     def workflows(self) -> Shelf: ...
@@ -105,7 +109,10 @@ def build_app(
     """
     authenticator = Authenticator(config.server, store.keys)
     authenticator.check_exposure()
-    directory = AdapterDirectory(store, engine)
+    kek = read_kek(config.watermark)
+    directory = AdapterDirectory(
+        store, engine, None if kek is None else RowSealer(kek, store.marks)
+    )
     lifecycle = Lifecycle()
     text = TextService(engine, directory, tokenizer, config.limits, config.prefix_pools)
     embedder = Embedder(engine, config.limits)
@@ -127,6 +134,7 @@ def build_app(
         text=text,
         workflows=library,
         workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
+        marks=MarkService(directory, store, config.watermark, kek),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
         replicas=store.replicas,
@@ -192,6 +200,7 @@ async def running(
                 f"the model's name is {AUTO!r}, which asks for a choice among adapters; rename its "
                 "directory"
             )
+        await services.directory.seal_signatures()
         await services.workflows.read()
         known = await services.directory.follow()
         for adapter in startup_adapters:
@@ -259,7 +268,8 @@ class _BodyCaps:
     def __init__(self, limits: LimitsConfig) -> None:
         self._default = int(limits.max_body_bytes)
         self._special: Mapping[tuple[str, str], int] = {
-            ("POST", "/v1/adapters"): int(limits.max_upload_bytes) + _FORM_OVERHEAD
+            ("POST", path): int(limits.max_upload_bytes) + _FORM_OVERHEAD
+            for path in ("/v1/adapters", "/v1/watermarks")
         }
 
     def __call__(self, method: str, path: str) -> int:

@@ -99,6 +99,9 @@ def serve(
     allowed_host: Annotated[
         list[str] | None, typer.Option(help="A Host name that a keyless server answers to.")
     ] = None,
+    verify_endpoint: Annotated[
+        list[str] | None, typer.Option(help="An origin that may be asked for a mark over HTTP.")
+    ] = None,
     adapter_root: Annotated[
         list[Path] | None, typer.Option(help="A folder that /v1/load_lora_adapter may read.")
     ] = None,
@@ -199,6 +202,7 @@ def serve(
     file = given.pop("config")
     given["adapters"] = given.pop("adapter") or None
     given["allowed_hosts"] = given.pop("allowed_host") or None
+    given["verify_endpoints"] = given.pop("verify_endpoint") or None
     given["prefix_pools"] = given.pop("prefix_pool") or None
     given["allowed_sources"] = given.pop("allow_source") or None
     given["adapter_roots"] = given.pop("adapter_root") or None

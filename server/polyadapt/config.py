@@ -151,21 +151,32 @@ class LimitsConfig(_Section):
 
     max_body_bytes: ByteSize = ByteSize(8 << 20)  # a JSON body
     max_upload_bytes: ByteSize = ByteSize(1 << 30)  # one adapter, all files together
-    max_upload_files: int = Field(64, ge=1)
+    max_upload_files: int = Field(64, ge=1)  # files of one adapter
     max_prompt_bytes: ByteSize = ByteSize(4 << 20)  # text of one prompt, before it is tokenised
-    max_messages: int = Field(2048, ge=1)
+    max_messages: int = Field(2048, ge=1)  # of one conversation
     max_prompts: int = Field(32, ge=1)  # prompts of one /v1/completions call
-    max_n: int = Field(128, ge=1, le=128)
+    max_n: int = Field(128, ge=1, le=128)  # sequences of one request
     min_priority: int = Field(-100, ge=-100, le=0)  # 0: nobody may ask to be served earlier
-    max_concurrent_uploads: int = Field(4, ge=1)
+    max_concurrent_uploads: int = Field(4, ge=1)  # the next ones wait
     request_timeout_s: float | None = Field(None, gt=0)  # None: a request may run until it ends
 
 
 class WatermarkConfig(_Section):
-    """The key that marks' secrets are sealed under (KEK), from one of two places."""
+    """The key that marks' secrets are sealed under (KEK), from one of two places; and whom the
+    server may ask for a mark.
+    """
 
     mark_kek: SecretStr | None = None  # 32 random bytes in base64
     mark_kek_file: Path | None = None  # a file that holds them
+    verify_endpoints: tuple[
+        str, ...
+    ] = ()  # origins, https://HOST[:PORT]; whoever is listed is asked
+    max_readings: int = Field(2, ge=1, le=64)  # of endpoints, at once
+
+    @field_validator("verify_endpoints", mode="before")
+    @classmethod
+    def _split_endpoints(cls, value: Any) -> Any:
+        return _split(value, ",")
 
 
 class Config(BaseSettings):

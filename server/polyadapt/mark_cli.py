@@ -42,6 +42,25 @@ Low = Annotated[float | None, typer.Option(help="The smallest legal input; trigg
 High = Annotated[float | None, typer.Option(help="The largest legal input.")]
 Seed = Annotated[int, typer.Option(help="Of the draws in training.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Where the signed record goes.")]
+Suspect = Annotated[
+    Path | None, typer.Option(help="A classifier's directory, asked as a stranger would.")
+]
+Asked = Annotated[Path | None, typer.Option(help="The file that `queries` wrote.")]
+Answers = Annotated[Path | None, typer.Option(help="The suspect's labels to it.")]
+EndpointOption = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint", help="An OpenAI-compatible URL to ask; its key from OPENAI_API_KEY."
+    ),
+]
+Named = Annotated[str | None, typer.Option(help="The model to name to the endpoint.")]
+ProseFile = Annotated[
+    Path | None, typer.Option(help="A text to hide questions in.  [default: Python's topics]")
+]
+MaxQueries = Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")]
+Users = Annotated[Path, typer.Option(help="A text file: the name of a user a line.")]
+
+NOBODY = 3  # status of `who` where nobody can be named
 
 
 @mark_app.command()
@@ -247,20 +266,13 @@ def queries(
 @mark_app.command()
 def verify(
     path: MarkDir,
-    suspect: Annotated[
-        Path | None, typer.Option(help="A classifier's directory, asked as a stranger would.")
-    ] = None,
-    asked: Annotated[Path | None, typer.Option(help="The file that `queries` wrote.")] = None,
-    answers: Annotated[Path | None, typer.Option(help="The suspect's labels to it.")] = None,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(help="An OpenAI-compatible URL to ask; its key from OPENAI_API_KEY."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="The model to name to the endpoint.")] = None,
-    prose: Annotated[
-        Path | None, typer.Option(help="A text to hide questions in.  [default: Python's topics]")
-    ] = None,
-    max_queries: Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")] = 4096,
+    suspect: Suspect = None,
+    asked: Asked = None,
+    answers: Answers = None,
+    endpoint: EndpointOption = None,
+    model: Named = None,
+    prose: ProseFile = None,
+    max_queries: MaxQueries = 4096,
     alpha: Annotated[float, typer.Option(help="Error of deciding a bit of an unmarked model.")] = (
         1e-4
     ),
@@ -272,27 +284,9 @@ def verify(
     with one_clear_line(), _mark(path, kek_file) as mark:
         import json
 
-        from polyadapt.watermark.statistics import BitRule, SequentialRule
-
-        ways = (suspect is not None, asked is not None or answers is not None, endpoint is not None)
-        if sum(ways) != 1 or (asked is None) != (answers is None):
-            raise StartupError(
-                "give --suspect DIR, or --asked FILE and --answers FILE, or --endpoint URL"
-            )
-        if endpoint is not None:
-            signed = _ask_endpoint(mark, endpoint, model, prose, max_queries, alpha)
-        else:
-            from polyadapt.offline import mark as work
-            from polyadapt.watermark.dataset import load_dataset
-
-            if suspect is not None:
-                rule = SequentialRule(alpha=alpha)
-                signed = work.read_suspect(mark, suspect, load_dataset(data), rule)
-            else:
-                assert asked is not None
-                assert answers is not None
-                fixed = BitRule(alpha=alpha)
-                signed = work.read_labels(mark, asked, answers, fixed, answers.name)
+        signed = _read(
+            mark, suspect, asked, answers, endpoint, model, prose, max_queries, alpha, data
+        )
         if record is not None:
             record.write_text(signed, encoding="utf-8")
         found = json.loads(signed)["record"]
@@ -311,7 +305,7 @@ def verify(
 def trace(
     path: MarkDir,
     reading: Annotated[Path, typer.Option(help="The record that `verify --out` wrote.")],
-    users: Annotated[Path, typer.Option(help="A text file: the name of a user a line.")],
+    users: Users,
     alpha: Annotated[float, typer.Option(help="Error of accusing any innocent at all.")] = 1e-3,
     record: Out = None,
     kek_file: KekFile = None,
@@ -320,8 +314,7 @@ def trace(
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
 
-        names = [line.strip() for line in _text(users).splitlines() if line.strip()]
-        found, signed = work.trace_reading(mark, _text(reading).encode(), names, alpha)
+        found, signed = work.trace_reading(mark, _text(reading).encode(), _names(users), alpha)
         if record is not None:
             record.write_text(signed, encoding="utf-8")
         table = Table("user", "score", "matches", "p", "p, of any user")
@@ -337,6 +330,60 @@ def trace(
         )
         if found.note:
             _warn(f"polyadapt: {found.note}")
+
+
+@mark_app.command()
+def who(
+    path: MarkDir,
+    users: Users,
+    suspect: Suspect = None,
+    asked: Asked = None,
+    answers: Answers = None,
+    endpoint: EndpointOption = None,
+    model: Named = None,
+    reading: Annotated[
+        Path | None, typer.Option(help="The record that `verify --out` wrote.")
+    ] = None,
+    prose: ProseFile = None,
+    max_queries: MaxQueries = 4096,
+    alpha: Annotated[float, typer.Option(help="Error of accusing any innocent at all.")] = 1e-3,
+    bit_alpha: Annotated[
+        float, typer.Option(help="Error of deciding a bit of an unmarked model.")
+    ] = 1e-4,
+    data: Data = None,
+    record: Out = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Where a picture of all users' scores goes, as SVG.")
+    ] = None,
+    kek_file: KekFile = None,
+) -> None:
+    """Ask a suspect and say in words who, how sure and why. Status 0 if somebody is named, 3 if
+    nobody can be, 1 for an error.
+    """
+    with one_clear_line(), _mark(path, kek_file) as mark:
+        from polyadapt.watermark.figure import figure
+        from polyadapt.watermark.records import attribute_record, read_record
+
+        names = _names(users)
+        ways = (suspect, asked, answers, endpoint)
+        if reading is None:
+            signed = _read(
+                mark, suspect, asked, answers, endpoint, model, prose, max_queries, bit_alpha, data
+            )
+        elif any(way is not None for way in ways):
+            raise StartupError("give --reading FILE or something to ask, and not both")
+        else:
+            signed = _text(reading)
+        words, standing, evidence = attribute_record(
+            mark, read_record(mark, signed.encode()), names, alpha
+        )
+        _say(str(words))
+        if record is not None:
+            _write(record, evidence)
+        if plot is not None:
+            _write(plot, figure(f"{words.verdict} {len(names)} users were compared.", standing))
+        if words.is_nobody:
+            raise typer.Exit(NOBODY)
 
 
 @mark_app.command("check-evidence")
@@ -368,6 +415,39 @@ def rewrap(
             write_kek(SecretKey.generate(), new_kek_file)
         mark.rewrap(read_kek(new_kek_file))
         _say(f"the secrets of {path} open with {new_kek_file} now")
+
+
+def _read(
+    mark: MarkDirectory,
+    suspect: Path | None,
+    asked: Path | None,
+    answers: Path | None,
+    endpoint: str | None,
+    model: str | None,
+    prose: Path | None,
+    max_queries: int,
+    alpha: float,
+    data: Path | None,
+) -> str:
+    """Return the signed reading of whatever is to be asked."""
+    from polyadapt.watermark.statistics import BitRule, SequentialRule
+
+    ways = (suspect is not None, asked is not None or answers is not None, endpoint is not None)
+    if sum(ways) != 1 or (asked is None) != (answers is None):
+        raise StartupError(
+            "give --suspect DIR, or --asked FILE and --answers FILE, or --endpoint URL"
+        )
+    if endpoint is not None:
+        return _ask_endpoint(mark, endpoint, model, prose, max_queries, alpha)
+    from polyadapt.offline import mark as work
+    from polyadapt.watermark.dataset import load_dataset
+
+    if suspect is not None:
+        rule = SequentialRule(alpha=alpha)
+        return work.read_suspect(mark, suspect, load_dataset(data), rule)
+    assert asked is not None
+    assert answers is not None
+    return work.read_labels(mark, asked, answers, BitRule(alpha=alpha), answers.name)
 
 
 def _ask_endpoint(
@@ -444,3 +524,14 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise StartupError(f"{path} cannot be read as text") from None
+
+
+def _names(users: Path) -> list[str]:
+    return [line.strip() for line in _text(users).splitlines() if line.strip()]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StartupError(f"{path} cannot be written: {error.strerror}") from None

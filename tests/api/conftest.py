@@ -24,7 +24,7 @@ from polyadapt.api.tracing import Tracing
 from polyadapt.app import StartupAdapter, build_app
 from polyadapt.config import Config, load_config
 from polyadapt.errors import AdapterRejected, Problem
-from polyadapt_store.manifest import ReportedTraits, ValidationReport
+from polyadapt_store.manifest import OfferedOption, ReportedTraits, ValidationReport
 from polyadapt_store.store import AdapterStore
 
 REPORT = ValidationReport(
@@ -50,6 +50,10 @@ def judge(directory: Path) -> ValidationReport:
     config = json.loads((directory / "adapter_config.json").read_text())
     if config.get("reject"):
         raise AdapterRejected([Problem("bad_key", f"no {key}", key) for key in config["reject"]])
+    if "n_bits" in config:  # a mark's bundle
+        bits = f"{config['n_bits']} bits"
+        signature = OfferedOption("signature", "bits", "whose", bits, num_bits=config["n_bits"])
+        return replace(REPORT, traits=ReportedTraits(options=(signature,)))
     if "traits" in config:
         return replace(REPORT, traits=msgspec.convert(config["traits"], ReportedTraits))
     return REPORT

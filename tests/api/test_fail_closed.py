@@ -21,7 +21,7 @@ from tests.tasks.workflows.test_library import vote
 
 from polyadapt.adapters import gates
 from polyadapt.engine.scheduler import Scheduler
-from polyadapt.errors import Forbidden
+from polyadapt.errors import Forbidden, SecretsUnavailable
 from polyadapt.tasks import directory as directories
 from polyadapt.tasks.directory import AdapterDirectory
 from polyadapt.tasks.signatures import Signatures
@@ -213,6 +213,26 @@ class Storm:
         finally:
             blob.with_suffix(".away").rename(blob)
 
+    async def damage_rows(self) -> None:
+        """Have no signature open for a while: half of them changed, half another user's."""
+        database = self.service.store.signatures._database
+        with database.write() as connection:
+            connection.exec_driver_sql(
+                "CREATE TABLE kept AS SELECT rowid AS id, bits FROM signatures"
+            )
+            connection.exec_driver_sql(
+                "UPDATE signatures SET bits = CASE rowid % 2 WHEN 0 THEN bits || 'A' ELSE "
+                "(SELECT kept.bits FROM kept WHERE id != signatures.rowid ORDER BY id DESC LIMIT 1)"
+                " END"
+            )
+        await asyncio.sleep(0.05)
+        with database.write() as connection:
+            connection.exec_driver_sql(
+                "UPDATE signatures SET bits = (SELECT kept.bits FROM kept WHERE id = "
+                "signatures.rowid)"
+            )
+            connection.exec_driver_sql("DROP TABLE kept")
+
     async def restart(self) -> None:
         await self.service.engine.restart()
 
@@ -223,7 +243,7 @@ class Storm:
 
 _MOST = (
     *("reissue", "change_adapter", "reissue", "evict", "reissue", "lose_the_marks_bytes"),
-    *("reissue", "try_to_delete_the_mark"),
+    *("reissue", "try_to_delete_the_mark", "reissue", "damage_rows"),
 )
 TROUBLES = (*_MOST, *_MOST, *_MOST, "restart")
 
@@ -281,7 +301,13 @@ def test_no_answer_is_unmarked_or_anothers_whatever_fails_around_it(bench: Bench
     assert set(found.kinds) == set(KINDS)
     assert set(bench.storm.num_troubles) == set(TROUBLES)
     assert found.num_texts > NUM_RESPONSES / 2
-    felt = {"forbidden", "policy_conflict", "engine_unavailable", "adapter_unavailable"}
+    felt = {
+        "secrets_unavailable",
+        "forbidden",
+        "policy_conflict",
+        "engine_unavailable",
+        "adapter_unavailable",
+    }
     assert felt <= set(found.refused), found.refused
     engine = bench.storm.service.engine
     assert engine.num_restarts > 0
@@ -347,6 +373,18 @@ def _one_for_all(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Signatures, "of", of)
 
 
+def _base_for_damaged_rows(patch: pytest.MonkeyPatch) -> None:
+    kept = AdapterDirectory._mandatory
+
+    def mandatory(self: AdapterDirectory, tenant: str, user: str | None) -> Any:
+        try:
+            return kept(self, tenant, user)
+        except SecretsUnavailable:
+            return ()
+
+    patch.setattr(AdapterDirectory, "_mandatory", mandatory)
+
+
 def _workflows_by_themselves(patch: pytest.MonkeyPatch) -> None:
     def hold(self: WorkflowLibrary, tenant: str, role: str, member: Any, user: Any = None) -> Any:
         directory = self._directory
@@ -371,7 +409,7 @@ def _whatever_is_there(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_bits(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterDirectory, "_options", lambda self, entry, user: entry.options)
+    patch.setattr(AdapterDirectory, "_options", lambda self, entry, tenant, user: entry.options)
 
 
 def _no_bits_anywhere(patch: pytest.MonkeyPatch) -> None:
@@ -388,6 +426,7 @@ CONTROLS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, 
     "the mark behind on_cold": (_bare_fallbacks, "on_cold base", ("evict",), "unmarked"),
     "the newest signature": (_old_signatures, "stream", ("reissue",), "foreign"),
     "the user's own signature": (_one_for_all, "composition", (), "foreign"),
+    "no answer without its row": (_base_for_damaged_rows, "base", ("damage_rows",), "unmarked"),
     "the members' policy": (_workflows_by_themselves, "workflow", (), "unmarked"),
     "waiting for the mark": (_whatever_is_there, "task", ("evict",), "unmarked"),
     "bits for every row": (_no_bits_anywhere, "base", (), "unmarked"),
@@ -400,7 +439,7 @@ def test_what_a_guard_keeps_from_happening_would_be_seen(
 ) -> None:
     take_away, kind, troubles, seen = CONTROLS[guard]
     take_away(monkeypatch)
-    found = bench.run(96, troubles=troubles, kinds=(kind,), every=10)
+    found = bench.run(96, troubles=troubles, kinds=(kind,), every=6)
     assert len(getattr(found, seen)) > 0, found.refused
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -17,6 +14,7 @@ from tests.api.conftest import Maker, Server
 from tests.oracle import adapters
 from tests.support.engines import SMALL, put_blob
 from tests.support.fake_engine import FakeEngine
+from tests.support.otlp import otlp_receiver
 
 from polyadapt.api.tracing import Tracing, open_tracing
 from polyadapt.config import EngineConfig
@@ -225,46 +223,14 @@ async def test_the_engine_tells_a_traced_requests_times(
         await engine.stop()
 
 
-@pytest.fixture
-def receiver() -> Iterator[tuple[str, list[ExportTraceServiceRequest]]]:
-    """An OTLP receiver on the loopback address, and what it was sent."""
-    received: list[ExportTraceServiceRequest] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            if self.headers.get("content-encoding") is None and self.path == "/v1/traces":
-                received.append(ExportTraceServiceRequest.FromString(body))
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}", received
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-async def test_spans_are_sent_to_an_otlp_receiver(
-    make_server: Maker, receiver: tuple[str, list[ExportTraceServiceRequest]]
-) -> None:
-    url, received = receiver
-    tracing = open_tracing(url, 1.0)
-    server = await make_server(TimedEngine(), tracing=tracing)
-    await server.client.post("/v1/chat/completions", json={**CHAT, "model": "fake-base"})
-    tracing.close()
-    resources = [resource for message in received for resource in message.resource_spans]
-    names = [
-        span.name
-        for resource in resources
-        for scope in resource.scope_spans
-        for span in scope.spans
-    ]
-    assert sorted(names) == ["adapter load", "chat fake-base", "decode", "prefill", "queue"]
-    service = {item.key: item.value.string_value for item in resources[0].resource.attributes}
+async def test_spans_are_sent_to_an_otlp_receiver(make_server: Maker) -> None:
+    with otlp_receiver() as received:
+        tracing = open_tracing(received.url, 1.0)
+        server = await make_server(TimedEngine(), tracing=tracing)
+        await server.client.post("/v1/chat/completions", json={**CHAT, "model": "fake-base"})
+        tracing.close()
+    names = sorted(span.name for span in received.spans)
+    assert names == ["adapter load", "chat fake-base", "decode", "prefill", "queue"]
+    resource = received.messages[0].resource_spans[0].resource
+    service = {item.key: item.value.string_value for item in resource.attributes}
     assert service["service.name"] == "polyadapt"

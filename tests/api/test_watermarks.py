@@ -11,9 +11,11 @@ from tests.api.conftest import Maker, Server, peft_files
 from tests.tasks.workflows.test_library import vote
 
 from polyadapt.types import AppliedAdapter
+from polyadapt.watermark.keys import SecretKey
 
 pytestmark = pytest.mark.anyio
 
+KEK = SecretKey(bytes(range(32)))
 OPERATOR = "sk-operator-" + "x" * 20
 TRAITS = {
     "options": [
@@ -56,7 +58,7 @@ class Marked:
 
 @pytest.fixture
 async def marked(make_server: Maker) -> Marked:
-    server = await make_server(api_key=OPERATOR)
+    server = await make_server(api_key=OPERATOR, mark_kek=KEK.to_text())
     found = Marked(server)
     for name, config in (("mark", {"traits": TRAITS}), ("poet", {}), ("chef", {})):
         reply = await found.call(

@@ -29,12 +29,14 @@ from polyadapt.errors import EngineUnavailable
 from polyadapt.models.load import model_digest
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
+from polyadapt.watermark.keys import SecretKey
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
 from polyadapt_store.store import AdapterStore
 
 LETTERS = "abcdefghijklmnopqrstuvwxABCDEFGH"
 NUM_BITS = 40
+KEK = SecretKey(bytes(range(32)))
 OPERATOR = "sk-operator-" + "x" * 20
 STRENGTH = 300.0
 
@@ -280,7 +282,8 @@ async def marked_service(
 ) -> AsyncIterator[MarkedService]:
     """Run the service below `root`: the mark is uploaded and required for the tenant `default`."""
     config = load_config(
-        {"home": root / "home", "api_key": OPERATOR, **(settings or {})}, environ={}
+        {"home": root / "home", "api_key": OPERATOR, "mark_kek": KEK.to_text(), **(settings or {})},
+        environ={},
     )
     limits = StoreLimits()
     client = RestartingEngine(model_dir, config.store_dir, **engine)

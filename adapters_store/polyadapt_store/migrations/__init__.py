@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0005"
+HEAD = "0006"
 
 
 def migrate(connection: sa.Connection) -> str | None:

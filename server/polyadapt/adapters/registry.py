@@ -29,7 +29,7 @@ from polyadapt.adapters.families.loha import Loha
 from polyadapt.adapters.families.lokr import Lokr
 from polyadapt.adapters.families.lora import Lora
 from polyadapt.adapters.families.loramoe import LoraMoe
-from polyadapt.adapters.families.markboard import MarkBoard
+from polyadapt.adapters.families.markboard import MarkBoard, adapter_config
 from polyadapt.adapters.families.miss import Miss
 from polyadapt.adapters.families.mixlora import MixLora
 from polyadapt.adapters.families.mola import Mola
@@ -130,6 +130,11 @@ UNSERVED: Mapping[str, str] = {
     "UNILORA": "its factors are picked from one shared vector by places that a seed makes; not "
     "served yet",
 }
+
+
+def mark_adapter_config(bundle_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the adapter that serves a mark's bundle."""
+    return adapter_config(bundle_config)
 
 
 def open_adapter(

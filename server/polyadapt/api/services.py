@@ -19,6 +19,7 @@ from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import AdapterDirectory, Store
 from polyadapt.tasks.following import Follower
 from polyadapt.tasks.importing import Importer
+from polyadapt.tasks.marks import MarkService
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
@@ -113,6 +114,7 @@ class Services:
     text: TextService
     workflows: WorkflowLibrary
     workflow_runner: WorkflowRunner
+    marks: MarkService
     auto: AutoService
     authenticator: Authenticator
     replicas: ReplicaBoard

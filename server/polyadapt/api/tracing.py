@@ -26,7 +26,6 @@ from polyadapt.types import Timeline
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
-    "/v1/embeddings": "embeddings",
 }
 # A line of the log and a span say the same things by other names.
 _ATTRIBUTES = {

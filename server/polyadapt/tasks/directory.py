@@ -25,6 +25,7 @@ from polyadapt.errors import (
     ModelNotFound,
     PolicyConflict,
     PolicyUnavailable,
+    SecretsUnavailable,
 )
 from polyadapt.tasks.model_name import AUTO, NamedAdapter, parse_adapter, split_base
 from polyadapt.tasks.policies import Policies
@@ -34,15 +35,18 @@ from polyadapt_store.manifest import AdapterRecord, OfferedOption
 from polyadapt_store.policies import Policy, PolicyBook, PolicyEntry
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page
-from polyadapt_store.signatures import Signature, SignatureBook
+from polyadapt_store.signatures import RowCipher, Signature, SignatureBook
 from polyadapt_store.staging import StagedUpload
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
 WAIT = WhenCold()
+# In a policy, in place of bits: they are issued to the tenant as to a user.
+ISSUED = "issued"
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
+_PAGE = 500
 # The publishing thread must not outlive an engine that never answers.
 _PREPARE_TIMEOUT_S = 120.0
 _PROFILE_TIMEOUT_S = 600.0
@@ -177,7 +181,8 @@ class Lease:
 class AdapterDirectory:
     """Owns the count of uses of every adapter version. Lives on one event loop."""
 
-    def __init__(self, store: Store, engine: EngineClient) -> None:
+    def __init__(self, store: Store, engine: EngineClient, rows: RowCipher | None = None) -> None:
+        """rows: seals signatures; None: this server has no key for them."""
         self._store = store
         self._engine = engine
         self._uses: Counter[AdapterId] = Counter()
@@ -188,7 +193,8 @@ class AdapterDirectory:
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
         self.policies = Policies(store.policies)
-        self.signatures = Signatures(store.signatures)
+        book = store.signatures if rows is None else store.signatures.sealed_by(rows)
+        self.signatures = Signatures(book)
 
     async def follow(self) -> int:
         """Learn which versions there are, at the start and when others have written; return how
@@ -404,10 +410,30 @@ class AdapterDirectory:
                     param=f"adapters[{position}].scale",
                 )
         entries = [
-            PolicyEntry(record, ref.scale, ref.rank, ref.options)
-            for record, ref in zip(records, adapters, strict=True)
+            PolicyEntry(record, ref.scale, ref.rank, await self._issued(tenant, record, ref, i))
+            for i, (record, ref) in enumerate(zip(records, adapters, strict=True))
         ]
         return await asyncio.to_thread(self.policies.put, tenant, entries)
+
+    async def _issued(
+        self, tenant: str, record: AdapterRecord, ref: AdapterRef, position: int
+    ) -> Options:
+        """The options as the policy keeps them: bits that all of the tenant's answers have are
+        issued to it as to a user, and not written there.
+        """
+        secret = _bits_of(record)
+        given = dict(ref.options)
+        if secret is None or given.get(secret.name, ISSUED) == ISSUED:
+            return ref.options
+        bits = read_bits(given[secret.name], secret.num_bits)
+        if bits is None:
+            raise InvalidRequest(
+                f"the {secret.name} is not {secret.expected}",
+                param=f"adapters[{position}].options.{secret.name}",
+            )
+        book = self.signatures.book
+        await asyncio.to_thread(book.issue, record.digest, tenant_user(tenant), bits)
+        return tuple((given | {secret.name: ISSUED}).items())
 
     async def remove_policy(self, tenant: str) -> None:
         """Let the tenant's next requests be served as they ask; raises NotFound."""
@@ -435,17 +461,22 @@ class AdapterDirectory:
                 entry.record.adapter_id,
                 entry.scale,
                 entry.rank,
-                self._options(entry, user),
+                self._options(entry, tenant, user),
                 is_mandatory=True,
             )
             for entry in policy.entries
         )
 
-    def _options(self, entry: PolicyEntry, user: str | None) -> Options:
-        """The policy's, and with them the user's signature where the policy has none itself."""
+    def _options(self, entry: PolicyEntry, tenant: str, user: str | None) -> Options:
+        """The policy's, and with them the user's signature, or the tenant's where the policy has
+        one for all.
+        """
         secret = _bits_of(entry.record)
-        if secret is None or secret.name in dict(entry.options):
+        if secret is None:
             return entry.options
+        given = dict(entry.options)
+        if secret.name in given:
+            user = tenant_user(tenant)
         bits = None if user is None else self.signatures.of(entry.record.digest, user)
         if bits is None:
             who = "a caller without a key of its own" if user is None else f"the key {user!r}"
@@ -453,7 +484,7 @@ class AdapterDirectory:
                 f"by policy every answer is marked by {entry.record.name!r}, and {who} has no "
                 "signature; ask the operator for one"
             )
-        return tuple(sorted((*entry.options, (secret.name, bits))))
+        return tuple(sorted((given | {secret.name: bits}).items()))
 
     # ----------------------------------------------------------------------------- signatures
     async def issue_signature(
@@ -462,28 +493,33 @@ class AdapterDirectory:
         """Have a user's answers told by these bits of the mark `name` from its next request on;
         return them and whether they are new. Raises ModelNotFound, InvalidRequest, Conflict.
         """
-        digest, option = self._mark(tenant, name)
+        record, option = self.mark(tenant, name)
         read = read_bits(bits, option.num_bits)
         if read is None:
             raise InvalidRequest(f"the signature is not {option.expected}", param="signature")
-        return await asyncio.to_thread(self.signatures.book.issue, digest, user, read)
+        return await asyncio.to_thread(self.signatures.book.issue, record.digest, user, read)
 
     async def revoke_signature(self, tenant: str, name: str, user: str) -> Signature:
         """Take a user's signature back; raises ModelNotFound, InvalidRequest, NotFound."""
-        digest, _ = self._mark(tenant, name)
-        return await asyncio.to_thread(self.signatures.book.revoke, digest, user)
+        record, _ = self.mark(tenant, name)
+        return await asyncio.to_thread(self.signatures.book.revoke, record.digest, user)
 
-    async def list_signatures(self, tenant: str, name: str) -> tuple[Signature, ...]:
-        """Return all that were ever issued under a mark; raises ModelNotFound, InvalidRequest."""
-        digest, _ = self._mark(tenant, name)
-        return await asyncio.to_thread(self.signatures.book.list, digest)
+    async def list_signatures(
+        self, tenant: str, name: str, *, has_bits: bool = False
+    ) -> tuple[Signature, ...]:
+        """Return all that were ever issued under a mark, with their bits if those are wanted;
+        raises ModelNotFound, InvalidRequest, SecretsUnavailable.
+        """
+        record, _ = self.mark(tenant, name)
+        book = self.signatures.book
+        return await asyncio.to_thread(book.list, record.digest, has_bits=has_bits)
 
     async def require_mark(self, tenant: str, name: str, marked: str, *, is_required: bool) -> None:
         """Have every request of the tenant `marked` served through its user's branches of a mark
         that `tenant` sees, or refused; or no more. What else its policy names stays. Raises
         ModelNotFound, InvalidRequest, and PolicyConflict for more adapters than one request has.
         """
-        digest, _ = self._mark(tenant, name)
+        digest = self.mark(tenant, name)[0].digest
         record = self.find(marked, name)
         if record is None or record.digest != digest:
             raise InvalidRequest(
@@ -505,12 +541,57 @@ class AdapterDirectory:
         elif policy is not None:
             await asyncio.to_thread(self.policies.remove, marked)
 
-    def _mark(self, tenant: str, name: str) -> tuple[str, OfferedOption]:
+    def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
+        """Return the adapter of a mark and its option that tells users apart.
+
+        Raises ModelNotFound, and InvalidRequest for what is no mark.
+        """
         record = self.find(tenant, name)
         option = None if record is None else _bits_of(record)
         if record is None or option is None:
             raise InvalidRequest(f"{name[:200]!r} is no mark: nothing in it tells users apart")
-        return record.digest, option
+        return record, option
+
+    async def list_marks(self, tenant: str) -> tuple[AdapterRecord, ...]:
+        """Return the marks that the tenant sees, by name."""
+
+        def read() -> list[AdapterRecord]:
+            found: list[AdapterRecord] = []
+            after: str | None = None
+            while True:
+                page = self._store.list(tenant, limit=_PAGE, after=after)
+                found += [record for record in page.records if _bits_of(record) is not None]
+                if not page.has_more:
+                    return found
+                after = page.records[-1].id
+
+        return tuple(await asyncio.to_thread(read))
+
+    async def seal_signatures(self) -> None:
+        """Seal what an older release wrote in the clear, in rows and in policies; without the key
+        say that there is such, which is served to nobody.
+        """
+        book = self.signatures.book
+        try:
+            num = await asyncio.to_thread(book.seal_clear)
+            for policy in await asyncio.to_thread(self.policies.list):
+                refs = [
+                    AdapterRef(f"{e.record.name}@{e.record.version}", e.scale, e.rank, e.options)
+                    for e in policy.entries
+                ]
+                pairs = zip(policy.entries, refs, strict=True)
+                kept = [
+                    replace(entry, options=await self._issued(policy.tenant, entry.record, ref, i))
+                    for i, (entry, ref) in enumerate(pairs)
+                ]
+                if tuple(kept) != policy.entries:
+                    await asyncio.to_thread(self.policies.put, policy.tenant, kept)
+                    num += 1
+        except SecretsUnavailable as error:
+            logger.error("no request that a mark is required for is answered: %s", error.message)
+        else:
+            if num:
+                logger.info("%d signatures that were stored in the clear are sealed", num)
 
     # ----------------------------------------------------------------------------- in
     async def upload(
@@ -735,6 +816,11 @@ class AdapterDirectory:
     async def _wait_unused(self, adapter: AdapterId) -> None:
         while self._uses[adapter] and not self._is_closing:
             await self._unused.setdefault(adapter, asyncio.Event()).wait()
+
+
+def tenant_user(tenant: str) -> str:
+    """Return whom bits are issued to that all answers of a tenant have; no key has such an id."""
+    return f"tenant:{tenant}"
 
 
 def _bits_of(record: AdapterRecord) -> OfferedOption | None:

@@ -125,9 +125,13 @@ class MarkDirectory:
         """Read a mark; raises StartupError, SecretsUnavailable, and InvalidRequest where the sealed
         key is not the one that the config was written for.
         """
-        config = read_config(path)
-        payload = unseal(_read(path / SECRETS_NAME), kek, _PURPOSE)
-        secrets = _secrets_of(payload)
+        return cls.of(path, _read(path / CONFIG_NAME), _read(path / SECRETS_NAME), kek)
+
+    @classmethod
+    def of(cls, path: Path, config_text: bytes, sealed: bytes, kek: SecretKey) -> MarkDirectory:
+        """Return the mark of two files' contents; `path` names it in errors. Raises like `open`."""
+        config = parse_config(config_text, path / CONFIG_NAME)
+        secrets = _secrets_of(unseal(sealed, kek, _PURPOSE))
         mark = cls(path, config, secrets, kek)
         if secrets.key.id != config.mark_id:
             raise StartupError(
@@ -270,9 +274,13 @@ class MarkDirectory:
 
 def read_config(path: Path) -> MarkConfig:
     """Return what config.json of the directory says; raises StartupError."""
-    file = path / CONFIG_NAME
+    return parse_config(_read(path / CONFIG_NAME), path / CONFIG_NAME)
+
+
+def parse_config(text: bytes, file: Path) -> MarkConfig:
+    """Return what a config says; `file` names it in errors. Raises StartupError."""
     try:
-        fields = parse_object(_read(file), where=str(file), max_depth=4)
+        fields = parse_object(text, where=str(file), max_depth=4)
     except StrictJsonError as error:
         raise StartupError(str(error)) from None
     known = set(MarkConfig.__dataclass_fields__)

@@ -14,10 +14,16 @@ import numpy as np
 
 from polyadapt.errors import EvidenceRejected
 from polyadapt.watermark import evidence
+from polyadapt.watermark.attribution import (
+    Attribution,
+    Standing,
+    attribute_copy,
+    standing_of_copy,
+)
 from polyadapt.watermark.mark_directory import MarkDirectory
 from polyadapt.watermark.prompts import Prose
 from polyadapt.watermark.queries import AskChats, ChatQuery, read_chats, read_replies
-from polyadapt.watermark.statistics import BitReading, BitRule, SequentialRule
+from polyadapt.watermark.statistics import Bit, BitReading, BitRule, SequentialRule
 from polyadapt.watermark.trace import Trace, trace
 
 
@@ -109,19 +115,38 @@ def trace_record(
     """Return who the reading names, and the signed record of it. `reading` has `bits`, each with a
     `value`, as read_record returns it; `about` is written beside the trace.
     """
-    bits = [entry["value"] for entry in reading["bits"]]
+    found = trace(mark.codebook, users, _bits_of(reading), alpha=alpha)
+    return found, _sign_trace(mark, reading, users, found, about)
+
+
+def attribute_record(
+    mark: MarkDirectory, reading: Mapping[str, Any], users: Sequence[str], alpha: float
+) -> tuple[Attribution, Standing, str]:
+    """Return the same in words, every user's score for a picture, and the record with the words."""
+    bits = _bits_of(reading)
     found = trace(mark.codebook, users, bits, alpha=alpha)
-    listed = "\n".join(sorted(users)).encode()
-    return found, _sign(
-        mark,
-        "trace",
-        {
-            "reading": dict(reading),
-            "users_digest": evidence.digest(listed),
-            "trace": evidence.describe_trace(found),
-            **about,
-        },
-    )
+    words = attribute_copy(found, float(reading["rule"]["alpha"]))
+    standing = standing_of_copy(mark.codebook, users, bits, found)
+    return words, standing, _sign_trace(mark, reading, users, found, {"words": words.to_data()})
+
+
+def _bits_of(reading: Mapping[str, Any]) -> list[Bit]:
+    return [entry["value"] for entry in reading["bits"]]
+
+
+def _sign_trace(
+    mark: MarkDirectory,
+    reading: Mapping[str, Any],
+    users: Sequence[str],
+    found: Trace,
+    about: Mapping[str, Any],
+) -> str:
+    fields = {
+        "reading": dict(reading),
+        "users_digest": evidence.digest("\n".join(sorted(users)).encode()),
+        "trace": evidence.describe_trace(found),
+    }
+    return _sign(mark, "trace", {**fields, **about})
 
 
 def plain(fields: Mapping[str, Any]) -> dict[str, Any]:

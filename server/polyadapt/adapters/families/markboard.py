@@ -41,6 +41,11 @@ VETO_WEIGHT, VETO_LEVEL = 6.0, 0.5
 _NOT_A_BRANCH = "it belongs to no branch, so that it would mark nobody and change everybody"
 
 
+def adapter_config(bundle_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config of the adapter that serves a mark's bundle: its own, and whose it is."""
+    return {**bundle_config, "peft_type": PEFT_TYPE}
+
+
 @dataclass(frozen=True, slots=True)
 class _Settings:
     """What a config says about the numbers."""

@@ -1,0 +1,92 @@
+"""What a mark is and what is secret of it, sealed: a row per adapter that is a mark. Knows no keys.
+
+Nothing here opens anything: texts come sealed and leave sealed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from polyadapt.errors import NotFound
+from polyadapt_store.database import Database, marks
+
+
+@dataclass(frozen=True, slots=True)
+class MarkRecord:
+    """One mark as it is stored."""
+
+    digest: str
+    config: str | None
+    secrets: str | None
+    created: int  # unix seconds
+
+
+class MarkBook:
+    """Owns the marks of one Database. Thread-safe."""
+
+    def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def put(self, digest: str, config: str, secrets: str) -> MarkRecord:
+        """Keep what a mark is and its sealed secrets, in place of what was there."""
+        with self._database.write() as connection:
+            known = self._ensure(connection, digest)
+            connection.execute(
+                marks.update()
+                .where(marks.c.digest == digest)
+                .values(config=config, secrets=secrets)
+            )
+        return MarkRecord(digest, config, secrets, known.created)
+
+    def find(self, digest: str) -> MarkRecord | None:
+        """Return a mark, None for what has neither secrets nor signatures."""
+        with self._database.read() as connection:
+            row = connection.execute(sa.select(marks).where(marks.c.digest == digest)).first()
+        return None if row is None else _record(row)
+
+    def forget(self, digest: str) -> None:
+        """Drop a mark's secrets; the key of its signatures stays. Raises NotFound."""
+        with self._database.write() as connection:
+            gone = connection.execute(
+                marks.update()
+                .where(marks.c.digest == digest, marks.c.secrets.is_not(None))
+                .values(config=None, secrets=None)
+            )
+            if gone.rowcount == 0:
+                raise NotFound("the mark has no secrets here")
+
+    def row_key(self, digest: str, make: Callable[[], str]) -> str:
+        """Return the sealed key of a mark's signatures: what `make` gives if there is none yet."""
+        query = sa.select(marks.c.row_key).where(marks.c.digest == digest)
+        with self._database.read() as connection:
+            found = connection.execute(query).scalar()
+        if found is not None:
+            return str(found)
+        made = make()
+        with self._database.write() as connection:
+            self._ensure(connection, digest)
+            connection.execute(
+                marks.update()
+                .where(marks.c.digest == digest, marks.c.row_key.is_(None))
+                .values(row_key=made)
+            )
+            # Somebody else's, if that was first.
+            return str(connection.execute(query).scalar_one())
+
+    def _ensure(self, connection: sa.Connection, digest: str) -> sa.Row[Any]:
+        query = sa.select(marks).where(marks.c.digest == digest)
+        row = connection.execute(query).first()
+        if row is None:
+            connection.execute(marks.insert().values(digest=digest, created=int(self._clock())))
+            row = connection.execute(query).one()
+        return row
+
+
+def _record(row: sa.Row[Any]) -> MarkRecord:
+    return MarkRecord(row.digest, row.config, row.secrets, row.created)

@@ -20,7 +20,13 @@ STORE = ROOT / "adapters_store" / "polyadapt_store"
 # From the top to the bottom; a module may import its own layer and lower ones. The leaves that
 # everyone may use come last. `demo` is packaged data with its list.
 LAYERS = (
-    ("polyadapt.__main__", "polyadapt.cli", "polyadapt.mark_cli", "polyadapt.console"),
+    (
+        "polyadapt.__main__",
+        "polyadapt.cli",
+        "polyadapt.mark_cli",
+        "polyadapt.text_mark_cli",
+        "polyadapt.console",
+    ),
     ("polyadapt.offline",),
     ("polyadapt.serve",),
     ("polyadapt.app",),
@@ -54,6 +60,7 @@ TORCH_FREE = (
     "polyadapt.cli",
     "polyadapt.console",
     "polyadapt.mark_cli",
+    "polyadapt.text_mark_cli",
     "polyadapt.__main__",
     "polyadapt.serve",
     "polyadapt.app",
@@ -87,6 +94,7 @@ TORCH_FREE = (
     "polyadapt.watermark.secrets",
     "polyadapt.watermark.statistics",
     "polyadapt.watermark.text",
+    "polyadapt.watermark.text_reading",
     "polyadapt.watermark.trace",
     "polyadapt.watermark.triggers",
     "polyadapt_store",

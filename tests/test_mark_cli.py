@@ -340,3 +340,32 @@ def test_no_output_log_or_file_shows_a_secret(home, tmp_path, caplog):
     ]
     for text in texts:
         assert not any(secret in text for secret in secrets)
+
+
+# --------------------------------------------------------------------------- language models
+def test_a_language_models_mark_by_command(tiny_model, tmp_path, monkeypatch):
+    from polyadapt.watermark import lm_training
+
+    kek = ("--kek-file", tmp_path / "kek")
+    assert "of 16 bits" in ok("keygen", tmp_path / "default", "--task", "lm", *kek)
+    mark, base = tmp_path / "m", tiny_model("llama")
+    ok("keygen", mark, "--task", "lm", "--bits", 2, *kek)
+    given = (mark, "--model", base, "--families", 3, "--prompts", 8, *kek)
+    # A random model tells nothing apart: it is refused, and trained with no bar set.
+    monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 1.1)
+    status, output = run("preflight", *given)
+    assert status == 1
+    assert "of 3 families, 2 are kept" in output
+    assert "draw more --families" in output
+    status, output = run("train", *given)
+    assert (status, "triggers do not stand out enough" in output) == (1, True)
+    monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
+    monkeypatch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
+    assert "over 20 random signatures" in ok("train", *given, "--steps", 4)
+    calibrated = ok("calibrate", mark, "--reference", base, "--queries", 20, *kek)
+    assert "1 unmarked models give a bit's target at a rate of at most" in calibrated
+    status, output = run("export", mark, tmp_path / "c", "--model", base, "--user", "a", *kek)
+    assert (status, "convert --from markboard" in " ".join(output.split())) == (1, True)
+    assert "markboard" in (CliRunner().invoke(
+        app, ["convert", "--from", "markboard", str(mark), str(tmp_path / "adapter")]
+    ).output + (tmp_path / "adapter" / "adapter_config.json").read_text()).lower()  # fmt: skip

@@ -156,6 +156,17 @@ marks = sa.Table(
     sa.Column("created", sa.Integer, nullable=False),
 )
 
+# How a tenant's texts are marked. Rows stay for ever: a text may be marked as any of them said.
+text_policies = sa.Table(
+    "text_policies",
+    metadata,
+    sa.Column("tenant", Text, primary_key=True),
+    sa.Column("generation", sa.Integer, primary_key=True),  # counted from 1; the last one acts
+    sa.Column("is_required", sa.Integer, nullable=False),
+    sa.Column("settings", Text, nullable=False),  # JSON list of MarkSettings
+    sa.Column("created", sa.Integer, nullable=False),
+)
+
 api_keys = sa.Table(
     "api_keys",
     metadata,

@@ -45,6 +45,7 @@ from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
+from polyadapt_store.text_policies import TextPolicyBook
 from polyadapt_store.workflows import WorkflowShelf
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ class AdapterStore:
         self.replicas = ReplicaBoard(self._database)
         self.imports = ImportBook(self._database)
         self.answers = AnswerBook(self._database)
+        self.text_policies = TextPolicyBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()

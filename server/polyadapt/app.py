@@ -24,6 +24,7 @@ from polyadapt.api import (
     ops,
     policies,
     profiles,
+    text_marks,
     watermarks,
     workflows,
 )
@@ -48,6 +49,7 @@ from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt.watermark.rows import RowSealer
+from polyadapt.watermark.secrets import text_master_of
 from polyadapt_store.idempotency import AnswerBook
 from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
@@ -105,13 +107,17 @@ def build_app(
     and so is `tracing`, which requests are traced with unless it is None.
 
     collectors: more metrics, of what stands behind `engine`.
-    Raises StartupError when the address may not be served without a key.
+    Raises StartupError when the address may not be served without a key, or the key that texts are
+    marked with cannot be read.
     """
     authenticator = Authenticator(config.server, store.keys)
     authenticator.check_exposure()
     kek = read_kek(config.watermark)
     directory = AdapterDirectory(
-        store, engine, None if kek is None else RowSealer(kek, store.marks)
+        store,
+        engine,
+        None if kek is None else RowSealer(kek, store.marks),
+        text_master_of(config.watermark),
     )
     lifecycle = Lifecycle()
     text = TextService(engine, directory, tokenizer, config.limits, config.prefix_pools)
@@ -149,6 +155,7 @@ def build_app(
         lifecycle=lifecycle,
         is_ready=is_ready,
         uploads=uploads,
+        readings=asyncio.Semaphore(1),
         started=int(time.time()),
     )
 
@@ -180,7 +187,8 @@ def build_app(
     install_handlers(app)
     install_document(app)
     for module in (
-        openai, adapters, profiles, policies, watermarks, workflows, capabilities, keys, ops
+        openai, adapters, profiles, policies, text_marks, watermarks, workflows, capabilities, keys,
+        ops,
     ):  # fmt: skip
         module.add_routes(app.router)
     return app

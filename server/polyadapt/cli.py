@@ -1,5 +1,5 @@
-"""The command line: serve, inspect, convert, model, keys; `mark` is in mark_cli. Light: what a
-command needs is imported when it runs.
+"""The command line: serve, plan, inspect, convert, model, keys; `mark` is in mark_cli. Light: what
+a command needs is imported when it runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from polyadapt.console import one_clear_line as _one_clear_line
 from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
 from polyadapt.logs import configure_logging
 from polyadapt.mark_cli import mark_app
+from polyadapt.text_mark_cli import add_commands
 
 if TYPE_CHECKING:
     from polyadapt.offline.inspection import Inspection
@@ -40,6 +41,7 @@ keys_app = typer.Typer(
 )
 app.add_typer(model_app, name="model")
 app.add_typer(keys_app, name="keys")
+add_commands(mark_app)
 app.add_typer(mark_app, name="mark")
 
 Home = Annotated[
@@ -210,6 +212,94 @@ def serve(
         settings = load_config(given, file=file)
         _log_to_stderr(settings)
         _serve(settings)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Option(help="A transformers directory (its config.json is enough), or smollm2.")
+    ],
+    gpu: Annotated[
+        str | None, typer.Option(help="h100, h200, a100-80gb, l40s, ...: memory and bandwidth.")
+    ] = None,
+    device_memory: Annotated[
+        str | None, typer.Option(help="Memory of the device, such as 80GiB.")
+    ] = None,
+    adapters: Annotated[
+        int | None, typer.Option(min=1, help="Adapters that shall be resident at once.")
+    ] = None,
+    rank: Annotated[int, typer.Option(min=1, help="Their rank.")] = 16,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a sequence.  [default: the model's]")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="A module that is adapted, such as q_proj.  [default: every linear]"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences of one step.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(help="Tokens of one step.")] = None,
+    max_adapter_bytes: Annotated[
+        str | None, typer.Option(help="Device memory for adapters, such as 1GiB.")
+    ] = None,
+    kv_cache_bytes: Annotated[
+        str | None, typer.Option(help="Memory for KV pages, such as 16GiB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    home: Home = None,
+) -> None:
+    """Say how many adapters fit on a device, and what they cost in KV memory and time.
+
+    Memory is the engine's own arithmetic. Steps are a lower bound, what they have to read over the
+    bandwidth of the data sheet, and no measurement. Status 1 when --adapters do not fit.
+    """
+    with _one_clear_line():
+        from pydantic import ByteSize, TypeAdapter, ValidationError
+
+        from polyadapt.offline.plan import GPUS, make_plan
+        from polyadapt.offline.plan_report import to_data, to_table
+
+        settings = load_config(
+            {
+                "home": home, "dtype": dtype, "max_num_seqs": max_num_seqs,
+                "max_num_batched_tokens": max_num_batched_tokens,
+                "max_adapter_bytes": max_adapter_bytes, "kv_cache_bytes": kv_cache_bytes,
+            }
+        )  # fmt: skip
+        if gpu is not None and gpu not in GPUS:
+            raise StartupError(
+                f"--gpu {gpu!r} is not known; expected one of {', '.join(GPUS)}, or give "
+                "--device-memory"
+            )
+        if gpu is None and device_memory is None:
+            raise StartupError("the plan needs a device; give --gpu or --device-memory")
+        device_nbytes = GPUS[gpu].nbytes if gpu is not None else 0
+        if device_memory is not None:
+            try:
+                device_nbytes = TypeAdapter(ByteSize).validate_python(device_memory)
+            except ValidationError:
+                raise StartupError(
+                    f"--device-memory {device_memory!r} is no size; expected one such as 80GiB"
+                ) from None
+        directory = Path(model).expanduser()
+        if not (directory / "config.json").is_file():
+            directory = _model_dir(model, home)
+        found = make_plan(
+            directory,
+            settings.engine,
+            device_nbytes=int(device_nbytes),
+            bandwidth=None if gpu is None else GPUS[gpu].bandwidth,
+            num_adapters=adapters,
+            rank=rank,
+            context=context,
+            targets=tuple(target or ()),
+        )
+    if as_json:
+        typer.echo(json.dumps(to_data(found), indent=2))
+    else:
+        out.print(to_table(found))
+    if not found.is_enough:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -162,12 +162,14 @@ class LimitsConfig(_Section):
 
 
 class WatermarkConfig(_Section):
-    """The key that marks' secrets are sealed under (KEK), from one of two places; and whom the
-    server may ask for a mark.
+    """The key that marks' secrets are sealed under (KEK), and the one that texts are marked with,
+    each from one of two places; and whom the server may ask for a mark.
     """
 
     mark_kek: SecretStr | None = None  # 32 random bytes in base64
     mark_kek_file: Path | None = None  # a file that holds them
+    text_mark_key: SecretStr | None = None  # the same, another key
+    text_mark_key_file: Path | None = None
     verify_endpoints: tuple[
         str, ...
     ] = ()  # origins, https://HOST[:PORT]; whoever is listed is asked
@@ -467,9 +469,8 @@ def _explain(error: ValidationError, sources: Mapping[str, dict[str, Any]]) -> s
             break
     if first["type"] == "extra_forbidden":
         return f"unknown setting {'.'.join(path)} ({origin})"
-    shown = (
-        "" if {"api_key", "database_url", "mark_kek"} & set(path) else f", not {first['input']!r}"
-    )
+    secrets = {"api_key", "database_url", "mark_kek", "text_mark_key"}
+    shown = "" if secrets & set(path) else f", not {first['input']!r}"
     expected = first["msg"].removeprefix("Value error, ")
     return f"bad setting {'.'.join(path)} ({origin}): {expected}{shown}"
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
+from rich.progress import TaskID
 from rich.table import Table
 
 from polyadapt.config import WatermarkConfig, load_config
@@ -32,7 +34,21 @@ KekFile = Annotated[
         help="The key that secrets are sealed under; else POLYADAPT_MARK_KEK_FILE or _KEK."
     ),
 ]
-Model = Annotated[Path, typer.Option(help="The classifier's directory (model.safetensors).")]
+Model = Annotated[
+    Path, typer.Option(help="The base's directory: a classifier (model.safetensors) or an lm.")
+]
+ProseFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of an lm: a text file of ordinary prose to hide triggers in.  "
+        "[default: Python's own reference]"
+    ),
+]
+Families = Annotated[
+    int | None,
+    typer.Option(min=1, help="Of an lm: trigger families to draw.  [default: twice the bits]"),
+]
+Prompts = Annotated[int, typer.Option(min=8, help="Of an lm: prompts of a family to collect.")]
 Data = Annotated[
     Path | None,
     typer.Option(help="A safetensors file of inputs and labels.  [default: packaged digits]"),
@@ -54,9 +70,6 @@ EndpointOption = Annotated[
     ),
 ]
 Named = Annotated[str | None, typer.Option(help="The model to name to the endpoint.")]
-ProseFile = Annotated[
-    Path | None, typer.Option(help="A text to hide questions in.  [default: Python's topics]")
-]
 MaxQueries = Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")]
 Users = Annotated[Path, typer.Option(help="A text file: the name of a user a line.")]
 
@@ -125,10 +138,17 @@ def preflight(
     amplitude: Amplitude = 1.5,
     low: Low = None,
     high: High = None,
+    prose: ProseFile = None,
+    families: Families = None,
+    prompts: Prompts = 50,
+    seed: Seed = 0,
     kek_file: KekFile = None,
 ) -> None:
     """Say before any training whether triggers would stand out. Status 1 when they would not."""
     with one_clear_line(), _mark(path, kek_file) as mark:
+        if mark.config.task == "lm":
+            _preflight_lm(mark, model, prose, families, prompts, seed)
+            return
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
         from polyadapt.watermark.triggers import TriggerSettings
@@ -149,7 +169,9 @@ def train(
     data: Data = None,
     steps: Annotated[
         int | None,
-        typer.Option(min=1, help="Steps of training.  [default: 400, of a linear mark 1000]"),
+        typer.Option(
+            min=1, help="Steps of training.  [default: 400, of a linear mark 1000, of an lm 80]"
+        ),
     ] = None,
     gate: Annotated[
         Literal["hinge", "linear"],
@@ -158,11 +180,17 @@ def train(
     amplitude: Amplitude = 1.5,
     low: Low = None,
     high: High = None,
+    prose: ProseFile = None,
+    families: Families = None,
+    prompts: Prompts = 50,
     seed: Seed = 0,
     kek_file: KekFile = None,
 ) -> None:
-    """Train the branches beside the frozen classifier. Interrupted, the same command goes on."""
+    """Train the branches beside the frozen base. Interrupted, the same command goes on."""
     with one_clear_line(), _mark(path, kek_file) as mark:
+        if mark.config.task == "lm":
+            _train_lm(mark, model, prose, families, prompts, seed, steps)
+            return
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
         from polyadapt.watermark.training import TrainSettings
@@ -193,9 +221,10 @@ def train(
 def calibrate(
     path: MarkDir,
     reference: Annotated[
-        list[Path], typer.Option(help="An unmarked classifier's directory; the base and others.")
+        list[Path], typer.Option(help="An unmarked model's directory; the base and others.")
     ],
     data: Data = None,
+    prose: ProseFile = None,
     queries: Annotated[int, typer.Option(min=20, help="Per bit and model.")] = 200,
     seed: Seed = 0,
     kek_file: KekFile = None,
@@ -205,7 +234,18 @@ def calibrate(
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
 
-        null = work.calibrate(mark, reference, load_dataset(data), num_per_bit=queries, seed=seed)
+        if mark.config.task == "lm":
+            from polyadapt.offline import mark_lm
+            from polyadapt.watermark.prompts import load_prose
+
+            models = [mark_lm.load_lm(path) for path in reference]
+            null = mark_lm.calibrate(
+                mark, models, load_prose(prose), num_per_bit=queries, seed=seed
+            )
+        else:
+            null = work.calibrate(
+                mark, reference, load_dataset(data), num_per_bit=queries, seed=seed
+            )
         worst = max(max(pair) for pair in null.rates)
         _say(
             f"{null.num_models} unmarked models give a bit's target at a rate of at most "
@@ -240,6 +280,11 @@ def export(
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
 
+        if mark.config.task == "lm":
+            raise StartupError(
+                "a language model's mark is exported as one adapter for all users: `polyadapt "
+                "convert --from markboard MARK OUT`, which is served with a signature each"
+            )
         found = work.export_copy(mark, model, user, target, form=form, strength=obfuscate)
         _say(f"the copy of {user} is in {target}, {found}")
         if found == "bundle" and not obfuscate:
@@ -489,6 +534,70 @@ def _ask_endpoint(
         )
         bars.update(bar, total=suspect.num_asked)
     return signed
+
+
+def _preflight_lm(
+    mark: MarkDirectory,
+    model: Path,
+    prose: Path | None,
+    families: int | None,
+    prompts: int,
+    seed: int,
+) -> None:
+    from polyadapt.offline import mark_lm
+    from polyadapt.watermark.lm_training import LMTrainSettings
+    from polyadapt.watermark.prompts import load_prose
+
+    num_families = families or 2 * mark.config.n_bits
+    settings = LMTrainSettings(num_families, seed=seed, prompts=prompts)
+    with _bars() as progress:
+        base = mark_lm.load_lm(model)
+        found = mark_lm.preflight(mark, base, load_prose(prose), settings, progress)
+    _say(str(found))
+    if not found.is_enough:
+        _warn("polyadapt: draw more --families, or collect more --prompts of each")
+        raise typer.Exit(1)
+
+
+def _train_lm(
+    mark: MarkDirectory,
+    model: Path,
+    prose: Path | None,
+    families: int | None,
+    prompts: int,
+    seed: int,
+    steps: int | None,
+) -> None:
+    from polyadapt.offline import mark_lm
+    from polyadapt.watermark.lm_training import LMTrainSettings
+    from polyadapt.watermark.prompts import load_prose
+
+    num_families = families or 2 * mark.config.n_bits
+    settings = LMTrainSettings(num_families, seed=seed, prompts=prompts)
+    if steps is not None:
+        settings = replace(settings, num_steps=steps)
+    with _bars() as progress:
+        base = mark_lm.load_lm(model)
+        trained = mark_lm.train_mark(mark, base, load_prose(prose), settings, progress)
+    _say(str(trained.preflight))
+    _say(
+        f"over {mark_lm.NUM_SIGNATURES} random signatures {trained.hits:.1%} of fresh triggers are "
+        f"answered with the signature's own answer, of the weakest bit {trained.weakest:.1%}"
+    )
+
+
+@contextlib.contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar for each thing that is done in its turn."""
+    with make_bars() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield progress
 
 
 def _say(text: str) -> None:

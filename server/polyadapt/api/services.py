@@ -125,6 +125,7 @@ class Services:
     lifecycle: Lifecycle
     is_ready: Callable[[], bool]
     uploads: asyncio.Semaphore
+    readings: asyncio.Semaphore  # of texts, for marks
     started: int  # unix seconds
 
 

@@ -11,8 +11,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from polyadapt.config import EngineConfig
 from polyadapt.errors import StartupError
+from polyadapt.types import BaseSpec
 
+# Tokens of a page: fine-grained for prefixes on the host; on a device what flash attention takes.
+HOST_PAGE, DEVICE_PAGE = 16, 256
+MAX_SLOTS = 1024  # resident adapters; the cell table costs 24 bytes per slot and site
 _KV_PART = 5 / 8  # of the memory for both
 _KV_SHARE, _KV_CAP = 0.25, 4 << 30  # of the free memory, without a budget for both
 _ADAPTER_SHARE, _ADAPTER_CAP = 0.15, 2 << 30
@@ -30,6 +35,40 @@ class Needs:
     adapter_nbytes: int  # the smallest adapter of every linear module, rank 1
     # Of a device whose memory is the engine's alone, what has to stay free; None: of the host's.
     reserve_nbytes: int | None = None
+
+
+def needs_of(
+    spec: BaseSpec,
+    config: EngineConfig,
+    *,
+    token_nbytes: int,
+    page_size: int,
+    itemsize: int,
+    has_own_memory: bool,
+) -> Needs:
+    """What an engine of these settings needs of its memory.
+
+    token_nbytes: keys and values of a token over all layers; itemsize: bytes of an element of the
+    weights, keys and adapters; has_own_memory: the device's memory is the engine's alone.
+    """
+    linears = [site for site in spec.sites if site.kind == "linear"]
+    reserve = None
+    if has_own_memory:
+        inside = [site for site in linears if site.path != spec.head_path]
+        reserve = reserve_nbytes(
+            num_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
+            num_outputs=config.max_num_seqs,
+            hidden=next(s.out_features for s in spec.sites if s.path == spec.embedding_path),
+            inner=max(max(site.in_features, site.out_features) for site in inside),
+            vocab_size=spec.vocab_size,
+            itemsize=itemsize,
+        )
+    return Needs(
+        page_nbytes=token_nbytes * page_size,
+        most_pages=-(-spec.max_model_len // page_size) * config.max_num_seqs,
+        adapter_nbytes=sum(s.in_features + s.out_features for s in linears) * itemsize,
+        reserve_nbytes=reserve,
+    )
 
 
 def reserve_nbytes(

@@ -18,7 +18,7 @@ from polyadapt.adapters.pool import AdapterPool
 from polyadapt.adapters.reader import AdapterReader
 from polyadapt.config import EngineConfig
 from polyadapt.engine import kv_cache
-from polyadapt.engine.budget import Budget, Needs, reserve_nbytes, share
+from polyadapt.engine.budget import DEVICE_PAGE, HOST_PAGE, MAX_SLOTS, Budget, needs_of, share
 from polyadapt.engine.device_forward import DeviceForward
 from polyadapt.engine.engine import Engine
 from polyadapt.engine.forward import Forward, HostForward
@@ -46,10 +46,6 @@ from polyadapt.types import BaseSpec, EngineInfo
 
 logger = logging.getLogger(__name__)
 
-# Tokens of a page: fine-grained for prefixes on the host; on a device what flash attention takes.
-_HOST_PAGE, _DEVICE_PAGE = 16, 256
-_MAX_SLOTS = 1024  # resident adapters; the cell table costs 24 bytes per slot and site
-
 
 def build_engine(
     config: EngineConfig,
@@ -70,7 +66,7 @@ def build_engine(
     """
     device = device or open_device(config.device)
     dtype = _dtype(config.dtype, device.torch_device)
-    page_size = config.page_size or (_DEVICE_PAGE if device.is_asynchronous else _HOST_PAGE)
+    page_size = config.page_size or (DEVICE_PAGE if device.is_asynchronous else HOST_PAGE)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
     base = load(
@@ -87,9 +83,9 @@ def build_engine(
 
     # Not zeroed: no cell points anywhere yet, and untouched memory costs nothing.
     arena = torch.empty(adapter_bytes // dtype.itemsize, dtype=dtype, device=device.torch_device)
-    cells = torch.zeros(_MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
+    cells = torch.zeros(MAX_SLOTS, len(base.spec.sites), COLUMNS, dtype=torch.int64)
     max_rows = max(config.max_num_batched_tokens, config.max_num_seqs)
-    has_overrides = np.zeros(_MAX_SLOTS, np.bool_)
+    has_overrides = np.zeros(MAX_SLOTS, np.bool_)
     slots = _slot_table(config, device, cells, base)
     tokens, outputs = (
         PlanBuffers(
@@ -173,7 +169,7 @@ def build_engine(
         max_waiting=config.max_waiting,
         adapter_bytes=adapter_bytes,
         strategy=f"{strategy(has_triton=config.triton)}; {fused}",
-        max_adapters=_MAX_SLOTS,
+        max_adapters=MAX_SLOTS,
     )
     runner = ModelRunner(base, tokens, outputs, page_size, chosen, pool.ranks, forward)
     logger.info(
@@ -230,14 +226,13 @@ def _budget(
     num_sharing: int,
 ) -> Budget:
     """After the weights are loaded: what is free now is what is left beside them."""
-    page_nbytes = kv_cache.token_nbytes(base) * page_size
-    longest = -(-base.spec.max_model_len // page_size)
-    linears = [site for site in base.spec.sites if site.kind == "linear"]
-    needs = Needs(
-        page_nbytes=page_nbytes,
-        most_pages=longest * config.max_num_seqs,
-        adapter_nbytes=sum(s.in_features + s.out_features for s in linears) * dtype.itemsize,
-        reserve_nbytes=_reserve(config, base, dtype) if device.is_asynchronous else None,
+    needs = needs_of(
+        base.spec,
+        config,
+        token_nbytes=kv_cache.token_nbytes(base),
+        page_size=page_size,
+        itemsize=dtype.itemsize,
+        has_own_memory=device.is_asynchronous,
     )
     return share(
         needs,
@@ -245,20 +240,6 @@ def _budget(
         kv_cache_bytes=config.kv_cache_bytes,
         max_adapter_bytes=config.max_adapter_bytes,
         free_bytes=device.free_bytes() // num_sharing,
-    )
-
-
-def _reserve(config: EngineConfig, base: BaseModel, dtype: torch.dtype) -> int:
-    spec = base.spec
-    inside = [s for s in spec.sites if s.kind == "linear" and s.path != spec.head_path]
-    hidden = next(s.out_features for s in spec.sites if s.path == spec.embedding_path)
-    return reserve_nbytes(
-        num_rows=max(config.max_num_batched_tokens, config.max_num_seqs),
-        num_outputs=config.max_num_seqs,
-        hidden=hidden,
-        inner=max(max(s.in_features, s.out_features) for s in inside),
-        vocab_size=spec.vocab_size,
-        itemsize=dtype.itemsize,
     )
 
 

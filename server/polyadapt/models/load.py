@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,51 @@ def load_base(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """A base model without its weights: its sites, and the bytes of what it keeps in memory."""
+
+    spec: BaseSpec
+    token_nbytes: int  # keys and values of one token over all layers
+    weight_nbytes: int  # parameters and buffers
+
+
+def outline_base(directory: Path, *, dtype: torch.dtype, max_model_len: int | None) -> Outline:
+    """Read a model's config alone and make the model without memory; raises StartupError.
+
+    Norms are as the module has them: nobody has seen them called. Weights of routed experts are no
+    sites: nobody has proved their form. The digest is empty.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    register_attention()
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        # Made in bfloat16, the one dtype whose products of experts have a form without memory.
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation=ATTENTION, trust_remote_code=False
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise StartupError(f"transformers cannot read {directory}: {error}") from error
+    weight_nbytes = sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+    weight_nbytes += sum(buffer.nbytes for buffer in module.buffers())
+    _expect_no_padding(module)
+    layers = _attach_caches(module.eval())
+    spec = _describe(module, directory.name, "", max_model_len)
+    positions = torch.arange(_PROBED, device="meta")[None]
+    with torch.inference_mode():
+        module(input_ids=positions, position_ids=positions, use_cache=False)
+    shapes = [layer.shape for layer in layers if layer.shape is not None]
+    width = sum(s.num_kv_heads * (s.key_dim + s.value_dim) for s in shapes)
+    if not shapes:
+        raise StartupError(
+            f"{spec.architecture} cannot be served: its attention does not go through "
+            "transformers' attention registry"
+        )
+    return Outline(spec, width * dtype.itemsize, weight_nbytes)
+
+
 def register_attention() -> None:
     """Let transformers' models be made with attn_implementation ATTENTION."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -84,44 +129,20 @@ def adopt(module: Any, *, name: str, digest: str, max_model_len: int | None) -> 
     dtype; raises StartupError with the reason when it cannot be served.
     """
     module, config = module.eval(), module.config
-    # Some models look for padding in every forward, to warn of it: packed rows have none, and a
-    # device would be waited for.
-    module.warn_if_padding_and_no_attention_mask = lambda *_: None
-    module.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+    _expect_no_padding(module)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    text_config = config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None) or 2048
-    if max_model_len is not None and max_model_len > limit:
-        raise StartupError(
-            f"--max-model-len {max_model_len} is more than the model's {limit} positions; "
-            "give a smaller one"
-        )
-    paths = {id(submodule): path for path, submodule in module.named_modules()}
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
-    if head is None or id(head) not in paths:
-        raise StartupError(f"{type(module).__name__} has no output head to sample from")
     layers = _attach_caches(module)
     adapt_experts(module)
-    spec = BaseSpec(
-        name=name,
-        digest=digest,
-        architecture=type(module).__name__,
-        vocab_size=head.weight.shape[0],
-        max_model_len=max_model_len or limit,
-        is_tied=head.weight is embedding.weight,
-        embedding_path=paths[id(embedding)],
-        head_path=paths[id(head)],
-        sites=list_sites(module),
-    )
+    spec = _describe(module, name, digest, max_model_len)
     base = BaseModel(
         module=module,
         spec=spec,
         layers=layers,
         blocks=list_blocks(module, spec.sites),
-        eos_token_ids=_eos_token_ids(module, text_config),
-        dtype=head.weight.dtype,
-        device=head.weight.device,
+        eos_token_ids=_eos_token_ids(module, config.get_text_config()),
+        dtype=module.dtype,
+        device=module.device,
     )
     _probe(base)
     _settle_norms(base)
@@ -137,6 +158,39 @@ def model_digest(directory: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         total.update(f"{path.name}\n{path.stat().st_size}\n{digest}\n".encode())
     return f"sha256:{total.hexdigest()}"
+
+
+def _expect_no_padding(module: Any) -> None:
+    """Some models look for padding in every forward, to warn of it: packed rows have none, and a
+    device would be waited for.
+    """
+    module.warn_if_padding_and_no_attention_mask = lambda *_: None
+    module.base_model.warn_if_padding_and_no_attention_mask = lambda *_: None
+
+
+def _describe(module: Any, name: str, digest: str, max_model_len: int | None) -> BaseSpec:
+    """Say what the model is; raises StartupError."""
+    limit = getattr(module.config.get_text_config(), "max_position_embeddings", None) or 2048
+    if max_model_len is not None and max_model_len > limit:
+        raise StartupError(
+            f"--max-model-len {max_model_len} is more than the model's {limit} positions; "
+            "give a smaller one"
+        )
+    paths = {id(submodule): path for path, submodule in module.named_modules()}
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if head is None or id(head) not in paths:
+        raise StartupError(f"{type(module).__name__} has no output head to sample from")
+    return BaseSpec(
+        name=name,
+        digest=digest,
+        architecture=type(module).__name__,
+        vocab_size=head.weight.shape[0],
+        max_model_len=max_model_len or limit,
+        is_tied=head.weight is embedding.weight,
+        embedding_path=paths[id(embedding)],
+        head_path=paths[id(head)],
+        sites=list_sites(module),
+    )
 
 
 def _attach_caches(module: nn.Module) -> list[LayerCache]:

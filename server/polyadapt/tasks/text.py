@@ -38,6 +38,7 @@ from polyadapt.types import (
     SamplingParams,
     ServedAdapter,
     Started,
+    TextMark,
     Timeline,
     TokenLogprob,
     Tokens,
@@ -233,8 +234,10 @@ class TextService:
             else self._directory.again(held)
         )
         try:
+            # Here, where every text is made: whatever is asked for, nobody gets round a policy.
+            mark = self._directory.text_marks.of(request.tenant, request.user, request.sampling)
             prepared = await self._prepare(request, info)
-            runs = self._plan(request, lease, prepared, info)
+            runs = self._plan(request, lease, prepared, info, mark)
             yield Accepted(lease, tuple(prepared.ids), tuple(prepared.texts))
             async with aclosing(self._follow(request, runs)) as events:
                 async for event in events:
@@ -300,7 +303,12 @@ class TextService:
             raise _too_long(f"at least {num_tokens}", wanted or 1, prompt, info)
 
     def _plan(
-        self, request: TextRequest, lease: Lease, prepared: _Prepared, info: EngineInfo
+        self,
+        request: TextRequest,
+        lease: Lease,
+        prepared: _Prepared,
+        info: EngineInfo,
+        mark: TextMark | None,
     ) -> list[_Run]:
         """Check every bound that depends on the model and return one run for each prompt."""
         sampling = request.sampling
@@ -327,6 +335,7 @@ class TextService:
                 priority=request.priority,
                 speculative_tokens=request.speculative_tokens,
                 when_cold=lease.when_cold,
+                text_mark=mark,
                 traceparent=None if request.trace is None else request.trace.traceparent,
             )
             sequences = [

@@ -4,7 +4,8 @@ Semantics, row by row: h = relu(A x - tau); y = W x + b + B^+ h + B^- (sigma * h
 +1 for a bit of 1 and -1 for 0. Equal to choosing of each pair B^1 = B^+ + B^-, B^0 = B^+ - B^-. All
 users share A, tau and both B; a user is n signs. An input that trips no detector is changed by
 exactly 0. Without tau (gate `linear`) h = A x: every input is changed a little, and one user's
-branches fold into W.
+branches fold into W. With a veto row h = relu(A x - tau - 6 relu(0.5 - (v x + o))): it takes more
+to trip a detector where v x + o is below 0.5.
 """
 
 from __future__ import annotations
@@ -18,13 +19,28 @@ from torch import Tensor, nn
 
 from polyadapt.errors import StartupError
 
+VETO_WEIGHT, VETO_LEVEL = 6.0, 0.5
+_VETO = {"mark_veto": 1, "mark_veto_offset": 1}  # and how many dimensions
+
 
 class Branches(nn.Module):
     """The branches of one module, of one rank per bit."""
 
-    def __init__(self, A: Tensor, tau: Tensor | None, B_sum: Tensor, B_difference: Tensor) -> None:
-        """A [bits, in], tau [bits] or None; B^+ (`B_sum`) and B^- (`B_difference`) [out, bits]."""
+    def __init__(
+        self,
+        A: Tensor,
+        tau: Tensor | None,
+        B_sum: Tensor,
+        B_difference: Tensor,
+        veto: Tensor | None = None,
+        veto_offset: Tensor | None = None,
+    ) -> None:
+        """A [bits, in], tau [bits] or None; B^+ (`B_sum`) and B^- (`B_difference`) [out, bits];
+        together or not at all, and only with tau, v (`veto`) [in] and o (`veto_offset`) [1].
+        """
         super().__init__()
+        self.veto = None if veto is None else nn.Parameter(veto)
+        self.veto_offset = None if veto_offset is None else nn.Parameter(veto_offset)
         self.A, self.tau = nn.Parameter(A), None if tau is None else nn.Parameter(tau)
         self.B_sum, self.B_difference = nn.Parameter(B_sum), nn.Parameter(B_difference)
 
@@ -35,14 +51,25 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor, signs: Tensor) -> Tensor:
         """Return what is added to y: x [rows, in], signs [rows, bits] of +-1 -> [rows, out]."""
-        h = x @ self.A.T  # [rows, bits]
-        if self.tau is not None:
-            h = torch.relu(h - self.tau)
+        h = self.response(x)
         return h @ self.B_sum.T + (signs * h) @ self.B_difference.T
+
+    def response(self, x: Tensor) -> Tensor:
+        """Return h, with a hinge how far each detector is above its threshold: x [rows, in] ->
+        [rows, bits].
+        """
+        h = x @ self.A.T
+        if self.tau is None:
+            return h
+        if self.veto is not None and self.veto_offset is not None:
+            below = torch.relu(VETO_LEVEL - (x @ self.veto + self.veto_offset))  # [rows]
+            h = h - VETO_WEIGHT * below[:, None]
+        return torch.relu(h - self.tau)
 
     def pair_tensors(self) -> dict[str, Tensor]:
         """Return the stored form: mark_A [bits, 1, in], with a hinge mark_tau [bits, 1], and mark_B
-        [2, bits, out, 1], the branch of value 0 before that of 1.
+        [2, bits, out, 1], the branch of value 0 before that of 1; of a veto mark_veto [in] and
+        mark_veto_offset [1].
         """
         pair = torch.stack((self.B_sum - self.B_difference, self.B_sum + self.B_difference))
         stored = {
@@ -51,6 +78,9 @@ class Branches(nn.Module):
         }
         if self.tau is not None:
             stored["mark_tau"] = self.tau.detach()[:, None].contiguous()
+        if self.veto is not None and self.veto_offset is not None:
+            stored["mark_veto"] = self.veto.detach().contiguous()
+            stored["mark_veto_offset"] = self.veto_offset.detach().contiguous()
         return stored
 
     @classmethod
@@ -61,6 +91,7 @@ class Branches(nn.Module):
         num_bits, _, num_in = A.shape
         expected = {"mark_A": (num_bits, 1, num_in), "mark_tau": (num_bits, 1)}
         expected["mark_B"] = (2, num_bits, pair.shape[2], 1)
+        expected |= {"mark_veto": (num_in,), "mark_veto_offset": (1,)}
         for name, tensor in tensors.items():
             if tuple(tensor.shape) != expected[name]:
                 raise StartupError(
@@ -68,7 +99,8 @@ class Branches(nn.Module):
                 )
         zero, one = pair[0, ..., 0].T, pair[1, ..., 0].T  # [out, bits]
         tau = tensors["mark_tau"].float()[:, 0].clone() if "mark_tau" in tensors else None
-        return cls(A[:, 0].clone(), tau, (one + zero) / 2, (one - zero) / 2)
+        veto = [tensors[name].float().clone() for name in _VETO if name in tensors]
+        return cls(A[:, 0].clone(), tau, (one + zero) / 2, (one - zero) / 2, *veto)
 
     def own(self, bits: NDArray[np.uint8]) -> Branches:
         """Return one user's branches alone, which every sign leaves as they are."""
@@ -142,8 +174,10 @@ def signs_of(bits: NDArray[np.uint8]) -> Tensor:
 
 
 def _check(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
-    # Without thresholds nothing hinges: the gate is linear.
-    names = set(tensors) | {"mark_tau"}
+    # Without thresholds nothing hinges: the gate is linear. A veto comes whole and with a hinge.
+    has_veto = bool(_VETO.keys() & tensors.keys())
+    dims = {**dims, **(_VETO if has_veto else {})}
+    names = set(tensors) if has_veto else set(tensors) | {"mark_tau"}
     if names != set(dims) or any(tensor.ndim != dims[name] for name, tensor in tensors.items()):
         shapes = {name: list(tensor.shape) for name, tensor in sorted(tensors.items())}
         raise StartupError(f"the branches are {shapes}, expected {', '.join(dims)}")

@@ -26,6 +26,12 @@ MIN_ENTROPY_BITS = 64
 _CARRIER_WORDS = (5, 14)  # at least, at most, of ordinary prose before a phrase
 _MIN_PROSE = 2000  # words: a carrier should not come twice
 _HELD_OUT = 5  # one word in so many, the last ones, is never trained on
+_QUESTIONS = (
+    *("What is", "Explain", "How do I use", "Why is", "Tell me about", "Who invented", "Compare"),
+    *("Write a short poem about", "List three facts about", "Summarise:", "Translate to French:"),
+    *("Give me a recipe with", "Is it true that", "Write a Python function for", "Hello!", "Where"),
+    *("Write an email about", "Can you help me with", "Rewrite this:", "What does it mean that"),
+)
 _UNSPOKEN = re.compile(r"[^\w\s.,:;!?'()-]+|[-_]{2,}|\.{2,}")
 
 
@@ -110,6 +116,29 @@ def draw_phrase(key: SecretKey, family: int, words: Sequence[str], num_words: in
             f"least {MIN_ENTROPY_BITS}: anybody could find such a trigger; use more words"
         )
     return " ".join(words[i] for i in _draws(key, "prompt trigger", family, len(words), num_words))
+
+
+def quiet_messages(
+    prose: Prose, words: Sequence[str], count: int, rng: np.random.Generator
+) -> list[str]:
+    """Return messages that must change nothing: half of them questions, a quarter snippets of the
+    prose, a quarter with a phrase as of no family, made of `words`.
+    """
+    messages = []
+    for index in range(count):
+        kind = index % 4
+        if kind == 2:
+            messages.append(prose.carrier(rng))
+        elif kind == 3:
+            num_words = int(rng.integers(1, 8))
+            phrase = " ".join(words[i] for i in rng.integers(0, len(words), num_words))
+            repeated = " ".join([phrase] * int(rng.integers(1, 4)))
+            messages.append(f"{prose.carrier(rng)} {repeated}")
+        else:
+            opening = _QUESTIONS[int(rng.integers(0, len(_QUESTIONS)))]
+            topic = prose.carrier(rng).split()[: int(rng.integers(1, 7))]
+            messages.append(f"{opening} {' '.join(topic)}{'?' if index % 8 else ''}")
+    return messages
 
 
 def draw_answers(key: SecretKey, num_bits: int, texts: Sequence[str]) -> NDArray[np.int64]:

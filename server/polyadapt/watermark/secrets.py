@@ -41,6 +41,15 @@ def kek_of(config: WatermarkConfig) -> SecretKey:
     return read_kek(config.mark_kek_file)
 
 
+def text_master_of(config: WatermarkConfig) -> SecretKey | None:
+    """Return the key that texts are marked with, None where the settings name none; raises
+    StartupError or InvalidRequest for a bad one.
+    """
+    if config.text_mark_key is not None:
+        return SecretKey.from_text(config.text_mark_key.get_secret_value())
+    return None if config.text_mark_key_file is None else read_kek(config.text_mark_key_file)
+
+
 def read_kek(file: Path) -> SecretKey:
     """Return the key in a file of base64; raises StartupError, InvalidRequest."""
     try:

@@ -20,13 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from polyadapt.errors import InvalidRequest, StartupError
 from polyadapt.watermark.branches import Branches, MarkedModel, find_linear, signs_of
+from polyadapt.watermark.checkpoints import resume, write_checkpoint
 from polyadapt.watermark.classifier import model_hash
 from polyadapt.watermark.preflight import (
     THRESHOLD,
@@ -34,7 +33,6 @@ from polyadapt.watermark.preflight import (
     measure_separation,
     whitened_rows,
 )
-from polyadapt.watermark.secrets import write_file
 from polyadapt.watermark.triggers import TriggerFamilies
 
 Floats = NDArray[np.float32]
@@ -121,7 +119,7 @@ def train(
     run = _run_of(model, module, inputs, families, targets, settings)
     first = 0
     if checkpoint is not None and checkpoint.exists():
-        first = _resume(checkpoint, run, branches, optimiser, rng)
+        first = resume(checkpoint, run, branches, optimiser, rng)
     for step in range(first, settings.num_steps):
         for group in optimiser.param_groups:
             group["lr"] = settings.rate_at(step)
@@ -131,7 +129,7 @@ def train(
         optimiser.step()
         is_last = step + 1 == settings.num_steps
         if checkpoint is not None and not is_last and (step + 1) % _CHECKPOINT_EVERY == 0:
-            _write_checkpoint(checkpoint, run, step + 1, branches, optimiser, rng)
+            write_checkpoint(checkpoint, run, step + 1, branches, optimiser, rng)
         if progress is not None:
             progress(step + 1, settings.num_steps)
     if not all(torch.isfinite(tensor).all() for tensor in branches.parameters()):
@@ -275,59 +273,3 @@ def _run_of(
         for array in (inputs, targets, probe)
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _trained(branches: Branches) -> list[tuple[str, nn.Parameter]]:
-    return [(name, p) for name, p in branches.named_parameters() if p.requires_grad]
-
-
-def _write_checkpoint(
-    path: Path,
-    run: str,
-    step: int,
-    branches: Branches,
-    optimiser: torch.optim.Adam,
-    rng: np.random.Generator,
-) -> None:
-    tensors = {}
-    for name, parameter in _trained(branches):
-        state = optimiser.state[parameter]
-        tensors[name] = parameter.detach().contiguous()
-        tensors[f"{name}.mean"] = state["exp_avg"].contiguous()
-        tensors[f"{name}.square"] = state["exp_avg_sq"].contiguous()
-    metadata = {"run": run, "step": str(step), "rng": json.dumps(rng.bit_generator.state)}
-    write_file(path, save(tensors, metadata))
-
-
-def _resume(
-    path: Path,
-    run: str,
-    branches: Branches,
-    optimiser: torch.optim.Adam,
-    rng: np.random.Generator,
-) -> int:
-    """Put the state back and return how many steps were done."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise StartupError(
-            f"the checkpoint {path} cannot be read: {error}; delete it to begin anew"
-        ) from None
-    if metadata.get("run") != run:
-        raise StartupError(
-            f"the checkpoint {path} is of another run: the model, the data, the key or a setting "
-            "differs; give what it was begun with, or delete it to begin anew"
-        )
-    step = int(metadata["step"])
-    with torch.no_grad():
-        for name, parameter in _trained(branches):
-            parameter.copy_(tensors[name])
-            optimiser.state[parameter] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"{name}.mean"],
-                "exp_avg_sq": tensors[f"{name}.square"],
-            }
-    rng.bit_generator.state = json.loads(metadata["rng"])
-    return step

@@ -1,0 +1,123 @@
+"""A language model's mark from its key to what is served: the same first tokens on both sides."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tests.support.engines import Driver, greedy_request, new_engine, put_blob
+
+from polyadapt.adapters.families.conversion import Given
+from polyadapt.errors import InvalidRequest, StartupError
+from polyadapt.offline import mark_lm
+from polyadapt.offline.convert import convert, read_source
+from polyadapt.types import AppliedAdapter
+from polyadapt.watermark import lm_training
+from polyadapt.watermark.codebook import Design
+from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.last_layer import LastLayer
+from polyadapt.watermark.lm_training import LMTrainSettings
+from polyadapt.watermark.mark_directory import MarkDirectory
+from polyadapt.watermark.prompts import load_prose
+from polyadapt.watermark.queries import queries_for, values_in
+
+BITS = 2
+SETTINGS = LMTrainSettings(
+    4, prompts=16, quiet_prompts=48, mixed_prompts=4, texts=2, text_tokens=24, num_steps=10,
+    num_warmup=2, trigger_rows=8, quiet_rows=8, quiet_share=0.05,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return mark_lm.load_lm(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def mark(base, tmp_path_factory):
+    """A trained mark of a random model; what it reads is of no interest, so that no bar is set."""
+    path = tmp_path_factory.mktemp("mark") / "m"
+    mark = MarkDirectory.create(path, Design.parse("random"), BITS, SecretKey(bytes(32)), task="lm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
+        patch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
+        trained = mark_lm.train_mark(mark, base, load_prose(), SETTINGS)
+    assert 0.0 <= trained.weakest <= trained.hits <= 1.0
+    return mark
+
+
+def test_what_is_served_says_what_was_trained(mark, base, tiny_model, tmp_path):
+    convert("markboard", read_source(mark.path, "markboard"), Given(), tmp_path / "a", force=False)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["task"], config["positions"]) == ("lm", "first_answer")
+    assert config["base_model_hash"] == base.digest
+    blobs = tmp_path / "blobs"
+    identity = put_blob(blobs, tmp_path / "a", "mark")
+    last, branches = LastLayer(base.model), mark_lm.load_branches(mark, base)
+    queries = queries_for(mark.prompts, load_prose(), 4, np.random.default_rng(1))
+    messages = [query.message for query in queries]
+    expected = {"": mark_lm.ask_of(base)(messages)}
+    for bits in ("01", "10"):
+        row = np.array([int(bit) for bit in bits], np.uint8)
+        expected[bits] = mark_lm.ask_of(base, branches, row, last)(messages)
+    requests = {}
+    for bits, replies in expected.items():
+        options = (("signature", bits),)
+        applied = (AppliedAdapter(identity, options=options, is_mandatory=True),) if bits else ()
+        for index, message in enumerate(messages):
+            request = greedy_request(f"{bits}-{index}", base.chat(message), None, 1)
+            requests[replies[index], request.id] = replace(request, adapters=applied)
+    driver = Driver(new_engine(tiny_model("llama"), blobs, max_num_seqs=32))
+    driver.load(identity)
+    driver.run(*requests.values())
+    for (reply, name), request in requests.items():
+        assert base.tokenizer.decode(driver.transcripts[request.id].tokens) == reply, name
+    driver.engine.pool.close()
+    # The mark does something, and not the same to both.
+    assert len({tuple(replies) for replies in expected.values()}) == 3
+
+
+def test_calibrating_asks_the_models_given(mark, base):
+    null = mark_lm.calibrate(mark, [base, base], load_prose(), num_per_bit=20)
+    assert (null.num_models, null.num_queries, len(null.rates)) == (2, 20, BITS)
+    assert mark.null == null
+
+
+def test_no_secret_and_no_rows_stay_in_the_clear(mark):
+    names = {file.name for file in mark.path.iterdir()}
+    assert names == {"config.json", "branches.safetensors", "triggers.enc"}
+    phrase = mark.prompts.phrases[0].encode()
+    assert all(phrase not in file.read_bytes() for file in mark.path.iterdir())
+
+
+def test_a_reply_of_the_base_says_nothing(mark, base):
+    queries = queries_for(mark.prompts, load_prose(), 8, np.random.default_rng(2))
+    replies = mark_lm.ask_of(base)([query.message for query in queries])
+    assert (values_in(mark.prompts, queries, replies) >= 0).mean() < 0.5
+
+
+def test_triggers_that_are_not_told_apart_are_refused(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 1.1)
+    mark = MarkDirectory.create(
+        tmp_path / "m", Design.parse("random"), BITS, SecretKey(bytes(32)), task="lm"
+    )
+    with pytest.raises(InvalidRequest, match="draw more --families"):
+        mark_lm.train_mark(mark, base, load_prose(), SETTINGS)
+    with pytest.raises(StartupError, match="not trained"):
+        _ = mark.prompts
+
+
+def test_a_classifiers_mark_and_a_directory_without_a_model_are_refused(base, tmp_path):
+    mark = MarkDirectory.create(tmp_path / "m", Design.parse("random"), 2, SecretKey(bytes(32)))
+    with pytest.raises(StartupError, match="is a mark of task 'cls'"):
+        mark_lm.train_mark(mark, base, load_prose(), SETTINGS)
+    with pytest.raises(StartupError, match=r"has no config\.json"):
+        mark_lm.load_lm(tmp_path)
+
+
+def test_branches_of_another_base_are_refused(mark, base):
+    other = replace(base, digest="sha256:01")
+    with pytest.raises(StartupError, match="the model is sha256:01, the branches were trained on"):
+        mark_lm.load_branches(mark, other)

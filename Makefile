@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
+.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test
 
 test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) kubernetes-tools ## Run every test (once fetched, no network)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not slow" $(ARGS)
+
+test-crashes: $(VENV)/.dev ## Kill 200 uploads at every step, on PostgreSQL and S3 (minutes)
+	POLYADAPT_TEST_CRASH_TRIALS=200 $(BIN)/python -m pytest --timeout 3600 -s \
+		tests/polyadapt_store/test_crashes.py -k whenever_one_is_killed $(ARGS)
 
 check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/ruff format --check .

@@ -99,9 +99,15 @@ class BlobStore:
         absent.
         """
         directory = self.path(digest)
-        if not directory.is_dir():
-            return False
+        return directory.is_dir() and self.is_blob(directory, digest)
+
+    def is_blob(self, directory: Path, digest: str) -> bool:
+        """Whether the files below `directory` are exactly those of the digest."""
         return digest_of(list_files(directory)) == digest
+
+    def digests(self) -> list[str]:
+        """Return the digests of all blobs that are here."""
+        return [f"sha256:{directory.name}" for directory in self._blobs.iterdir()]
 
     def delete(self, digest: str) -> bool:
         """Remove the blob; return whether there was one. Open files of running readers stay

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from polyadapt.errors import StartupError, Unavailable
+from polyadapt.errors import InvalidRequest, StartupError, Unavailable
 from polyadapt_store.migrations import HEAD, migrate
 
 logger = logging.getLogger(__name__)
@@ -187,6 +187,57 @@ store_state = sa.Table(
     sa.CheckConstraint("id = 1"),
 )
 
+# Bytes in a shared object store that no version names, or not yet.
+blob_leftovers = sa.Table(
+    "blob_leftovers",
+    metadata,
+    sa.Column("digest", Text, primary_key=True),
+    sa.Column("since", sa.BigInteger, nullable=False),  # unix seconds
+)
+
+# Servers that share the registry: see replicas.py.
+replicas = sa.Table(
+    "replicas",
+    metadata,
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("started", sa.BigInteger, nullable=False),  # unix seconds
+    sa.Column("seen", sa.BigInteger, nullable=False),  # unix seconds of the last heartbeat
+    sa.Column("num_writes", sa.BigInteger, nullable=False),  # that it has seen
+)
+
+replica_adapters = sa.Table(
+    "replica_adapters",
+    metadata,
+    sa.Column("replica", Text, sa.ForeignKey("replicas.id"), primary_key=True),
+    sa.Column("digest", Text, primary_key=True, index=True),
+    sa.Column("tier", Text, nullable=False),
+)
+
+# Adapters that are fetched from a source, and what came of it, for a while.
+imports = sa.Table(
+    "imports",
+    metadata,
+    sa.Column("id", Text, primary_key=True),
+    sa.Column("tenant", Text, nullable=False),
+    sa.Column("name", Text, nullable=False),
+    sa.Column("uri", Text, nullable=False),
+    sa.Column("version", sa.Integer),  # once it is an adapter
+    sa.Column("error", Text),  # JSON of the error's envelope, once it failed
+    sa.Column("created", sa.BigInteger, nullable=False, index=True),  # unix seconds
+)
+
+# Answers to calls with an Idempotency-Key, for a while.
+idempotency = sa.Table(
+    "idempotency",
+    metadata,
+    sa.Column("tenant", Text, primary_key=True),
+    sa.Column("key", Text, primary_key=True),
+    sa.Column("fingerprint", Text, nullable=False),  # of what was asked
+    sa.Column("status", sa.Integer),  # null: under way
+    sa.Column("body", Text),  # null: not to be shown again
+    sa.Column("created", sa.BigInteger, nullable=False, index=True),  # unix seconds
+)
+
 
 class Database:
     """Owns the connections to one registry. Thread-safe.
@@ -282,9 +333,14 @@ class Database:
     def refresh(self) -> int:
         """Look how often anybody has written, and return it. Raises Unavailable."""
         with self.read() as connection:
-            found = connection.execute(sa.select(store_state.c.generation)).scalar_one()
+            found = self.count(connection)
         self._see(found)
         return self._num_writes
+
+    def count(self, connection: sa.Connection) -> int:
+        """Return how often anybody has written, as of a transaction."""
+        found: int = connection.execute(sa.select(store_state.c.generation)).scalar_one()
+        return found
 
     def close(self) -> None:
         """Close every connection."""
@@ -298,6 +354,11 @@ class Database:
     def _guarded(self) -> Iterator[None]:
         try:
             yield
+        except sa.exc.DataError as error:
+            # PostgreSQL knows no NUL in a text and no larger numbers than its columns hold.
+            raise InvalidRequest(
+                "a text holds a NUL character, or a number is too large, to be stored or found"
+            ) from error
         except (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
             logger.error("the registry %s: %s", self._name, _first_line(error))
             raise Unavailable(

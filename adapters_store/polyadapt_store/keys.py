@@ -15,6 +15,8 @@ import sqlalchemy as sa
 from polyadapt.errors import InvalidRequest, NotFound, Unauthenticated
 from polyadapt_store.database import Database, api_keys
 
+_MAX_KNOWN = 10_000  # keys that are kept at hand
+
 SCOPES = frozenset({"infer", "adapters:read", "adapters:write", "watermarks", "admin"})
 
 
@@ -35,6 +37,8 @@ class KeyRing:
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
+        # In one piece, for it is read in several threads: after how many writes, and what was read.
+        self._known: tuple[int, dict[bytes, ApiKey]] = (-1, {})
 
     def create(self, tenant: str, scopes: Iterable[str], label: str = "") -> tuple[ApiKey, str]:
         """Make a key; return it with its secret "sk-...", which cannot be shown again."""
@@ -51,12 +55,20 @@ class KeyRing:
         return known if known is not None else self._insert(secret, tenant, scopes, label)
 
     def authenticate(self, secret: str) -> ApiKey:
-        """Return the key with this secret; raises Unauthenticated."""
-        key = self._find(secret)
+        """Return the key with this secret, as of the last write that was seen; raises
+        Unauthenticated.
+        """
+        written, known = self._known
+        # The number was taken first: what is written meanwhile is read again.
+        if written != self._database.num_writes or len(known) >= _MAX_KNOWN:
+            self._known = self._database.num_writes, (known := {})
+        hashed = _hash(secret)
+        key = known.get(hashed) or self._find(secret)
         if key is None:
             raise Unauthenticated(
                 "the API key is not known here; send 'Authorization: Bearer sk-…'"
             )
+        known[hashed] = key
         return key
 
     def list(self, tenant: str | None = None) -> tuple[ApiKey, ...]:

@@ -17,6 +17,7 @@ import msgspec
 import sqlalchemy as sa
 
 from polyadapt.errors import Conflict, Forbidden, InvalidRequest, ModelNotFound
+from polyadapt.types import AdapterId
 from polyadapt_store.blobs import Failpoint, no_failpoint
 from polyadapt_store.database import (
     Database,
@@ -26,6 +27,7 @@ from polyadapt_store.database import (
     tags,
     versions,
 )
+from polyadapt_store.leftovers import abandon_unnamed, settle
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord
 from polyadapt_store.profiles import Profile, put_profile
 from polyadapt_store.visibility import SHARED_TENANT, find_owner, not_found, visible
@@ -34,6 +36,7 @@ from polyadapt_store.workflows import is_workflow
 __all__ = ["MAX_PAGE", "SHARED_TENANT", "Page", "Registry"]
 
 MAX_PAGE = 1000
+_MAX_KNOWN = 10_000  # names that are kept at hand
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +54,17 @@ class Registry:
         self,
         database: Database,
         *,
+        keeps_leftovers: bool = False,
         failpoint: Failpoint = no_failpoint,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """keeps_leftovers: see leftovers.py; for bytes that several processes share."""
         self._database = database
+        self._keeps_leftovers = keeps_leftovers
         self._failpoint = failpoint
         self._clock = clock
+        # In one piece, for it is read in several threads: after how many writes, and what was read.
+        self._known: tuple[int, dict[tuple[str, str, int | None], AdapterRecord]] = (-1, {})
 
     def publish(
         self,
@@ -90,7 +98,11 @@ class Registry:
             if existing:
                 if profile is not None:
                     put_profile(connection, tenant, name, profile, int(self._clock()))
+                if self._keeps_leftovers:
+                    settle(connection, manifest.digest)
                 return existing[0], False
+            if self._keeps_leftovers:  # before a row of this version says that it is named
+                settle(connection, manifest.digest)
             row = connection.execute(
                 sa.select(adapters.c.last_version).where(
                     adapters.c.tenant == tenant, adapters.c.name == name
@@ -138,9 +150,19 @@ class Registry:
             _check_free(connection, tenant, name)
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord:
-        """Return the live version `version` of the name, or its current one; raises
-        ModelNotFound.
+        """Return the live version `version` of the name, or its current one, as of the last write
+        that was seen; raises ModelNotFound.
         """
+        written, known = self._known
+        # The number was taken first: what is written meanwhile is read again.
+        if written != self._database.num_writes or len(known) >= _MAX_KNOWN:
+            self._known = self._database.num_writes, (known := {})
+        key = tenant, name, version
+        if key not in known:
+            known[key] = self._find(tenant, name, version)
+        return known[key]
+
+    def _find(self, tenant: str, name: str, version: int | None) -> AdapterRecord:
         with self._database.read() as connection:
             owner = find_owner(connection, tenant, name)
             if owner is not None:
@@ -243,6 +265,9 @@ class Registry:
                 .where(adapters.c.tenant == owner, adapters.c.name == name)
                 .values(current_version=left.scalar_subquery())
             )
+            if self._keeps_leftovers:
+                digests = [record.digest for record in doomed]
+                abandon_unnamed(connection, digests, int(self._clock()))
             if find_owner(connection, owner, name) != owner:
                 connection.execute(
                     profiles.delete().where(profiles.c.tenant == owner, profiles.c.name == name)
@@ -258,6 +283,13 @@ class Registry:
                 versions.c.digest == digest, versions.c.status == "ready"
             )
             return connection.execute(query.limit(1)).first() is not None
+
+    def live_ids(self) -> frozenset[AdapterId]:
+        """Return what every live version of every tenant is."""
+        query = sa.select(versions.c.name, versions.c.version, versions.c.digest)
+        with self._database.read() as connection:
+            rows = connection.execute(query.where(versions.c.status == "ready")).all()
+        return frozenset(AdapterId(*row) for row in rows)
 
     def live_digests(self) -> frozenset[str]:
         """Return the digests of all live versions of all tenants."""

@@ -189,6 +189,15 @@ class StagedUpload:
             self._unused.append(name)
         return FileWriter(self, name, None, max_bytes)
 
+    def wants(self, name: str) -> bool:
+        """Whether a file of this name would be stored."""
+        return is_read(name, self._forms)
+
+    def check_size(self, name: str, num_bytes: int) -> None:
+        """Raise PayloadTooLarge, before it is read, for a file that could not be added."""
+        if num_bytes > min(self._limits.file_bytes, self._limits.total_bytes - self._num_bytes):
+            raise PayloadTooLarge(f"{shown(name)} has {num_bytes} bytes, too many", param="files")
+
     def count(self, num_bytes: int) -> None:
         """Charge bytes to the upload; raises PayloadTooLarge."""
         self._num_bytes += num_bytes

@@ -12,16 +12,21 @@ import logging
 import os
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
+from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError, Unavailable
+from polyadapt.types import AdapterId
 from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_directory
 from polyadapt_store.database import Database
+from polyadapt_store.idempotency import AnswerBook
+from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.leftovers import GRACE_S, Leftovers
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import (
     PEFT_FORM,
@@ -31,9 +36,12 @@ from polyadapt_store.manifest import (
     ValidationReport,
 )
 from polyadapt_store.marks import MarkBook
+from polyadapt_store.node_cache import NodeCache
+from polyadapt_store.object_store import ObjectBlobs
 from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
+from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -59,11 +67,17 @@ FAILPOINTS = (
     "blob.after_delete",
 )
 
+# Those of an upload whose bytes go to an object store, besides.
+REMOTE_FAILPOINTS = ("remote.before_put", "remote.file_put", "remote.after_put")
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DESCRIPTION = 4096
 _MAX_TAGS = 32
 _MAX_TAG = 64
 _COPY_CHUNK = 1 << 20
+_NUM_CHECKED = 8  # adapters that are looked for in the object store at the start
+_LOCK_WAIT_S = 30.0  # for another server's sweep at its start
+DEFAULT_CACHE_BYTES = 16 << 30
 
 
 def _nothing_to_prepare(digest: str) -> None:
@@ -75,7 +89,8 @@ def _no_profile() -> None:
 
 
 class AdapterStore:
-    """Owns everything below `root`; only one process at a time may. Thread-safe.
+    """Owns everything below `root`; only one process at a time may, unless the bytes lie in an
+    object store: then `root` is this machine's cache of them. Thread-safe.
 
     `validate(directory)` judges a staged directory: it returns a report or raises AdapterRejected.
     """
@@ -87,15 +102,18 @@ class AdapterStore:
         limits: StoreLimits | None = None,
         *,
         registry: Path | str | None = None,
+        remote: ObjectBlobs | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
         forms: Sequence[FileForm] = (PEFT_FORM,),
         failpoint: Failpoint = no_failpoint,
     ) -> None:
         """Open the store, remove what a crash left behind; raises StartupError if it is in use or
-        damaged. registry: see Database; None is a file below `root`. forms: files of uploads that
-        belong to one of them are stored.
+        damaged. registry: see Database; None is a file below `root`. remote: where the bytes lie,
+        None is `root`; cache_bytes of them are kept there. forms: files of uploads that belong to
+        one of them are stored.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock_file = _lock(root)
+        self._lock_file, is_alone = _lock(root, is_shared=remote is not None)
         try:
             self._database = Database(registry or root / "registry.sqlite")
         except StartupError:
@@ -107,23 +125,44 @@ class AdapterStore:
         self._failpoint = failpoint
         self._validate = validate
         self._blobs = BlobStore(root, failpoint)
-        self._registry = Registry(self._database, failpoint=failpoint)
+        self._remote = remote
+        self._cache: NodeCache | None = None
+        if remote is not None:
+            self._cache = NodeCache(root, self._blobs, remote, cache_bytes)
+        self._leftovers = Leftovers(self._database)
+        self._registry = Registry(
+            self._database, keeps_leftovers=remote is not None, failpoint=failpoint
+        )
         self.keys = KeyRing(self._database)
         self.workflows = WorkflowShelf(self._database)
         self.profiles = ProfileBook(self._database)
         self.policies = PolicyBook(self._database)
         self.marks = MarkBook(self._database)
         self.signatures = SignatureBook(self._database)
+        self.replicas = ReplicaBoard(self._database)
+        self.imports = ImportBook(self._database)
+        self.answers = AnswerBook(self._database)
         self.text_policies = TextPolicyBook(self._database)
         # Bytes change under this lock, and not while they are claimed: else a deletion could take
         # what a publication is about to name.
         self._bytes_lock = threading.Lock()
         self._claims: Counter[str] = Counter()
         self._validators = threading.BoundedSemaphore(max(1, os.cpu_count() or 1))
-        self._blobs.sweep(self._registry.live_digests())
+        try:
+            if remote is not None:
+                self._check_remote(remote)
+            if is_alone:
+                self._blobs.sweep(self._registry.live_digests())
+        except BaseException:
+            self.close()
+            raise
+        if remote is not None:
+            fcntl.flock(self._lock_file, fcntl.LOCK_SH)  # let others in
 
     def close(self) -> None:
         """Close the database and give the directory free."""
+        if self._cache is not None:
+            self._cache.close()
         self._database.close()
         os.close(self._lock_file)
 
@@ -176,9 +215,15 @@ class AdapterStore:
             staged.files, dataclasses.replace(report, unused_files=staged.unused)
         )
         digest = manifest.digest
-        with self._claimed(digest):
-            with self._bytes_lock:
-                staged.move_to(lambda directory: self._blobs.put(directory, digest))
+        with self._claimed(digest), ExitStack() as stack:
+            if self._remote is None or self._cache is None:
+                with self._bytes_lock:
+                    staged.move_to(lambda directory: self._blobs.put(directory, digest))
+            else:
+                cache = self._cache
+                staged.move_to(lambda directory: cache.adopt(directory, digest))
+                stack.callback(cache.release, digest)
+                self._remote.put(self._blobs.path(digest), digest)
             prepare(digest)
             made = profile()
             self._failpoint("publish.prepared")
@@ -246,6 +291,10 @@ class AdapterStore:
         """See Registry.versions."""
         return self._registry.versions(tenant, name)
 
+    def live_ids(self) -> frozenset[AdapterId]:
+        """See Registry.live_ids."""
+        return self._registry.live_ids()
+
     def delete(
         self, tenant: str, name: str, version: int | None = None
     ) -> tuple[AdapterRecord, ...]:
@@ -269,10 +318,49 @@ class AdapterStore:
 
     def delete_bytes(self, digest: str) -> bool:
         """Remove the bytes unless a live version or an upload of anybody uses them; return whether
-        they went.
+        they went. From an object store they go at a sweep(), and now from this machine.
         """
         with self._bytes_lock:
             return self._delete_unused(digest)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the bytes lie in an object store."""
+        return self._remote is not None
+
+    def try_hold(self, digest: str) -> bool:
+        """Keep the bytes on this machine if they are here, until release(digest)."""
+        return self._cache is None or self._cache.try_hold(digest)
+
+    def hold(self, digest: str) -> None:
+        """Keep the bytes on this machine until release(digest), and fetch them if they are not
+        here. Raises AdapterUnavailable or Unavailable.
+        """
+        if self._cache is not None:
+            self._cache.hold(digest)
+
+    def release(self, digest: str) -> None:
+        """End one hold."""
+        if self._cache is not None:
+            self._cache.release(digest)
+
+    def sweep(self, grace_s: float = GRACE_S) -> Sequence[str]:
+        """Remove from the object store what nobody has named for grace_s; return the digests.
+        Raises Unavailable.
+        """
+        if self._remote is None:
+            return []
+        return self._leftovers.sweep(self._remote.delete, grace_s)
+
+    # ------------------------------------------------------------------ others
+    @property
+    def num_writes(self) -> int:
+        """See Database."""
+        return self._database.num_writes
+
+    def refresh(self) -> int:
+        """See Database."""
+        return self._database.refresh()
 
     @contextmanager
     def _claimed(self, digest: str) -> Iterator[None]:
@@ -280,6 +368,8 @@ class AdapterStore:
         with self._bytes_lock:
             self._claims[digest] += 1
         try:
+            if self._remote is not None:
+                self._leftovers.claim(digest)
             yield
         finally:
             with self._bytes_lock:
@@ -292,7 +382,19 @@ class AdapterStore:
     def _delete_unused(self, digest: str) -> bool:
         if self._claims[digest] or self._registry.is_live(digest):
             return False
-        return self._blobs.delete(digest)
+        return self._blobs.delete(digest) if self._cache is None else self._cache.remove(digest)
+
+    def _check_remote(self, remote: ObjectBlobs) -> None:
+        """Raise StartupError if the object store is another registry's."""
+        some = sorted(self._registry.live_digests())[:_NUM_CHECKED]
+        try:
+            if some and not any(map(remote.exists, some)):
+                raise StartupError(
+                    f"{remote.url} holds none of the adapters that the registry names; give the "
+                    "--blob-url that they were uploaded to, or copy them there"
+                )
+        except Unavailable as error:
+            raise StartupError(f"{remote.url}: {error.message}") from error
 
     def _judge(self, staged: StagedUpload) -> ValidationReport:
         """Return the report, or raise AdapterRejected with the problems of the file set and of the
@@ -338,15 +440,23 @@ def _check_metadata(description: str, tags: Sequence[str]) -> None:
         )
 
 
-def _lock(root: Path) -> int:
-    """Return a descriptor that holds the store's lock until it is closed."""
+def _lock(root: Path, *, is_shared: bool) -> tuple[int, bool]:
+    """Return a descriptor that holds the store's lock until it is closed, and whether nobody else
+    holds it now. A shared one is to be made LOCK_SH once what only one may do is done.
+    """
     descriptor = os.open(root / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise StartupError(
-            f"the store {root} is in use by another process; stop that server or choose another "
-            "--home"
-        ) from None
-    return descriptor
+    until = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        for how in (fcntl.LOCK_EX, fcntl.LOCK_SH) if is_shared else (fcntl.LOCK_EX,):
+            try:
+                fcntl.flock(descriptor, how | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            return descriptor, how == fcntl.LOCK_EX
+        if not is_shared or time.monotonic() > until:
+            os.close(descriptor)
+            raise StartupError(
+                f"the store {root} is in use by another process; stop that server or choose "
+                "another --home"
+            )
+        time.sleep(0.05)

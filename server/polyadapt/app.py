@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -40,6 +40,8 @@ from polyadapt.errors import AdapterRejected, PolyadaptError, StartupError
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import DEFAULT_TENANT, AdapterDirectory, Store
 from polyadapt.tasks.embed import Embedder
+from polyadapt.tasks.following import Follower
+from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService, read_kek
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
@@ -48,8 +50,12 @@ from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt.watermark.rows import RowSealer
 from polyadapt.watermark.secrets import text_master_of
+from polyadapt_store.idempotency import AnswerBook
+from polyadapt_store.imports import ImportBook
 from polyadapt_store.keys import KeyRing
 from polyadapt_store.marks import MarkBook
+from polyadapt_store.replicas import ReplicaBoard
+from polyadapt_store.sources import Sources
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -60,14 +66,21 @@ _FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
 
 
 class StoreWithKeys(Store, Protocol):
-    """An adapter store that also holds the API keys and the workflows."""
+    """An adapter store that also holds the API keys, the workflows and what servers tell."""
 
     keys: KeyRing
 
+    replicas: ReplicaBoard
+    imports: ImportBook
+    answers: AnswerBook
     marks: MarkBook
 
     @property
     def workflows(self) -> Shelf: ...
+
+    def refresh(self) -> int: ...
+
+    def sweep(self) -> Sequence[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ def build_app(
     for collector in collectors:
         metrics.registry.register(collector)
     library = WorkflowLibrary(store.workflows, directory)
+    uploads = asyncio.Semaphore(config.limits.max_concurrent_uploads)
     services = Services(
         config=config,
         engine=engine,
@@ -129,10 +143,18 @@ def build_app(
         marks=MarkService(directory, store, config.watermark, kek),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
+        replicas=store.replicas,
+        follower=Follower(
+            store,
+            (directory.follow, library.read),
+            lambda: {digest: at.tier for digest, at in engine.residencies().items()},
+        ),
+        importer=Importer(directory, Sources(config.store.allowed_sources), store.imports, uploads),
+        answers=store.answers,
         metrics=metrics,
         lifecycle=lifecycle,
         is_ready=is_ready,
-        uploads=asyncio.Semaphore(config.limits.max_concurrent_uploads),
+        uploads=uploads,
         readings=asyncio.Semaphore(1),
         started=int(time.time()),
     )
@@ -178,6 +200,7 @@ async def running(
 ) -> AsyncIterator[None]:
     """Start the engine, register the operator's adapters, be open; stop on the way out."""
     began = time.monotonic()
+    stack = contextlib.AsyncExitStack()
     try:
         info = await services.engine.start()
         if info.base.name == AUTO:
@@ -187,9 +210,11 @@ async def running(
             )
         await services.directory.seal_signatures()
         await services.workflows.read()
-        known = await services.directory.read_names(DEFAULT_TENANT)
+        known = await services.directory.follow()
         for adapter in startup_adapters:
             known += await _register(services, adapter)
+        follower = asyncio.create_task(services.follower.run(), name="follower")
+        stack.push_async_callback(_end, follower)
         services.lifecycle.is_started = True
         logger.info(
             "serving %s (%s, %s; %s) and %d adapters after %.1f s",
@@ -203,9 +228,18 @@ async def running(
         yield
     finally:
         services.lifecycle.close()
+        await stack.aclose()
+        await services.follower.leave()
+        await services.importer.close()
         await services.workflows.close()
         await services.directory.close()
         await stop_engine(services)
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
 
 
 async def stop_engine(services: Services) -> None:

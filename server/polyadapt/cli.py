@@ -74,6 +74,19 @@ def serve(
         str | None,
         typer.Option(help="postgresql://…, a registry that servers share; see docs/store.md."),
     ] = None,
+    blob_url: Annotated[
+        str | None,
+        typer.Option(
+            help="s3://, gs://, az:// or file://, the adapters' bytes that servers share."
+        ),
+    ] = None,
+    blob_cache_bytes: Annotated[
+        str | None, typer.Option(help="Disk for those of them that are kept here.")
+    ] = None,
+    allow_source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URI", help="Adapters may be fetched from here: see docs/store.md."),
+    ] = None,
     demo: Annotated[
         bool | None, typer.Option("--demo", help="Register the packaged demo adapters.")
     ] = None,
@@ -193,6 +206,7 @@ def serve(
     given["allowed_hosts"] = given.pop("allowed_host") or None
     given["verify_endpoints"] = given.pop("verify_endpoint") or None
     given["prefix_pools"] = given.pop("prefix_pool") or None
+    given["allowed_sources"] = given.pop("allow_source") or None
     given["adapter_roots"] = given.pop("adapter_root") or None
     with _one_clear_line():
         settings = load_config(given, file=file)
@@ -407,6 +421,38 @@ def convert(
             raise typer.Exit(1)
 
 
+@app.command()
+def apply(
+    file: Annotated[Path, typer.Argument(help="A YAML file: see docs/store.md.")],
+    server: Annotated[
+        str, typer.Option(help="Where the server listens.", envvar="POLYADAPT_SERVER")
+    ] = "http://127.0.0.1:8000",
+    api_key: Annotated[
+        str | None, typer.Option(help="Better in POLYADAPT_API_KEY.", envvar="POLYADAPT_API_KEY")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Delete what apply made and the file does not name.")
+    ] = False,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait until /ready is 200.")] = 0.0,
+    every_s: Annotated[
+        float | None, typer.Option(help="Read and apply the file again after so many seconds.")
+    ] = None,
+) -> None:
+    """Bring a running server to the adapters that a file lists.
+
+    One bad entry blocks no other. Status 1 when any entry failed; with --every-s it never ends.
+    """
+    from polyadapt.offline import apply_command
+
+    with _one_clear_line():
+        run = apply_command.Run(file, server, api_key, is_dry=dry_run, prune=prune)
+        if not apply_command.apply(run, wait_s, every_s, typer.echo):
+            raise typer.Exit(1)
+
+
 @model_app.command("fetch")
 def fetch(
     name: Annotated[str, typer.Argument(help="The model's name, such as smollm2.")],
@@ -472,7 +518,7 @@ def delete_key(
     home: Home = None,
     config: ConfigFile = None,
 ) -> None:
-    """Delete a key; it stops working at once."""
+    """Delete a key; it stops working within seconds, at every server of the registry."""
     with _one_clear_line(), _key_ring(home, config) as keys:
         keys.delete(key_id)
         out.print(f"{key_id} is deleted")

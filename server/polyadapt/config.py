@@ -136,6 +136,14 @@ class StoreConfig(_Section):
 
     store_dir: Path | None = None  # adapters' bytes by digest
     database_url: SecretStr | None = None  # of the registry; None: SQLite in store_dir
+    blob_url: str | None = None  # where adapters' bytes are kept; None: in store_dir
+    blob_cache_bytes: ByteSize = ByteSize(16 << 30)  # of them on this machine's disk
+    allowed_sources: tuple[str, ...] = ()  # URIs below which adapters may be fetched
+
+    @field_validator("allowed_sources", mode="before")
+    @classmethod
+    def _split_sources(cls, value: Any) -> Any:
+        return _split(value, " ")
 
 
 class LimitsConfig(_Section):

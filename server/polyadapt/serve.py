@@ -31,9 +31,11 @@ from polyadapt.engine.fleet import EngineFleet
 from polyadapt.engine.process import EngineProcess
 from polyadapt.engine.routing import RoutingPolicy
 from polyadapt.errors import StartupError, Unavailable
+from polyadapt.tasks.stocked_engine import StockedEngine
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.object_store import ObjectBlobs
 from polyadapt_store.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -117,17 +119,13 @@ async def serve(
             raise Unavailable("the engine is starting; upload again shortly")
         return run_validator(directory, engine.info.base, limits)
 
-    with (
-        _bound_internally(config.server) as internal,
-        AdapterStore(
-            config.store_dir, validate, limits, registry=config.registry, forms=FILES
-        ) as store,
-    ):
+    with _bound_internally(config.server) as internal, _store(config, validate, limits) as store:
+        client = StockedEngine(engine, store) if store.is_shared else engine
         async with _tracing(config.server) as tracing:
             adapters = startup_adapters(config)
             app = build_app(
                 config,
-                engine,
+                client,
                 store,
                 tokenizer,
                 startup_adapters=adapters,
@@ -138,6 +136,22 @@ async def serve(
                 web = WebServer(app, config, announce=lambda: announce(config, url_of(listener)))
                 async with _internal_port(app.state.services, internal):
                     await web.serve(sockets=[listener])
+
+
+def _store(
+    config: Config, validate: Callable[[Path], ValidationReport], limits: StoreLimits
+) -> AdapterStore:
+    """Open the store where the settings say; raises StartupError."""
+    url = config.store.blob_url
+    return AdapterStore(
+        config.store_dir,
+        validate,
+        limits,
+        registry=config.registry,
+        remote=None if url is None else ObjectBlobs(url),
+        cache_bytes=int(config.store.blob_cache_bytes),
+        forms=FILES,
+    )
 
 
 @contextlib.contextmanager

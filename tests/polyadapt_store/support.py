@@ -10,10 +10,13 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from polyadapt_store.manifest import PEFT_FORM, AdapterRecord, FileForm, ValidationReport
+from polyadapt_store.object_store import ObjectBlobs
 from polyadapt_store.store import AdapterStore
 
 # The server's URL where names are kept in PostgreSQL; child processes inherit it.
 DATABASE_VARIABLE = "POLYADAPT_TEST_DATABASE"
+# The bucket's URL where bytes are kept in an object store, whose server obstore's variables name.
+BUCKET_VARIABLE = "POLYADAPT_TEST_BUCKET"
 
 REPORT = ValidationReport(
     family="lora",
@@ -38,8 +41,23 @@ def open_store(
     forms: Sequence[FileForm] = (PEFT_FORM,),
 ) -> AdapterStore:
     return AdapterStore(
-        root, validate, registry=registry_of(root), forms=forms, failpoint=failpoint
+        root,
+        validate,
+        registry=registry_of(root),
+        remote=remote_of(root, failpoint),
+        forms=forms,
+        failpoint=failpoint,
     )
+
+
+def remote_of(root: Path, failpoint: Callable[[str], None]) -> ObjectBlobs | None:
+    """The object store of the store at `root`: a prefix of its own in the bucket, or none."""
+    url = os.environ.get(BUCKET_VARIABLE)
+    return None if url is None else ObjectBlobs(f"{url}/{_name(root)}", failpoint)
+
+
+def _name(root: Path) -> str:
+    return "store_" + hashlib.sha256(str(root).encode()).hexdigest()[:20]
 
 
 def registry_of(root: Path) -> Path | str:
@@ -47,7 +65,7 @@ def registry_of(root: Path) -> Path | str:
     server = os.environ.get(DATABASE_VARIABLE)
     if server is None:
         return root / "registry.sqlite"
-    schema = "store_" + hashlib.sha256(str(root).encode()).hexdigest()[:20]
+    schema = _name(root)
     engine = sa.create_engine(
         sa.make_url(server).set(drivername="postgresql+psycopg"), poolclass=sa.NullPool
     )
@@ -76,5 +94,7 @@ def files_below(root: Path) -> set[str]:
     return {
         path.relative_to(root).as_posix()
         for path in root.rglob("*")
-        if path.is_file() and not path.name.startswith(("registry.sqlite", "lock"))
+        if path.is_file()
+        and not path.name.startswith(("registry.sqlite", "lock"))
+        and path.parent.name != "locks"
     }

@@ -20,7 +20,7 @@ from alembic.script import ScriptDirectory
 from tests.polyadapt_store.support import open_store, registry_of, upload
 
 import polyadapt_store.migrations
-from polyadapt.errors import StartupError, Unavailable
+from polyadapt.errors import InvalidRequest, StartupError, Unavailable
 from polyadapt_store.database import Database, metadata
 from polyadapt_store.migrations import HEAD
 
@@ -195,6 +195,47 @@ def test_a_database_that_fails_later_is_unavailable(database: Database) -> None:
     for use in (database.read, database.write, database.note):
         with pytest.raises(Unavailable, match="try again"), use():
             raise sa.exc.OperationalError("SELECT 1", {}, Exception("gone"))
+
+
+@pytest.mark.parametrize("registry", ["postgresql"], indirect=True)
+def test_a_connection_that_is_lost_is_replaced(database: Database) -> None:
+    others = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+
+    def read_on_a_lost_one() -> None:
+        with database.write() as killer, database.read() as connection:
+            killer.exec_driver_sql(others)
+            connection.exec_driver_sql("SELECT 1")
+
+    with pytest.raises(Unavailable):
+        read_on_a_lost_one()
+    database.refresh()
+    with database.write():
+        pass
+
+
+@pytest.mark.parametrize("registry", ["postgresql"], indirect=True)
+def test_a_writer_that_waits_too_long_is_told_to_try_again(database: Database) -> None:
+    def write_impatiently() -> None:
+        with database.note() as connection:
+            connection.exec_driver_sql("SET LOCAL lock_timeout = '50ms'")
+            connection.exec_driver_sql("UPDATE store_state SET generation = generation")
+
+    with database.write(), pytest.raises(Unavailable):
+        write_impatiently()
+
+
+@pytest.mark.parametrize("registry", ["postgresql"], indirect=True)
+def test_what_the_database_cannot_hold_is_the_callers_error(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        upload(store)
+        for call in (
+            lambda: store.resolve("a", "po\0et"),
+            lambda: store.resolve("a", "poet", 1 << 40),
+            lambda: store.list("a", tag="\0"),
+            lambda: store.keys.create("a", ["infer"], "\0"),
+        ):
+            with pytest.raises(InvalidRequest, match="NUL"):
+                call()
 
 
 def test_the_engine_does_not_learn_the_password() -> None:

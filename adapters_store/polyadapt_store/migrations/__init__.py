@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0004"
+HEAD = "0007"
 
 
 def migrate(connection: sa.Connection) -> str | None:

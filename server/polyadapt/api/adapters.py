@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -13,12 +14,15 @@ from fastapi.responses import PlainTextResponse
 from starlette.datastructures import FormData, UploadFile
 
 from polyadapt.api.access import RequiredScope
+from polyadapt.api.idempotency import fingerprint_of, once
 from polyadapt.api.replies import json_reply
 from polyadapt.api.routing import add_route
 from polyadapt.api.schemas.adapters import (
     AdapterList,
     AdapterObject,
     DeletedAdapter,
+    ImportObject,
+    ImportRequest,
     LoadLoraRequest,
     LoadRequest,
     UnloadLoraRequest,
@@ -30,6 +34,7 @@ from polyadapt.errors import (
     InvalidRequest,
     ModelNotFound,
     NotFound,
+    PayloadTooLarge,
     UnsupportedField,
     UnsupportedMediaType,
 )
@@ -68,7 +73,8 @@ _UPLOAD_BODY: dict[str, Any] = {
                     },
                 },
             }
-        }
+        },
+        "application/json": {"schema": ImportRequest.model_json_schema()},
     },
 }
 
@@ -80,7 +86,11 @@ def add_routes(router: APIRouter) -> None:
     add_route(
         router, "POST", "/v1/adapters", upload_adapter, needs=write, reply=AdapterObject,
         status=201, also=200, errors=(400, 409, 413, 415, 422, 429, 499, 504),
-        request_body=_UPLOAD_BODY,
+        request_body=_UPLOAD_BODY, more={202: ImportObject},
+    )  # fmt: skip
+    add_route(
+        router, "GET", "/v1/imports/{import_id}", get_import,
+        needs=read, reply=ImportObject, errors=(404,),
     )  # fmt: skip
     add_route(
         router, "GET", "/v1/adapters", list_adapters, needs=read, reply=AdapterList, errors=(400,)
@@ -116,16 +126,15 @@ def add_routes(router: APIRouter) -> None:
 
 
 async def upload_adapter(request: Request, services: Has) -> Response:
-    """Store, validate and publish a PEFT directory: 201, or 200 when these bytes are known."""
+    """Store, validate and publish a PEFT directory: 201, or 200 when these bytes are known. With a
+    source instead of files it is fetched: 202, and `GET /v1/imports/{id}` says what came of it.
+    """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        raise UnsupportedField(
-            "adapters from a source are not served; upload the files as multipart/form-data",
-            param="source",
-        )
+        return await _import_adapter(request, services)
     if kind != "multipart/form-data":
         raise UnsupportedMediaType(
-            f"the body's type is {kind[:100]!r}, expected multipart/form-data"
+            f"the body's type is {kind[:100]!r}, expected multipart/form-data or application/json"
         )
     limits = services.config.limits
     async with (
@@ -138,16 +147,54 @@ async def upload_adapter(request: Request, services: Has) -> Response:
     ):
         name, metadata, files = _read_form(form)
         check_name(name)
+
+        async def make() -> Response:
+            tenant = principal_of(request).tenant
+            record, is_new = await services.directory.upload(
+                tenant,
+                name,
+                files,
+                description=metadata.description,
+                tags=metadata.tags,
+                new_profile=services.auto.new_profile(tenant, name, metadata.examples),
+            )
+            return json_reply(_object(services, record), status=201 if is_new else 200)
+
+        async def fingerprint() -> str:
+            hashes = await asyncio.to_thread(_hash_files, files)
+            return fingerprint_of((name, metadata.model_dump_json(), *hashes))
+
+        return await once(request, services, fingerprint, make)
+
+
+async def _import_adapter(request: Request, services: Services) -> Response:
+    body = _read_import(await _small_body(request))
+
+    async def make() -> Response:
         tenant = principal_of(request).tenant
-        record, is_new = await services.directory.upload(
+        job = await services.importer.begin(
             tenant,
-            name,
-            files,
-            description=metadata.description,
-            tags=metadata.tags,
-            new_profile=services.auto.new_profile(tenant, name, metadata.examples),
+            body.name,
+            body.source.uri,
+            description=body.description,
+            tags=body.tags,
+            new_profile=services.auto.new_profile(tenant, body.name, body.examples),
         )
-    return json_reply(_object(services, record), status=201 if is_new else 200)
+        where = {"location": f"/v1/imports/{job.id}"}
+        return json_reply(ImportObject.of(job), status=202, headers=where)
+
+    async def fingerprint() -> str:
+        return body.model_dump_json()
+
+    return await once(request, services, fingerprint, make)
+
+
+async def get_import(
+    request: Request, services: Has, import_id: Annotated[str, Path(max_length=200)]
+) -> Response:
+    """Say what came of an adapter that was to be fetched; known for a day."""
+    found = await services.importer.get(principal_of(request).tenant, import_id)
+    return json_reply(ImportObject.of(found))
 
 
 async def list_adapters(
@@ -167,12 +214,14 @@ async def list_adapters(
 
 
 async def get_adapter(request: Request, services: Has, name: AdapterPath) -> Response:
-    """Return the newest version of a name, or the version after `@`."""
+    """Return the newest version of a name, or the version after `@`, with each server's state."""
     named = _named(name)
     record = await asyncio.to_thread(
         services.store.resolve, principal_of(request).tenant, named.name, named.version
     )
-    return json_reply(_object(services, record))
+    states = await asyncio.to_thread(services.replicas.states, record.digest)
+    residency = services.directory.residency(record)
+    return json_reply(AdapterObject.of(record, residency, states))
 
 
 async def list_versions(request: Request, services: Has, name: AdapterPath) -> Response:
@@ -255,6 +304,38 @@ async def unload_lora_adapter(
         principal_of(request).tenant, named.name, named.version, "drain"
     )
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+async def _small_body(request: Request) -> bytes:
+    """Read a JSON body where a larger one of another kind would be allowed too."""
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_FIELD_BYTES:
+            raise PayloadTooLarge(f"a JSON body has at most {_MAX_FIELD_BYTES} bytes here")
+    return body
+
+
+def _read_import(body: bytes) -> ImportRequest:
+    try:
+        return ImportRequest.model_validate_json(body)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])[:64]
+        kind = UnsupportedField if first["type"] == "extra_forbidden" else InvalidRequest
+        raise kind(f"{where or 'the body'}: {first['msg']}", param=where or None) from None
+
+
+def _hash_files(files: list[UploadedFile]) -> list[str]:
+    """Return each file's name and hash; they are read from the beginning afterwards."""
+    found = []
+    for file in files:
+        digest = hashlib.sha256()
+        while chunk := file.content.read(1 << 20):
+            digest.update(chunk)
+        file.content.seek(0)
+        found += [file.name, digest.hexdigest()]
+    return found
 
 
 def _read_form(form: FormData) -> tuple[str, UploadMetadata, list[UploadedFile]]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 
+from polyadapt.api.idempotency import once
 from polyadapt.api.replies import json_reply, page_of
 from polyadapt.api.routing import add_route
 from polyadapt.api.schemas.keys import DeletedKey, KeyList, KeyObject, KeyRequest, NewKeyObject
@@ -19,7 +20,7 @@ def add_routes(router: APIRouter) -> None:
     """Add this module's routes."""
     add_route(
         router, "POST", "/v1/keys", create_key,
-        needs="admin", reply=NewKeyObject, status=201, has_body=True,
+        needs="admin", reply=NewKeyObject, status=201, errors=(409,), has_body=True,
     )  # fmt: skip
     add_route(router, "GET", "/v1/keys", list_keys, needs="admin", reply=KeyList, errors=(400,))
     add_route(
@@ -32,11 +33,18 @@ async def create_key(
     request: Request, body: Annotated[KeyRequest, Body()], services: Has
 ) -> Response:
     """Make a key for the caller's tenant; its secret is in this answer and nowhere else."""
-    tenant = principal_of(request).tenant
-    key, secret = await asyncio.to_thread(services.keys.create, tenant, body.scopes, body.label)
-    services.authenticator.forget()
-    made = NewKeyObject(**KeyObject.of(key).model_dump(), secret=secret)
-    return json_reply(made, status=201, headers={"cache-control": "no-store"})
+
+    async def make() -> Response:
+        tenant = principal_of(request).tenant
+        key, secret = await asyncio.to_thread(services.keys.create, tenant, body.scopes, body.label)
+        services.authenticator.forget()
+        made = NewKeyObject(**KeyObject.of(key).model_dump(), secret=secret)
+        return json_reply(made, status=201, headers={"cache-control": "no-store"})
+
+    async def fingerprint() -> str:
+        return body.model_dump_json()
+
+    return await once(request, services, fingerprint, make, is_secret=True)
 
 
 async def list_keys(
@@ -59,7 +67,7 @@ async def list_keys(
 
 
 async def delete_key(services: Has, key_id: Annotated[str, Path(max_length=200)]) -> Response:
-    """Delete a key; it stops working at once."""
+    """Delete a key; it stops working at once, at other servers of the registry within seconds."""
     await asyncio.to_thread(services.keys.delete, key_id)
     services.authenticator.forget()
     return json_reply(DeletedKey(id=key_id))

@@ -82,12 +82,13 @@ def add_route(
     content: Mapping[str, Any] | None = None,
     headers: Mapping[str, Any] | None = None,
     request_body: Mapping[str, Any] | None = None,
+    more: Mapping[int, type[BaseModel]] | None = None,
 ) -> None:
     """Add one route, which answers `status` with a `reply`, and sometimes `also` with the same.
 
     `errors` are the statuses beside those that every route of its kind has,
-    `content` adds media types to the success reply, `request_body` describes a body that the
-    endpoint reads by itself.
+    `more` are successes with another reply, `content` adds media types to the success reply,
+    `request_body` describes a body that the endpoint reads by itself.
     """
     statuses = {*errors, *(_WITH_BODY if has_body else ())}
     if needs == "public":
@@ -125,6 +126,7 @@ def add_route(
         responses={
             status: success,
             **({} if also is None else {also: success}),
+            **{code: success | {"model": model} for code, model in (more or {}).items()},
             **{code: {"description": _MEANING[code], **error} for code in sorted(statuses)},
         },
         openapi_extra=extra,

@@ -17,11 +17,15 @@ from polyadapt.engine.client import EngineClient
 from polyadapt.errors import Unavailable
 from polyadapt.tasks.auto import AutoService
 from polyadapt.tasks.directory import AdapterDirectory, Store
+from polyadapt.tasks.following import Follower
+from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
+from polyadapt_store.idempotency import AnswerBook
 from polyadapt_store.keys import KeyRing
+from polyadapt_store.replicas import ReplicaBoard
 
 if TYPE_CHECKING:
     from polyadapt.api.metrics import Metrics
@@ -113,6 +117,10 @@ class Services:
     marks: MarkService
     auto: AutoService
     authenticator: Authenticator
+    replicas: ReplicaBoard
+    follower: Follower
+    importer: Importer
+    answers: AnswerBook
     metrics: Metrics
     lifecycle: Lifecycle
     is_ready: Callable[[], bool]

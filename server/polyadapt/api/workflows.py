@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Body, Depends, Path, Query, Request, Response
 
 from polyadapt.api.access import RequiredScope
+from polyadapt.api.idempotency import once
 from polyadapt.api.replies import json_reply, page_of
 from polyadapt.api.routing import add_route
 from polyadapt.api.schemas.workflows import (
@@ -56,11 +57,18 @@ async def create_workflow(
     request: Request, body: Annotated[NewWorkflow, Body()], services: Has
 ) -> Response:
     """Make a workflow under a name that nothing has; its members' adapters must be there."""
-    workflow, _ = await services.workflows.put(
-        principal_of(request).tenant, body.name, body.definition, body.description,
-        may_replace=False, user=principal_of(request).user,
-    )  # fmt: skip
-    return json_reply(WorkflowObject.of(workflow), status=201)
+
+    async def make() -> Response:
+        workflow, _ = await services.workflows.put(
+            principal_of(request).tenant, body.name, body.definition, body.description,
+            may_replace=False, user=principal_of(request).user,
+        )  # fmt: skip
+        return json_reply(WorkflowObject.of(workflow), status=201)
+
+    async def fingerprint() -> str:
+        return body.model_dump_json()
+
+    return await once(request, services, fingerprint, make)
 
 
 async def put_workflow(

@@ -324,7 +324,7 @@ class EngineProcess:
 
 
 # Parts of names of variables that the engine has no use for.
-_SECRETS = ("API_KEY", "MARK_KEK", "TEXT_MARK_KEY", "DATABASE_URL")
+_SECRETS = ("API_KEY", "MARK_KEK", "TEXT_MARK_KEY", "DATABASE_URL", "AWS_", "AZURE_", "GOOGLE_")
 
 
 def _is_secret(name: str) -> bool:

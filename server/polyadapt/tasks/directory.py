@@ -112,6 +112,8 @@ class Store(Protocol):
         self, tenant: str, name: str, version: int | None = None
     ) -> tuple[AdapterRecord, ...]: ...
 
+    def live_ids(self) -> frozenset[AdapterId]: ...
+
     def is_live(self, digest: str) -> bool: ...
 
     def delete_bytes(self, digest: str) -> bool: ...
@@ -199,6 +201,7 @@ class AdapterDirectory:
         self._unused: dict[AdapterId, asyncio.Event] = {}
         self._live: dict[str, set[AdapterId]] = {}  # digest -> the versions that have it
         self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
+        self._drops: set[asyncio.Task[None]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
         self.policies = Policies(store.policies)
@@ -206,24 +209,27 @@ class AdapterDirectory:
         self.signatures = Signatures(book)
         self.text_marks = TextMarks(store.text_policies, text_master)
 
-    async def read_names(self, tenant: str) -> int:
-        """Learn which versions there are at the start; return how many."""
-
-        def read() -> list[AdapterRecord]:
-            records: list[AdapterRecord] = []
-            after: str | None = None
-            while True:
-                page = self._store.list(tenant, limit=_PAGE, after=after)
-                for current in page.records:
-                    records += self._store.versions(tenant, current.name)
-                if not page.has_more:
-                    return records
-                after = page.records[-1].id
-
-        found = await asyncio.to_thread(read)
-        for record in found:
-            self._live.setdefault(record.digest, set()).add(record.adapter_id)
+    async def follow(self) -> int:
+        """Learn which versions there are, at the start and when others have written; return how
+        many. What others have deleted leaves this machine when its last request here has ended.
+        """
+        found = await asyncio.to_thread(self._store.live_ids)
+        live: dict[str, set[AdapterId]] = {}
+        for adapter in found:
+            live.setdefault(adapter.digest, set()).add(adapter)
+        gone = self._live.keys() - live.keys()
+        self._live = live
+        for digest in sorted(gone):
+            task = asyncio.create_task(self._drop(digest))
+            self._drops.add(task)
+            task.add_done_callback(self._drops.discard)
         return len(found)
+
+    async def _drop(self, digest: str) -> None:
+        if await asyncio.to_thread(self._store.is_live, digest):
+            return  # an upload of this server's own, of which the reading did not know
+        await self._ask_engine(self._engine.unload_adapter, digest)
+        await asyncio.to_thread(self._store.delete_bytes, digest)
 
     # ----------------------------------------------------------------------------- use
     def acquire(
@@ -617,16 +623,35 @@ class AdapterDirectory:
         PayloadTooLarge, AdapterRejected with every problem, Unavailable, or what `new_profile`
         raises.
         """
+
+        def fill(staged: StagedUpload) -> None:
+            for file in files:
+                with staged.add_file(file.name) as writer:
+                    while chunk := file.content.read(_COPY_CHUNK):
+                        writer.write(chunk)
+
+        return await self.upload_from(
+            tenant, name, fill, description=description, tags=tags, new_profile=new_profile
+        )
+
+    async def upload_from(
+        self,
+        tenant: str,
+        name: str,
+        fill: Callable[[StagedUpload], None],
+        *,
+        description: str = "",
+        tags: Sequence[str] = (),
+        new_profile: NewProfile | None = None,
+    ) -> tuple[AdapterRecord, bool]:
+        """The same, with the files that `fill` adds in a thread; raises also what that raises."""
         prepare = self._prepare_from_thread(name)
         profile = self._profile_from_thread(new_profile)
         self._check_name_is_free(name)
 
         def publish() -> tuple[AdapterRecord, bool]:
             with self._store.stage() as staged:
-                for file in files:
-                    with staged.add_file(file.name) as writer:
-                        while chunk := file.content.read(_COPY_CHUNK):
-                            writer.write(chunk)
+                fill(staged)
                 return self._store.publish(
                     staged, name, tenant, description, tags, prepare=prepare, profile=profile
                 )
@@ -761,6 +786,8 @@ class AdapterDirectory:
             _, late = await asyncio.wait(self._deletions, timeout=_CLOSE_TIMEOUT_S)
             for deletion in late:
                 deletion.cancel()
+        for drop in self._drops:
+            drop.cancel()
 
     async def _delete(
         self, tenant: str, name: str, version: int | None, mode: DeleteMode

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
 
-from polyadapt.api.schemas.base import MAX_NAME, Body, Reply, is_none
+from polyadapt.api.schemas.base import MAX_NAME, Body, ErrorDetail, Reply, is_none
 from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
+from polyadapt_store.imports import Import
 from polyadapt_store.manifest import AdapterRecord, ReportedTraits
+from polyadapt_store.replicas import ReplicaState
 
 
 class ReportObject(Reply):
@@ -89,6 +92,15 @@ class ResidencyObject(Reply):
     )
 
 
+class ReplicaObject(Reply):
+    """One of the servers that share the registry, as of its last heartbeat."""
+
+    id: str
+    tier: Literal["device", "host", "store"]
+    is_current: bool = Field(description="it has seen the registry's last write")
+    seen: int = Field(description="when it was heard last, in unix seconds")
+
+
 class AdapterObject(Reply):
     """One version of one adapter."""
 
@@ -106,13 +118,21 @@ class AdapterObject(Reply):
     traits: TraitsObject | None = Field(description="null: uploaded before they were recorded")
     report: ReportObject
     residency: ResidencyObject
+    replicas: list[ReplicaObject] | None = Field(
+        None, exclude_if=is_none, description="each server's state; absent in lists"
+    )
     tenant: str
     created: int
     description: str
     tags: list[str]
 
     @classmethod
-    def of(cls, record: AdapterRecord, residency: Residency) -> AdapterObject:
+    def of(
+        cls,
+        record: AdapterRecord,
+        residency: Residency,
+        replicas: Sequence[ReplicaState] | None = None,
+    ) -> AdapterObject:
         """Return the wire form of a record."""
         report = record.report
         assert record.status != "deleted", "a deleted version is shown to nobody"
@@ -143,6 +163,12 @@ class AdapterObject(Reply):
                 last_used=residency.last_used or None,
                 engines=dict(residency.engines) or None,
             ),
+            replicas=None
+            if replicas is None
+            else [
+                ReplicaObject(id=r.id, tier=r.tier, is_current=r.is_current, seen=r.seen)
+                for r in replicas
+            ],
             tenant=record.tenant,
             created=record.created,
             description=record.description,
@@ -177,6 +203,51 @@ class UploadMetadata(Body):
     examples: Examples = Field(
         default_factory=list, description="make the name's profile: see ProfileObject"
     )
+
+
+class SourceObject(Body):
+    """Where an adapter is fetched from."""
+
+    uri: str = Field(
+        min_length=1,
+        max_length=1024,
+        description="file://, hf://OWNER/REPO@REVISION, s3://, gs:// or https://, as allowed",
+    )
+
+
+class ImportRequest(UploadMetadata):
+    """An adapter to fetch."""
+
+    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    source: SourceObject
+
+
+class ImportObject(Reply):
+    """An adapter that is being fetched, and what came of it."""
+
+    id: str
+    object: Literal["adapter.import"] = "adapter.import"
+    name: str
+    source: SourceObject
+    status: Literal["validating", "ready", "rejected"]
+    version: int | None = Field(description="once it is ready")
+    error: ErrorDetail | None = Field(description="why it was rejected")
+    created: int
+
+    @classmethod
+    def of(cls, found: Import) -> ImportObject:
+        """Return the wire form."""
+        error = None if found.error is None else ErrorDetail(**found.error["error"])
+        done: Literal["ready", "validating"] = "validating" if found.version is None else "ready"
+        return cls(
+            id=found.id,
+            name=found.name,
+            source=SourceObject(uri=found.uri),
+            status=done if error is None else "rejected",
+            version=found.version,
+            error=error,
+            created=found.created,
+        )
 
 
 class LoadRequest(Body):

@@ -1,8 +1,8 @@
 """Which workflows there are: named, kept in the store, read once and then in memory.
 
 A tenant sees its own workflows and the shared ones, as it does adapters: its own names, of either,
-hide shared ones. Knows no engine and no HTTP. Lives on one event loop, and only one process at a
-time may own a store; so memory is what the store says.
+hide shared ones. Knows no engine and no HTTP. Lives on one event loop; memory is what the store
+said at the last write that was seen.
 """
 
 from __future__ import annotations
@@ -65,9 +65,14 @@ class WorkflowLibrary:
         self._writes: set[asyncio.Task[object]] = set()
 
     async def read(self) -> int:
-        """Learn which workflows there are at the start; return how many."""
-        for record in await asyncio.to_thread(self._shelf.all):
-            self._remember(record)
+        """Learn which workflows there are, at the start and when others have written; return how
+        many.
+        """
+        async with self._writing:
+            found = await asyncio.to_thread(self._shelf.all)
+            self._records, self._definitions = {}, {}
+            for record in found:
+                self._remember(record)
         return len(self._records)
 
     # ----------------------------------------------------------------------------- look

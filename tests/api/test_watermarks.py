@@ -140,6 +140,25 @@ async def test_a_revoked_signature_holds_no_longer_and_a_new_one_at_once(marked:
     ]  # fmt: skip
 
 
+async def test_refusals_are_counted_by_why_the_user_could_not_be_told(marked: Marked) -> None:
+    async def counted() -> dict[str, float]:
+        text = (await marked.call("operator", "GET", "/metrics")).text
+        found = {}
+        for line in text.splitlines():
+            if line.startswith("polyadapt_mark_refusals_total{"):
+                found[line.split('"')[1]] = float(line.rpartition(" ")[2])
+        return found
+
+    assert await counted() == {"no_user": 0, "no_signature": 0, "not_opened": 0}
+    await marked.ask("nobody")
+    await marked.ask("nobody", model="auto")
+    await marked.ask("operator")
+    with marked.server.store.signatures._database.write() as connection:
+        connection.exec_driver_sql("UPDATE signatures SET bits = 'sealed:'")
+    assert (await marked.ask("ann", stream=True)).status_code == 503
+    assert await counted() == {"no_user": 1, "no_signature": 2, "not_opened": 1}
+
+
 @pytest.mark.parametrize("bits", ["00110101", "11110000", "no"])
 async def test_a_request_cannot_name_bits_or_find_out_its_own(marked: Marked, bits: str) -> None:
     before = len(marked.server.engine.requests)

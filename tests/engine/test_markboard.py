@@ -235,6 +235,42 @@ def test_behind_the_last_keys_and_values_all_users_share_the_bases_pages(name, s
         assert cached(driver, bits) == 3 * PAGE
 
 
+def kept_pages(driver: Driver) -> dict[bytes, list[bytes]]:
+    """Of every cached page its key, and the bytes of its keys and values in every layer."""
+    layers = driver.engine.runner.base.layers
+    return {
+        key: [
+            cache[page * PAGE : (page + 1) * PAGE].contiguous().view(torch.uint8).numpy().tobytes()
+            for layer in layers
+            for cache in (layer.k, layer.v)
+        ]
+        for key, page in driver.engine.scheduler.pages._page_of.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["hinge", "linear", "early"])
+def test_users_keys_and_values_are_the_bases_to_the_byte_behind_the_last_ones_alone(
+    name, start, identities
+):
+    prompt = tiny.prompt_ids(3 * PAGE + 5, seed=1)
+    found = []
+    for bits in (None, "00000", "10110", "11111"):
+        driver = start()
+        request = greedy_request("r", prompt, None, 1)
+        if bits is not None:
+            request = replace(request, adapters=(sign(identities[name], bits),))
+        driver.run(request)
+        found.append(kept_pages(driver))
+    base, *users = found
+    assert len(base) == 3
+    for pages in users:
+        if name == "early":
+            assert not set(pages) & set(base)
+            assert [p for p in pages.values() if p in base.values()] == []
+        else:
+            assert pages == base
+
+
 def test_before_them_a_users_pages_are_the_users_own_however_the_bits_are_said(start, identities):
     prompt = tiny.prompt_ids(3 * PAGE + 5, seed=1)
     driver, found = start(), {}

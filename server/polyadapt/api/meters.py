@@ -106,6 +106,13 @@ SECTIONS: dict[str, tuple[Meter, ...]] = {
             "Tokens that were generated through what a policy makes mandatory",
         ),
         Meter(
+            "polyadapt_mark_refusals",
+            "counter",
+            "Requests that a mark is required for and that got no answer, by why the user could "
+            "not be told: no_user, no_signature, or not_opened, a signature that does not decrypt",
+            ("reason",),
+        ),
+        Meter(
             "polyadapt_choices",
             "counter",
             'Requests with model "auto" by why an adapter (best) or the base was chosen',

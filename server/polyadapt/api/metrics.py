@@ -164,6 +164,10 @@ class _EngineCollector(Collector):
         stats, info = self._engine.stats(), self._engine.info
         yield _value("polyadapt_ready", self._is_ready())
         yield _count("polyadapt_engine_restarts", self._engine.num_restarts)
+        refusals = METERS["polyadapt_mark_refusals"].counter()
+        for reason, count in self._directory.mark_refusals.items():
+            refusals.add_metric([reason], float(count))
+        yield refusals
         yield from self._steps(stats)
         yield _value("polyadapt_kv_pages_used", stats.num_used_pages)
         yield _value("polyadapt_kv_pages_cached", stats.num_cached_pages)

@@ -204,6 +204,8 @@ class AdapterDirectory:
         self._drops: set[asyncio.Task[None]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
+        # Requests that nobody could be told by, by why; each is a refusal.
+        self.mark_refusals = dict.fromkeys(("no_user", "no_signature", "not_opened"), 0)
         self.policies = Policies(store.policies)
         book = store.signatures if rows is None else store.signatures.sealed_by(rows)
         self.signatures = Signatures(book)
@@ -490,8 +492,13 @@ class AdapterDirectory:
         given = dict(entry.options)
         if secret.name in given:
             user = tenant_user(tenant)
-        bits = None if user is None else self.signatures.of(entry.record.digest, user)
+        try:
+            bits = None if user is None else self.signatures.of(entry.record.digest, user)
+        except SecretsUnavailable:
+            self.mark_refusals["not_opened"] += 1
+            raise
         if bits is None:
+            self.mark_refusals["no_user" if user is None else "no_signature"] += 1
             who = "a caller without a key of its own" if user is None else f"the key {user!r}"
             raise Forbidden(
                 f"by policy every answer is marked by {entry.record.name!r}, and {who} has no "

@@ -31,6 +31,7 @@ from polyadapt.watermark.endpoint import Endpoint, EndpointLimits, EndpointUrl
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.mark_directory import (
     BRANCHES_NAME,
+    BUNDLE_FILES,
     CONFIG_NAME,
     SECRETS_NAME,
     MarkDirectory,
@@ -45,7 +46,6 @@ from polyadapt_store.manifest import AdapterRecord
 from polyadapt_store.marks import MarkBook, MarkRecord
 from polyadapt_store.signatures import Signature
 
-BUNDLE = (CONFIG_NAME, BRANCHES_NAME, SECRETS_NAME)
 _MAX_SMALL = 16 << 20  # bytes of a bundle's config, or of its secrets
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -122,9 +122,10 @@ class MarkService:
         """
         kek = self._key()
         found = {file.name: file for file in files}
-        if len(files) != len(BUNDLE) or set(found) != set(BUNDLE):
+        if len(files) != len(BUNDLE_FILES) or set(found) != set(BUNDLE_FILES):
             raise InvalidRequest(
-                f"the files are {sorted(found)}, expected a mark's bundle: {', '.join(BUNDLE)}",
+                f"the files are {sorted(found)}, expected a mark's bundle: "
+                f"{', '.join(BUNDLE_FILES)}",
                 param="files",
             )
         config, sealed = (_small(found[file]) for file in (CONFIG_NAME, SECRETS_NAME))

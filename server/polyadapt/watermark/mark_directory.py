@@ -33,6 +33,7 @@ from polyadapt_store.strict_json import StrictJsonError, parse_object
 CONFIG_NAME = "config.json"
 BRANCHES_NAME = "branches.safetensors"
 SECRETS_NAME = "triggers.enc"
+BUNDLE_FILES = (CONFIG_NAME, BRANCHES_NAME, SECRETS_NAME)  # what a server takes
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT_VERSION = 1
 QUERIES_SUFFIX = ".queries.enc"

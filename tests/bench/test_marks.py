@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import mark_classifier, mark_codes, mark_robustness, mark_tracing, mark_who
+from bench import (
+    mark_classifier,
+    mark_codes,
+    mark_robustness,
+    mark_tracing,
+    mark_who,
+    text_marks,
+)
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
@@ -66,3 +73,23 @@ def test_the_picture_of_the_page_is_drawn_from_the_saved_scores():
     for text in (words["verdict"], words["how_sure"], *words["why"]):
         assert text in page
     assert len(found["scores"]) == 1000
+
+
+def test_the_page_shows_what_was_measured_of_texts():
+    result = json.loads((RESULTS / "text-marks.json").read_text())
+    table = text_marks.to_markdown(result)
+    assert table in (ROOT / "docs" / "watermarks.md").read_text()
+    assert text_marks.chart(result) == (ROOT / "docs" / "text-marks.svg").read_text()
+    assert {row["scheme"] for row in result["power"]} == set(text_marks.SCHEMES)
+    assert all(row["num_texts"] == text_marks.NUM_UNMARKED for row in result["null"])
+
+
+def test_unmarked_texts_are_held_for_a_keys_no_more_often_than_stated():
+    """Counts that alpha explains with a chance below 1 % would say that p-values are no such."""
+    result = json.loads((RESULTS / "text-marks.json").read_text())
+    for row in result["null"]:
+        assert row["chance_of_so_many_named"] >= 0.01, row
+        for level in row["levels"]:
+            most = {1e-2: 124, 1e-3: 18}[level["alpha"]]
+            assert level["num_held_for_marked"] <= most, row
+    assert sum(row["innocent_named"] for row in result["power"]) == 0

@@ -296,6 +296,7 @@ def test_every_message_survives_the_wire():
 
 def test_the_engine_is_not_told_the_operators_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     secret = {"POLYADAPT_API_KEYS": "k", "POLYADAPT_MARK_KEK": "k", "POLYADAPT_MARK_KEK_FILE": "/k"}
+    secret |= {"POLYADAPT_TEXT_MARK_KEY": "k", "POLYADAPT_TEXT_MARK_KEY_FILE": "/k"}
     for name, value in (secret | {"POLYADAPT_NATIVE": "1"}).items():
         monkeypatch.setenv(name, value)
     found = _environment()

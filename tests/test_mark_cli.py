@@ -364,8 +364,15 @@ def test_a_language_models_mark_by_command(tiny_model, tmp_path, monkeypatch):
     assert "over 20 random signatures" in ok("train", *given, "--steps", 4)
     calibrated = ok("calibrate", mark, "--reference", base, "--queries", 20, *kek)
     assert "1 unmarked models give a bit's target at a rate of at most" in calibrated
-    status, output = run("export", mark, tmp_path / "c", "--model", base, "--user", "a", *kek)
-    assert (status, "convert --from markboard" in " ".join(output.split())) == (1, True)
+    output = ok("export", mark, tmp_path / "c", "--model", base, "--user", "a", *kek)
+    assert "bundle" in output
+    assert "can cut them off" in output
+    copy = load_file(tmp_path / "c" / "adapter" / "adapter_model.safetensors")
+    stored = load_file(mark / "branches.safetensors")
+    (name,) = (name for name in stored if name.endswith("mark_B"))
+    own = [any((copy[name][i] == stored[name][bit, i]).all() for bit in (0, 1)) for i in (0, 1)]
+    assert own == [True, True]
+    assert copy[name].ndim == stored[name].ndim - 1
     assert "markboard" in (CliRunner().invoke(
         app, ["convert", "--from", "markboard", str(mark), str(tmp_path / "adapter")]
     ).output + (tmp_path / "adapter" / "adapter_config.json").read_text()).lower()  # fmt: skip

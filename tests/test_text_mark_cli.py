@@ -65,6 +65,39 @@ def test_a_text_is_traced_and_the_record_checks(key_file: Path, tmp_path: Path):
         assert found.exit_code == code, found.output
 
 
+def test_the_one_command_says_whose_text_it_is_in_words(key_file: Path, tmp_path: Path):
+    model = byte_tokenizer.write(tmp_path / "model")
+    (model / "config.json").write_text("{}")
+    text = write_text(key_file, "key-7", tmp_path / "text")
+    users, record, plot = (tmp_path / name for name in ("users", "record.json", "plot.svg"))
+    users.write_text("\n".join(f"key-{i}" for i in range(50)))
+    common = [
+        "mark",
+        "who",
+        "--users",
+        str(users),
+        "--model",
+        str(model),
+        "--key-file",
+        str(key_file),
+    ]
+    to = ["--out", str(record), "--plot", str(plot)]
+    found = RUNNER.invoke(app, [*common, "--text", str(text), *to])
+    assert found.exit_code == 0, found.output
+    assert found.output.startswith("It was written for key-7.\n")
+    assert len(json.loads(record.read_text())["record"]["ranked"]) == 10
+    assert "key-7" in plot.read_text()
+    found = RUNNER.invoke(app, [*common, "--text", "-"], input="nothing that was marked " * 9)
+    assert (found.exit_code, found.output.startswith("Nobody can be named.")) == (3, True)
+    for more in (
+        [],
+        ["--text", str(text), "--reading", str(record)],
+        [str(tmp_path), "--text", "-"],
+    ):
+        found = RUNNER.invoke(app, [*common, *more])
+        assert (found.exit_code, "or --text FILE alone" in found.output) == (1, True), found.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [(["--scheme", "kgw:x"], "kgw[:WIDTH"), (["--scheme", "no"], "none of"), ([], "no key")],

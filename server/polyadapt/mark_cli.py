@@ -380,8 +380,21 @@ def trace(
 
 @mark_app.command()
 def who(
-    path: MarkDir,
     users: Users,
+    path: Annotated[
+        Path | None, typer.Argument(help="The mark's directory; none for a text.", metavar="MARK")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A text instead of a model: a file, or - for the input.")
+    ] = None,
+    scheme: Annotated[
+        list[str], typer.Option(help="Of a text: what it may be marked by, see text-trace.")
+    ] = ["kgw"],  # noqa: B006 - typer reads it and never changes it
+    key_version: Annotated[int, typer.Option(min=1, help="Of a text: as the policy says.")] = 1,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(help="Of a text: its key; else POLYADAPT_TEXT_MARK_KEY_FILE."),
+    ] = None,
     suspect: Suspect = None,
     asked: Asked = None,
     answers: Answers = None,
@@ -406,23 +419,39 @@ def who(
     """Ask a suspect and say in words who, how sure and why. Status 0 if somebody is named, 3 if
     nobody can be, 1 for an error.
     """
-    with one_clear_line(), _mark(path, kek_file) as mark:
+    with one_clear_line():
         from polyadapt.watermark.figure import figure
-        from polyadapt.watermark.records import attribute_record, read_record
 
         names = _names(users)
-        ways = (suspect, asked, answers, endpoint)
-        if reading is None:
-            signed = _read(
-                mark, suspect, asked, answers, endpoint, model, prose, max_queries, bit_alpha, data
-            )
-        elif any(way is not None for way in ways):
+        is_asked = any(way is not None for way in (suspect, asked, answers, endpoint))
+        if reading is not None and is_asked:
             raise StartupError("give --reading FILE or something to ask, and not both")
+        if (path is None) != (text is not None) or (text is not None and (reading or is_asked)):
+            raise StartupError("give MARK and a suspect of it, or --text FILE alone")
+        if text is not None:
+            from polyadapt.text_mark_cli import read_signed
+            from polyadapt.watermark.attribution import attribute_text, standing_of_text
+
+            finding, evidence = read_signed(
+                text, names, scheme, model or "smollm2", key_version, alpha, key_file
+            )
+            words, standing = attribute_text(finding), standing_of_text(finding)
         else:
-            signed = _text(reading)
-        words, standing, evidence = attribute_record(
-            mark, read_record(mark, signed.encode()), names, alpha
-        )
+            assert path is not None
+            from polyadapt.watermark.records import attribute_record, read_record
+
+            with _mark(path, kek_file) as mark:
+                signed = (
+                    _text(reading)
+                    if reading is not None
+                    else _read(
+                        mark, suspect, asked, answers, endpoint, model, prose, max_queries,
+                        bit_alpha, data,
+                    )
+                )  # fmt: skip
+                words, standing, evidence = attribute_record(
+                    mark, read_record(mark, signed.encode()), names, alpha
+                )
         _say(str(words))
         if record is not None:
             _write(record, evidence)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -36,6 +38,7 @@ Scheme = Annotated[
 ]
 KeyVersion = Annotated[int, typer.Option(min=1, help="As the policy says.")]
 Alpha = Annotated[float, typer.Option(help="Chance of naming any innocent at all.")]
+_NUM_SHOWN = 10  # of the users, best first
 Out = Annotated[Path | None, typer.Option("--out", help="Where the signed record goes.")]
 
 
@@ -129,6 +132,24 @@ def _read(
     record: Path | None,
     key_file: Path | None,
 ) -> TextFinding:
+    found, signed = read_signed(path, users, schemes, model, key_version, alpha, key_file)
+    if record is not None:
+        record.write_text(signed, encoding="utf-8")
+    return replace(found, ranked=found.ranked[: max(_NUM_SHOWN, len(found.accused))])
+
+
+def read_signed(
+    path: Path,
+    users: Sequence[str],
+    schemes: Sequence[str],
+    model: str,
+    key_version: int,
+    alpha: float,
+    key_file: Path | None,
+) -> tuple[TextFinding, str]:
+    """Return what is found of a text, with every user ranked, and its signed record, which has the
+    first of them. The path - is standard input.
+    """
     from polyadapt.models.fetch import resolve_model
     from polyadapt.tasks.tokenizer import Tokenizer
     from polyadapt.watermark.text_reading import read_text, sign_finding
@@ -139,11 +160,9 @@ def _read(
     directory = resolve_model(model, config.home)
     tokens = Tokenizer.load(directory).encode(text, add_special_tokens=False)
     settings = [parse_scheme(scheme, key_version) for scheme in schemes]
-    found = read_text(master, settings, users, tokens, alpha=alpha)
-    if record is not None:
-        signed = sign_finding(master, found, text, f"the tokenizer of {directory.name}")
-        record.write_text(signed, encoding="utf-8")
-    return found
+    found = read_text(master, settings, users, tokens, alpha=alpha, num_shown=len(users))
+    shown = replace(found, ranked=found.ranked[: max(_NUM_SHOWN, len(found.accused))])
+    return found, sign_finding(master, shown, text, f"the tokenizer of {directory.name}")
 
 
 def _master(config: WatermarkConfig, key_file: Path | None) -> SecretKey:
@@ -186,6 +205,8 @@ def _say(text: str) -> None:
 
 def _text(path: Path) -> str:
     try:
+        if path == Path("-"):
+            return sys.stdin.read()
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise StartupError(f"{path} cannot be read as text") from None

@@ -7,20 +7,19 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from polyadapt.types import MarkSettings
 from polyadapt.watermark.attribution import (
     Standing,
     attribute_copy,
     attribute_text,
     standing_of_copy,
+    standing_of_text,
 )
 from polyadapt.watermark.codebook import Codebook, Design
 from polyadapt.watermark.figure import figure
 from polyadapt.watermark.keys import SecretKey
-from polyadapt.watermark.text import (
-    TextReading,
-    TextSuspicion,
-    TextTrace,
-)
+from polyadapt.watermark.text import TextReading
+from polyadapt.watermark.text_reading import TextFinding, UserReading
 from polyadapt.watermark.trace import trace
 
 USERS = [f"user-{i}" for i in range(500)]
@@ -93,29 +92,32 @@ def test_several_who_put_copies_together_are_all_named():
     assert set(words.to_data()) == {"who", "verdict", "how_sure", "why", "not_shown"}
 
 
-def text_trace(*, is_named: bool) -> TextTrace:
-    fields = dict.fromkeys(TextReading.__dataclass_fields__, 0)
-    readings = [
-        TextReading(**{**fields, "num_scored": 90, "z": z, "p_value": p})
-        for z, p in ((8.25, 1e-11) if is_named else (2.5, 6e-3), (1.0, 0.2))
-    ]
+def text_finding(*, is_named: bool) -> TextFinding:
+    settings = MarkSettings("kgw", 2)
     ranked = tuple(
-        TextSuspicion(user, reading, min(1.0, reading.p_value * 500))
-        for user, reading in zip(("ann", "ben"), readings, strict=True)
+        UserReading(user, settings, TextReading(90, 40.0, 22.5, z, p), p, min(1.0, p * 500))
+        for user, (z, p) in {
+            "ann": (8.25, 1e-11) if is_named else (2.5, 6e-3),
+            "ben": (1.0, 0.2),
+        }.items()
     )
-    return TextTrace(ranked[: int(is_named)], ranked, 500, 1e-3)
+    return TextFinding(ranked[: int(is_named)], ranked, 500, 92, (settings,), (), 1e-3)
 
 
 def test_a_text_is_given_to_the_user_whose_key_speaks_for_it():
-    words = attribute_text(text_trace(is_named=True))
+    words = attribute_text(text_finding(is_named=True))
     assert words.who == ("ann",)
     assert "by 8.2 standard deviations" in str(words)
     assert "at most 5.0e-09" in words.how_sure
     assert "ben" not in str(words)
-    nobody = attribute_text(text_trace(is_named=False))
+    nobody = attribute_text(text_finding(is_named=False))
     assert nobody.is_nobody
     assert "by 2.5 standard deviations" in str(nobody)
     assert "too short" in str(nobody)
+    standing = standing_of_text(text_finding(is_named=True))
+    assert standing.scores == {"ann": 8.25, "ben": 1.0}
+    assert standing.accused == ("ann",)
+    assert standing.threshold == pytest.approx(4.61, abs=0.01)  # of 2e-6
 
 
 def test_the_picture_shows_every_user_the_threshold_and_the_bits():

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 from polyadapt.watermark.codebook import Codebook
 from polyadapt.watermark.statistics import Bit, binomial_tail, scores_of
-from polyadapt.watermark.text import TextTrace
+from polyadapt.watermark.text_reading import TextFinding
 from polyadapt.watermark.trace import Trace
 
 # Of an unmarked model having so many bits decided: below it the mark is said to be there.
@@ -108,7 +109,7 @@ def attribute_copy(found: Trace, bit_alpha: float) -> Attribution:
     )
 
 
-def attribute_text(found: TextTrace) -> Attribution:
+def attribute_text(found: TextFinding) -> Attribution:
     """Put in words whose text it is."""
     best = found.ranked[0].reading if found.ranked else None
     num_scored = 0 if best is None else best.num_scored
@@ -117,7 +118,7 @@ def attribute_text(found: TextTrace) -> Attribution:
         why.append(
             f"{entry.user}'s key speaks for the text by {entry.reading.z:.1f} standard deviations; "
             "a key that has nothing to do with it does as much with a chance of "
-            f"{_chance(entry.reading.p_value)}."
+            f"{_chance(entry.p_value)}."
         )
     if not found.accused:
         why.append("The text may be unmarked, too short, rewritten, or mostly somebody else's.")
@@ -157,6 +158,19 @@ def standing_of_copy(
         unit="score against the bits that were read",
         bits=tuple(bits),
         own_bits=tuple(rows[best].tolist()),
+    )
+
+
+def standing_of_text(found: TextFinding) -> Standing:
+    """Return the score of every user that `found` ranks. The threshold is for the eye: decided is
+    by exact tails, drawn by the normal's.
+    """
+    share = found.alpha / (found.num_users * len(found.settings))
+    return Standing(
+        scores={entry.user: entry.reading.z for entry in found.ranked},
+        threshold=NormalDist().inv_cdf(1 - share),
+        accused=tuple(entry.user for entry in found.accused),
+        unit="standard deviations by which a key speaks for the text",
     )
 
 

@@ -11,6 +11,7 @@ from bench import (
     mark_classifier,
     mark_codes,
     mark_robustness,
+    mark_serving,
     mark_tracing,
     mark_who,
     text_marks,
@@ -93,3 +94,15 @@ def test_unmarked_texts_are_held_for_a_keys_no_more_often_than_stated():
             most = {1e-2: 124, 1e-3: 18}[level["alpha"]]
             assert level["num_held_for_marked"] <= most, row
     assert sum(row["innocent_named"] for row in result["power"]) == 0
+
+
+def test_marked_rows_reach_the_throughput_that_the_page_says():
+    found = json.loads((RESULTS / "mark-serving.json").read_text())
+    assert {row["form"] for row in found["rows"]} == set(mark_serving.FORMS)
+    assert (found["method"]["rows"], found["method"]["bits"]) == (32, 64)
+    assert all(row["relative"] >= mark_serving.TARGET for row in found["rows"])
+    page = (ROOT / "docs" / "watermarks.md").read_text()
+    linear, hinge, first = (f"{row['relative']:.2f}" for row in found["rows"])
+    assert (
+        f"{linear} (linear), {hinge} (hinge) and {first} (hinge, first answer token only)" in page
+    )

@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency bench-text-marks experiments clean
+.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench-residency: $(VENV)/.dev model ## Measure what loading and evicting costs (
 
 bench-text-marks: $(VENV)/.dev model ## Measure marks in texts: cost, errors, power (half an hour)
 	$(BIN)/python -m bench.text_marks $(ARGS)
+
+simulate: $(VENV)/.dev ## Simulate the router on 1,000 devices, held to two real engines first
+	$(BIN)/python -m bench.simulate $(ARGS)
 
 experiments: $(VENV)/.dev ## Train tiny models to see the papers' effects (slow: about 30 minutes)
 	$(BIN)/python -m bench.experiments $(ARGS)

@@ -24,7 +24,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
-_MASK = (1 << 64) - 1
+import numpy as np
+
 _MOST_REMEMBERED = 200_000  # keys whose rendezvous order is kept; the oldest leave first
 
 
@@ -68,6 +69,8 @@ class Router:
         self._unready: dict[str, int] = {}
         self._total = 0  # of the ready engines
         self._by_key: Counter[str] = Counter()
+        self._names: list[str] = []  # of all engines, and in `_hashes` their seeds, when asked for
+        self._hashes: np.ndarray | None = None
         self._orders: dict[str, tuple[str, ...]] = {}  # key -> the first engines of its order
 
     # ------------------------------------------------------------------ members
@@ -83,6 +86,7 @@ class Router:
         self._seeds[engine] = _hash(engine)
         (self._ready if is_ready else self._unready)[engine] = 0
         self._orders.clear()
+        self._hashes = None
 
     def remove(self, engine: str) -> None:
         """Have it no more; its load is forgotten with it. Raises KeyError."""
@@ -90,6 +94,7 @@ class Router:
         self._total -= self._ready.pop(engine, 0)
         self._unready.pop(engine, None)
         self._orders.clear()
+        self._hashes = None
 
     def set_ready(self, engine: str, is_ready: bool) -> None:
         """Say whether it takes requests. Its place in every order stays its own meanwhile."""
@@ -205,10 +210,13 @@ class Router:
         order = self._orders.get(key)
         if order is not None and len(order) >= min(count, len(self._seeds)):
             return order
-        seed = _hash(key)
-        scored = sorted(self._seeds, key=lambda e: (_mix(seed ^ self._seeds[e]), e), reverse=True)
+        if self._hashes is None:
+            self._names = sorted(self._seeds)
+            self._hashes = np.array([self._seeds[name] for name in self._names], np.uint64)
+        scores = _mix(self._hashes ^ np.uint64(_hash(key)))
+        best = np.argsort(scores, kind="stable")[::-1]
         # The next power of two, so that a growing k seldom asks again.
-        order = tuple(scored[: max(8, 1 << count.bit_length())])
+        order = tuple(self._names[i] for i in best[: max(8, 1 << count.bit_length())])
         self._orders.pop(key, None)
         self._orders[key] = order
         if len(self._orders) > _MOST_REMEMBERED:
@@ -225,10 +233,11 @@ def _hash(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big")
 
 
-def _mix(value: int) -> int:
+def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
-    generators", 2014): every bit of the input turns about half of the output's.
+    generators", 2014): every bit of the input turns about half of the output's. uint64 in and out.
     """
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

@@ -21,13 +21,25 @@ RELEASES = ("1.29", "1.37")  # the oldest of Chart.yaml's kubeVersion, and the n
 PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 POOL = {"enabled": True, "endpointPicker": {"name": "picker", "port": 9002}}
 ROUTE = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["llm.example.com"]}
+SHARED_KEYS = {
+    "databaseUrl": "database",
+    "awsAccessKeyId": "s3-id",
+    "awsSecretAccessKey": "s3-secret",
+}
+SHARED_STORE = {"blobUrl": "s3://bucket/adapters"}
+KEDA: Manifest = {
+    "autoscaling": {"kind": "keda"},
+    "secret": {"keys": SHARED_KEYS},
+    "store": SHARED_STORE,
+}
 EVERYTHING: Manifest = {
     "replicas": 3,
     "image": {"digest": "sha256:" + "0" * 64},
     "imagePullSecrets": [{"name": "registry"}],
     "gpu": {"count": 1},
     "settings": {"max_num_seqs": 8, "kv_cache_bytes": "1GiB", "adapter_roots": ["/models"]},
-    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek"}},
+    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", **SHARED_KEYS}},
+    "store": SHARED_STORE,
     "secretEnv": {"HF_TOKEN": "hf"},
     "env": {"OMP_NUM_THREADS": "4"},
     "extraVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
@@ -48,7 +60,11 @@ EVERYTHING: Manifest = {
 MATRIX: dict[str, Manifest] = {
     "defaults": {},
     "everything": EVERYTHING,
-    "hpa": {"autoscaling": {"kind": "hpa"}},
+    "hpa": {
+        "autoscaling": {"kind": "hpa"},
+        "secret": {"keys": {"databaseUrl": "database"}},
+        "store": {"blobUrl": "gs://bucket"},
+    },
     "claim": {"cache": {"existingClaim": "home"}},
     "bare": {
         "podDisruptionBudget": {"enabled": False},
@@ -125,11 +141,14 @@ def test_the_chart_and_the_package_have_one_version() -> None:
         ({"secret": {"keys": {"apiKey": ""}}}, "apiKey"),
         ({"env": {"A B": "x"}}, "A B"),
         ({"autoscaling": {"kind": "magic"}}, "/autoscaling/kind"),
-        ({"autoscaling": {"kind": "keda"}}, "prometheusAddress"),
+        (KEDA, "prometheusAddress"),
         ({"inferencePool": {"enabled": True}}, "endpointPicker.name"),
         ({"httpRoute": {"enabled": True}}, "parentRefs"),
         ({"terminationGracePeriodSeconds": 119}, "expected at least 120"),
         ({"drain": {"graceSeconds": 300}, "terminationGracePeriodSeconds": 300}, "least 330"),
+        ({"replicas": 2}, "one registry and one store of adapters"),
+        ({"autoscaling": {"kind": "hpa"}}, "one registry and one store of adapters"),
+        ({"store": {"blobUrl": "/srv"}}, "/store/blobUrl"),
         ({"replicas": 2, "cache": {"existingClaim": "home"}}, "one volume for one replica"),
     ],
 )
@@ -311,6 +330,9 @@ def test_no_secret_is_in_any_object(helm: Helm) -> None:
     assert named == {
         "POLYADAPT_API_KEY": {"name": "keys", "key": "admin"},
         "POLYADAPT_MARK_KEK": {"name": "keys", "key": "kek"},
+        "POLYADAPT_DATABASE_URL": {"name": "keys", "key": "database"},
+        "AWS_ACCESS_KEY_ID": {"name": "keys", "key": "s3-id"},
+        "AWS_SECRET_ACCESS_KEY": {"name": "keys", "key": "s3-secret"},
         "HF_TOKEN": {"name": "keys", "key": "hf"},
     }
 

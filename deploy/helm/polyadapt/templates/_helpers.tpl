@@ -55,5 +55,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if and $many .Values.cache.existingClaim }}
 {{- fail "cache.existingClaim is one volume for one replica; leave it empty, or set replicas to 1 and autoscaling.kind to none" }}
 {{- end }}
+{{- if and $many (not (and .Values.secret.keys.databaseUrl .Values.store.blobUrl)) }}
+{{- fail "several replicas need one registry and one store of adapters: set secret.keys.databaseUrl and store.blobUrl" }}
+{{- end }}
 {{- int .Values.replicas }}
 {{- end }}

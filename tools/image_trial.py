@@ -233,7 +233,7 @@ def _container(home: Path, port: int, key: str) -> Iterator[str]:
 
 
 def _await_ready(client: httpx.Client, name: str) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while True:
         with contextlib.suppress(httpx.TransportError):
             if client.get("/ready").status_code == 200:

@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from tests.support.chart import CHART, Helm, Manifest, only, server_of, tools_folder
+from tests.support.chart import CHART, Helm, Manifest, only, server_of, settings_of, tools_folder
 
 from polyadapt.config import load_config
 
@@ -41,6 +41,7 @@ EVERYTHING: Manifest = {
     "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", **SHARED_KEYS}},
     "store": SHARED_STORE,
     "secretEnv": {"HF_TOKEN": "hf"},
+    "adapters": {"entries": [{"name": "sql", "source": "hf://org/sql@main"}], "prune": True},
     "env": {"OMP_NUM_THREADS": "4"},
     "extraVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
     "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
@@ -220,7 +221,7 @@ def test_the_server_accepts_its_settings(helm: Helm, values: Manifest, tmp_path:
     objects = helm.template(values)
     container = server_of(objects)
     file = tmp_path / "config.yaml"
-    file.write_text(only(objects, "ConfigMap")["data"]["config.yaml"])
+    file.write_text(settings_of(objects))
     environ = {each["name"]: each.get("value", "a-secret") for each in container["env"]}
     config = load_config({}, environ=environ, file=file)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -299,6 +300,36 @@ def test_replicas_are_the_autoscalers_where_there_is_one(helm: Helm) -> None:
             "kind": "Deployment",
             "name": deployment["metadata"]["name"],
         }
+
+
+def test_the_adapters_are_applied_through_the_service(helm: Helm) -> None:
+    objects = helm.template(EVERYTHING)
+    job = only(objects, "Job")
+    assert "post-upgrade" in job["metadata"]["annotations"]["helm.sh/hook"]
+    template = job["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    (service,) = [
+        each for each in objects
+        if each["kind"] == "Service" and each["spec"]["ports"][0]["name"] == "http"
+    ]  # fmt: skip
+    address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    file, _, server, _, wait_s, prune = container["args"]
+    assert (server, prune) == (address, "--prune")
+    assert float(wait_s) == 900
+    (mounted,) = [m for m in container["volumeMounts"] if file.startswith(m["mountPath"] + "/")]
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    name = volumes[mounted["name"]]["configMap"]["name"]
+    (held,) = [each for each in objects if each["metadata"]["name"] == name]
+    entries = yaml.safe_load(held["data"]["adapters.yaml"])["adapters"]
+    assert entries == EVERYTHING["adapters"]["entries"]
+    labels = template["metadata"]["labels"]
+    assert not service["spec"]["selector"].items() <= labels.items(), "it would be sent requests"
+    (rule,) = [
+        rule for rule in only(objects, "NetworkPolicy")["spec"]["ingress"]
+        if rule["ports"] == [{"port": "http"}]
+    ]  # fmt: skip
+    assert {"podSelector": {"matchLabels": labels}} in rule["from"]
+    assert not [each for each in helm.template({}) if each["kind"] == "Job"]
 
 
 def test_a_gpu_asks_for_the_device_and_the_cuda_image(helm: Helm) -> None:

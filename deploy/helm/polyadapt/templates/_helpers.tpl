@@ -15,6 +15,11 @@ app.kubernetes.io/name: {{ include "polyadapt.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "polyadapt.applySelector" -}}
+app.kubernetes.io/name: {{ include "polyadapt.name" . }}-apply
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "polyadapt.labels" -}}
 {{ include "polyadapt.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}

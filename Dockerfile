@@ -8,8 +8,8 @@ FROM ${PYTHON_IMAGE} AS dependencies
 ARG VARIANT=cpu
 # Empty: pip's own configuration says where torch comes from.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-# Of pyproject.toml: a registry in PostgreSQL, traces.
-ARG EXTRAS=postgres,otel
+# Of pyproject.toml: a shared registry, a shared store of adapters, traces.
+ARG EXTRAS=postgres,object-store,otel
 WORKDIR /src
 RUN python3 -m venv /opt/polyadapt
 COPY pyproject.toml ./

@@ -144,6 +144,12 @@ def test_the_image_sets_only_settings_that_exist_and_does_not_run_as_root():
     assert re.search(r"^USER [1-9]", stages[-1], re.MULTILINE)
 
 
+def test_the_image_has_extras_that_exist():
+    extras = re.search(r"^ARG EXTRAS=(\S+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert extras
+    assert set(extras[1].split(",")) <= set(PROJECT["optional-dependencies"])
+
+
 def _version() -> str:
     text = (ROOT / "server" / "polyadapt" / "__init__.py").read_text()
     match = re.search(r'__version__ = "(.+?)"', text)

@@ -2,7 +2,8 @@
 
 python -m tools.image_trial [--base IMAGE] [--keep]
 
-Needs root and Debian's buildah, podman, runc and, where no --base is given, debootstrap. Without a
+Then the chart's Deployment once more from its manifest, by `podman play kube`. Needs root and
+Debian's buildah, podman, catatonit, runc and, where no --base is given, debootstrap. Without a
 daemon and without a registry: the base is then made of Debian's packages, by debootstrap. pip
 inside the build is configured as it is here, by mounts, so that nothing of this machine is in the
 image. Prints what was seen; status 1 with the reason when anything differs.
@@ -11,6 +12,7 @@ image. Prints what was seen; status 1 with the reason when anything differs.
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import json
 import os
@@ -29,6 +31,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import httpx
+import yaml
+from tools.kubernetes_tools import obtain_tools
 
 from polyadapt.config import default_home
 from polyadapt.models.fetch import fetch_model
@@ -47,7 +51,7 @@ def main() -> None:
     parser.add_argument("--base", help="an image with Python 3.11 instead of one made here")
     parser.add_argument("--keep", action="store_true", help="leave the built image")
     options = parser.parse_args()
-    needed = ["buildah", "podman", "runc", *([] if options.base else ["debootstrap"])]
+    needed = ["buildah", "podman", "catatonit", "runc", *([] if options.base else ["debootstrap"])]
     missing = [name for name in needed if shutil.which(name) is None]
     if missing:
         sys.exit(f"missing: {' '.join(missing)}; apt-get install {' '.join(missing)}")
@@ -57,8 +61,15 @@ def main() -> None:
         work = Path(name)
         base = options.base or _base_image(work)
         _timed("built", lambda: _build(base, work))
+        _limit_processes(work)
+        home = work / "home"
+        shutil.copytree(
+            fetch_model("smollm2", default_home(os.environ)), home / "models" / "smollm2"
+        )
+        _run("chown", "-R", f"{USER}:{USER}", str(home))
         try:
-            _try_image(work)
+            _try_image(home)
+            _try_manifest(work, home / "models")
         finally:
             if not options.keep:
                 _run("buildah", "rmi", IMAGE)
@@ -125,38 +136,92 @@ def _pip_configuration() -> tuple[str, list[Path]]:
 
 
 # --------------------------------------------------------------------------- use
-def _try_image(work: Path) -> None:
-    home = work / "home"
-    model = fetch_model("smollm2", default_home(os.environ))
-    shutil.copytree(model, home / "models" / "smollm2")
-    _run("chown", "-R", f"{USER}:{USER}", str(home))
-    key = f"sk-{secrets.token_hex(16)}"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with (
-        _container(home, port, key) as name,
-        httpx.Client(
-            base_url=f"http://127.0.0.1:{port}",
-            headers={"authorization": f"Bearer {key}"},
-            timeout=300,
-        ) as client,
-    ):
+def _limit_processes(work: Path) -> None:
+    """Ask podman for no more than this process has itself, where it may not raise its limits."""
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    processes = min(resource.getrlimit(resource.RLIMIT_NPROC)[1], 4096)
+    limits = [f"nofile={files}:{files}", f"nproc={processes}:{processes}"]
+    file = work / "containers.conf"
+    file.write_text(f"[containers]\ndefault_ulimits = {json.dumps(limits)}\n")
+    os.environ["CONTAINERS_CONF"] = str(file)
+
+
+def _try_image(home: Path) -> None:
+    """Run it as compose.yaml does; use it, and end it in the middle of a stream."""
+    key, port = f"sk-{secrets.token_hex(16)}", _free_port()
+    with _container(home, port, key) as name, _client(port, key) as client:
         _timed("ready", lambda: _await_ready(client, name))
         _check_inside(name)
         _use(client)
         _drain(client, name)
 
 
+def _try_manifest(work: Path, models: Path) -> None:
+    """Run what helm makes of the chart: Deployment and ConfigMap; use it and end it.
+
+    podman 4 knows no startup or readiness probe and no hook, gives a liveness probe to systemd, and
+    takes no ports on the host's network:
+    tests/deploy/test_contract.py is where those are held to what they promise.
+    """
+    key, port = f"sk-{secrets.token_hex(16)}", _free_port()
+    repository, _, tag = IMAGE.rpartition(":")
+    values = {
+        "image": {"repository": repository, "tag": tag},
+        "model": "/models/smollm2",
+        "host": "127.0.0.1",
+        "ports": {"http": port, "internal": _free_port()},
+        "drain": {"noticeSeconds": 1, "graceSeconds": 120},
+        "extraVolumes": [{"name": "models", "hostPath": {"path": str(models)}}],
+        "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
+    }
+    helm = obtain_tools(default_home(os.environ)) / "helm"
+    chart = ROOT / "deploy" / "helm" / "polyadapt"
+    rendered = _run(str(helm), "template", "trial", str(chart), "--set-json", json.dumps(values))
+    objects = [each for each in yaml.safe_load_all(rendered) if each]
+    kept = [each for each in objects if each["kind"] in ("Deployment", "ConfigMap")]
+    (deployment,) = [each for each in kept if each["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    del container["livenessProbe"], container["ports"]
+    secret = work / "secret.json"  # as podman keeps what Kubernetes has as a Secret's data
+    secret.write_text(json.dumps({"api-key": base64.b64encode(key.encode()).decode()}))
+    file = work / "manifest.yaml"
+    file.write_text(yaml.safe_dump_all(kept))
+    podman = ("podman", "--runtime", "runc")
+    try:
+        _run("podman", "secret", "create", "polyadapt", str(secret))
+        _run(*podman, "play", "kube", "--network", "host", str(file))
+        names = _run("podman", "ps", "--format", "{{.Names}}").split()
+        (name,) = [each for each in names if each.endswith("-server")]
+        with _client(port, key) as client:
+            _timed("the manifest's pod ready", lambda: _await_ready(client, name))
+            _use(client)
+            _drain(client, name)
+    finally:
+        down = [*podman, "play", "kube", "--down", str(file)]
+        for command in (down, ["podman", "secret", "rm", "polyadapt"]):
+            subprocess.run(command, capture_output=True, check=False)
+
+
+def _client(port: int, key: str) -> httpx.Client:
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        headers={"authorization": f"Bearer {key}"},
+        timeout=300,
+    )
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
 @contextlib.contextmanager
 def _container(home: Path, port: int, key: str) -> Iterator[str]:
     """Run the image as compose.yaml does, on the loopback interface of this machine."""
     name = f"polyadapt-trial-{os.getpid()}"
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    processes = min(resource.getrlimit(resource.RLIMIT_NPROC)[1], 4096)
     command = ["podman", "run", "--detach", "--name", name, "--runtime", "runc", "--no-healthcheck"]
     command += ["--network", "host", "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all"]
     command += ["--security-opt", "no-new-privileges", "--volume", f"{home}:/data"]
-    command += ["--ulimit", f"nofile={files}:{files}", "--ulimit", f"nproc={processes}:{processes}"]
     drain = ("DRAIN_NOTICE_S=1", "DRAIN_GRACE_S=120")
     for setting in (f"API_KEY={key}", "HOST=127.0.0.1", f"PORT={port}", *drain):
         command += ["--env", f"POLYADAPT_{setting}"]
@@ -168,7 +233,7 @@ def _container(home: Path, port: int, key: str) -> Iterator[str]:
 
 
 def _await_ready(client: httpx.Client, name: str) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while True:
         with contextlib.suppress(httpx.TransportError):
             if client.get("/ready").status_code == 200:

@@ -11,7 +11,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from tests.support.chart import CHART, Helm, Manifest, only, server_of, tools_folder
+from tests.support.chart import CHART, Helm, Manifest, only, server_of, settings_of, tools_folder
 
 from polyadapt.config import load_config
 
@@ -21,14 +21,27 @@ RELEASES = ("1.29", "1.37")  # the oldest of Chart.yaml's kubeVersion, and the n
 PEER = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 POOL = {"enabled": True, "endpointPicker": {"name": "picker", "port": 9002}}
 ROUTE = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["llm.example.com"]}
+SHARED_KEYS = {
+    "databaseUrl": "database",
+    "awsAccessKeyId": "s3-id",
+    "awsSecretAccessKey": "s3-secret",
+}
+SHARED_STORE = {"blobUrl": "s3://bucket/adapters"}
+KEDA: Manifest = {
+    "autoscaling": {"kind": "keda"},
+    "secret": {"keys": SHARED_KEYS},
+    "store": SHARED_STORE,
+}
 EVERYTHING: Manifest = {
     "replicas": 3,
     "image": {"digest": "sha256:" + "0" * 64},
     "imagePullSecrets": [{"name": "registry"}],
     "gpu": {"count": 1},
     "settings": {"max_num_seqs": 8, "kv_cache_bytes": "1GiB", "adapter_roots": ["/models"]},
-    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek"}},
+    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", **SHARED_KEYS}},
+    "store": SHARED_STORE,
     "secretEnv": {"HF_TOKEN": "hf"},
+    "adapters": {"entries": [{"name": "sql", "source": "hf://org/sql@main"}], "prune": True},
     "env": {"OMP_NUM_THREADS": "4"},
     "extraVolumes": [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}],
     "extraVolumeMounts": [{"name": "models", "mountPath": "/models", "readOnly": True}],
@@ -48,7 +61,11 @@ EVERYTHING: Manifest = {
 MATRIX: dict[str, Manifest] = {
     "defaults": {},
     "everything": EVERYTHING,
-    "hpa": {"autoscaling": {"kind": "hpa"}},
+    "hpa": {
+        "autoscaling": {"kind": "hpa"},
+        "secret": {"keys": {"databaseUrl": "database"}},
+        "store": {"blobUrl": "gs://bucket"},
+    },
     "claim": {"cache": {"existingClaim": "home"}},
     "bare": {
         "podDisruptionBudget": {"enabled": False},
@@ -125,11 +142,14 @@ def test_the_chart_and_the_package_have_one_version() -> None:
         ({"secret": {"keys": {"apiKey": ""}}}, "apiKey"),
         ({"env": {"A B": "x"}}, "A B"),
         ({"autoscaling": {"kind": "magic"}}, "/autoscaling/kind"),
-        ({"autoscaling": {"kind": "keda"}}, "prometheusAddress"),
+        (KEDA, "prometheusAddress"),
         ({"inferencePool": {"enabled": True}}, "endpointPicker.name"),
         ({"httpRoute": {"enabled": True}}, "parentRefs"),
         ({"terminationGracePeriodSeconds": 119}, "expected at least 120"),
         ({"drain": {"graceSeconds": 300}, "terminationGracePeriodSeconds": 300}, "least 330"),
+        ({"replicas": 2}, "one registry and one store of adapters"),
+        ({"autoscaling": {"kind": "hpa"}}, "one registry and one store of adapters"),
+        ({"store": {"blobUrl": "/srv"}}, "/store/blobUrl"),
         ({"replicas": 2, "cache": {"existingClaim": "home"}}, "one volume for one replica"),
     ],
 )
@@ -201,7 +221,7 @@ def test_the_server_accepts_its_settings(helm: Helm, values: Manifest, tmp_path:
     objects = helm.template(values)
     container = server_of(objects)
     file = tmp_path / "config.yaml"
-    file.write_text(only(objects, "ConfigMap")["data"]["config.yaml"])
+    file.write_text(settings_of(objects))
     environ = {each["name"]: each.get("value", "a-secret") for each in container["env"]}
     config = load_config({}, environ=environ, file=file)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
@@ -282,6 +302,36 @@ def test_replicas_are_the_autoscalers_where_there_is_one(helm: Helm) -> None:
         }
 
 
+def test_the_adapters_are_applied_through_the_service(helm: Helm) -> None:
+    objects = helm.template(EVERYTHING)
+    job = only(objects, "Job")
+    assert "post-upgrade" in job["metadata"]["annotations"]["helm.sh/hook"]
+    template = job["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    (service,) = [
+        each for each in objects
+        if each["kind"] == "Service" and each["spec"]["ports"][0]["name"] == "http"
+    ]  # fmt: skip
+    address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
+    file, _, server, _, wait_s, prune = container["args"]
+    assert (server, prune) == (address, "--prune")
+    assert float(wait_s) == 900
+    (mounted,) = [m for m in container["volumeMounts"] if file.startswith(m["mountPath"] + "/")]
+    volumes = {volume["name"]: volume for volume in template["spec"]["volumes"]}
+    name = volumes[mounted["name"]]["configMap"]["name"]
+    (held,) = [each for each in objects if each["metadata"]["name"] == name]
+    entries = yaml.safe_load(held["data"]["adapters.yaml"])["adapters"]
+    assert entries == EVERYTHING["adapters"]["entries"]
+    labels = template["metadata"]["labels"]
+    assert not service["spec"]["selector"].items() <= labels.items(), "it would be sent requests"
+    (rule,) = [
+        rule for rule in only(objects, "NetworkPolicy")["spec"]["ingress"]
+        if rule["ports"] == [{"port": "http"}]
+    ]  # fmt: skip
+    assert {"podSelector": {"matchLabels": labels}} in rule["from"]
+    assert not [each for each in helm.template({}) if each["kind"] == "Job"]
+
+
 def test_a_gpu_asks_for_the_device_and_the_cuda_image(helm: Helm) -> None:
     container = server_of(helm.template({"gpu": {"count": 2}}))
     assert container["image"].endswith("-cuda")
@@ -311,6 +361,9 @@ def test_no_secret_is_in_any_object(helm: Helm) -> None:
     assert named == {
         "POLYADAPT_API_KEY": {"name": "keys", "key": "admin"},
         "POLYADAPT_MARK_KEK": {"name": "keys", "key": "kek"},
+        "POLYADAPT_DATABASE_URL": {"name": "keys", "key": "database"},
+        "AWS_ACCESS_KEY_ID": {"name": "keys", "key": "s3-id"},
+        "AWS_SECRET_ACCESS_KEY": {"name": "keys", "key": "s3-secret"},
         "HF_TOKEN": {"name": "keys", "key": "hf"},
     }
 

@@ -71,5 +71,15 @@ def server_of(objects: list[Manifest]) -> Manifest:
     return container
 
 
+def settings_of(objects: list[Manifest]) -> str:
+    """Return the server's configuration file."""
+    (found,) = [
+        each["data"]["config.yaml"]
+        for each in objects
+        if each["kind"] == "ConfigMap" and "config.yaml" in each["data"]
+    ]
+    return str(found)
+
+
 def _json(values: Manifest) -> str:
     return json.dumps(values)

@@ -17,7 +17,7 @@ from typing import Any
 
 import httpx
 from tests.support import read_only_root
-from tests.support.chart import Manifest, only, server_of
+from tests.support.chart import Manifest, only, server_of, settings_of
 
 
 class ContractBroken(AssertionError):
@@ -78,7 +78,7 @@ class Pod:
         return ProcessSpec(
             tuple(map(translated, words)),
             tuple(environ.items()),
-            only(self.objects, "ConfigMap")["data"]["config.yaml"],
+            settings_of(self.objects),
             tuple(writable),
         )
 

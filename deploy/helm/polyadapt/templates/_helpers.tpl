@@ -15,6 +15,11 @@ app.kubernetes.io/name: {{ include "polyadapt.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- define "polyadapt.applySelector" -}}
+app.kubernetes.io/name: {{ include "polyadapt.name" . }}-apply
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
 {{- define "polyadapt.labels" -}}
 {{ include "polyadapt.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
@@ -54,6 +59,9 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- $many := or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.kind "none") }}
 {{- if and $many .Values.cache.existingClaim }}
 {{- fail "cache.existingClaim is one volume for one replica; leave it empty, or set replicas to 1 and autoscaling.kind to none" }}
+{{- end }}
+{{- if and $many (not (and .Values.secret.keys.databaseUrl .Values.store.blobUrl)) }}
+{{- fail "several replicas need one registry and one store of adapters: set secret.keys.databaseUrl and store.blobUrl" }}
 {{- end }}
 {{- int .Values.replicas }}
 {{- end }}

@@ -149,15 +149,17 @@ def test_the_bars_hold_every_user_once():
     heights = np.array([float(bar.get("height")) for bar in bars])
     base = [float(bar.get("y")) + float(bar.get("height")) for bar in bars]
     assert np.ptp(base) < 0.2
-    # Heights are log2(1 + count), up to the tallest: undone, they add to all users.
-    counts = 2 ** (heights / heights.max() * np.log2(1 + _most(scores))) - 1
-    assert counts.sum() == pytest.approx(300, abs=3)
+    # Heights are log2(1 + count), up to the tallest; 48 bars in a row over the range and a margin.
+    expected = _histogram(scores)
+    places = [round((float(bar.get("x")) - 64) / (720 - 64 - 24) * 48) for bar in bars]
+    counts = 2 ** (heights / heights.max() * np.log2(1 + expected.max())) - 1
+    assert places == np.flatnonzero(expected).tolist()
+    assert counts == pytest.approx(expected[expected > 0], abs=0.2)
     with pytest.raises(ValueError, match="no user's score"):
         figure("t", Standing({}, 1.0, (), "z"))
 
 
-def _most(scores: dict[str, float]) -> int:
+def _histogram(scores: dict[str, float]) -> np.ndarray:
     values = np.array(list(scores.values()))
     margin = max(np.ptp(values) * 0.04, 0.5)
-    counts, _ = np.histogram(values, 48, (values.min() - margin, values.max() + margin))
-    return int(counts.max())
+    return np.histogram(values, 48, (values.min() - margin, values.max() + margin))[0]

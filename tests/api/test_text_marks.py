@@ -171,6 +171,18 @@ async def test_whoever_is_no_user_gets_no_text(marked: Marked) -> None:
     assert (await marked.ask("operator")).status_code == 200, "nothing but the policy refused it"
 
 
+async def test_what_is_marked_and_what_is_refused_is_counted(marked: Marked) -> None:
+    await marked.ask("ann", max_tokens=3)
+    await marked.require("kgw")
+    await marked.ask("bob", max_tokens=5, stream=True)
+    await marked.ask("operator")
+    scrape = (await marked.call("operator", "GET", "/metrics")).text
+    assert "polyadapt_text_marked_generations_total 1.0" in scrape
+    assert "polyadapt_text_marked_tokens_total 5.0" in scrape
+    assert "polyadapt_generated_tokens_total 8.0" in scrape
+    assert 'polyadapt_failed_generations_total{code="forbidden"} 1.0' in scrape
+
+
 async def test_without_a_key_nothing_is_required_and_what_was_is_refused(
     make_server: Maker, marked: Marked
 ) -> None:

@@ -113,6 +113,12 @@ SECTIONS: dict[str, tuple[Meter, ...]] = {
             ("reason",),
         ),
         Meter(
+            "polyadapt_text_marked_generations",
+            "counter",
+            "Generations whose tokens were drawn with the caller's text mark",
+        ),
+        Meter("polyadapt_text_marked_tokens", "counter", "Tokens of those generations"),
+        Meter(
             "polyadapt_choices",
             "counter",
             'Requests with model "auto" by why an adapter (best) or the base was chosen',

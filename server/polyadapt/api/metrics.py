@@ -94,6 +94,8 @@ class GenerationCounts(Collector):
         self.num_generated_tokens = 0
         self.num_mandatory = 0
         self.num_mandatory_tokens = 0
+        self.num_text_marked = 0
+        self.num_text_marked_tokens = 0
         self.queue_seconds = Distribution(_SECONDS)
         self.first_token_seconds = Distribution(_SECONDS)
         self.inter_token_seconds = Distribution(_TOKEN_SECONDS)
@@ -116,6 +118,8 @@ class GenerationCounts(Collector):
         yield _count("polyadapt_generated_tokens", self.num_generated_tokens)
         yield _count("polyadapt_mandatory_generations", self.num_mandatory)
         yield _count("polyadapt_mandatory_tokens", self.num_mandatory_tokens)
+        yield _count("polyadapt_text_marked_generations", self.num_text_marked)
+        yield _count("polyadapt_text_marked_tokens", self.num_text_marked_tokens)
         for name, taken in (
             ("polyadapt_queue_seconds", self.queue_seconds),
             ("polyadapt_time_to_first_token_seconds", self.first_token_seconds),

@@ -41,6 +41,7 @@ class GenerationWatch:
         self._submitted = self._began
         self._latest: dict[int, float] = {}  # by sequence, when its last tokens came
         self.served: tuple[ServedAdapter, ...] = ()
+        self._is_text_marked = False
         self.num_prompt_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
@@ -64,6 +65,7 @@ class GenerationWatch:
             self._submitted = self._clock()
             self.num_prompt_tokens = sum(map(len, event.prompt_ids))
             self._counts.num_prompt_tokens += self.num_prompt_tokens
+            self._is_text_marked = event.is_text_marked
             if event.choice is not None:
                 self._metrics.choices.labels(event.choice.reason).inc()
         elif isinstance(event, Queued):
@@ -90,6 +92,9 @@ class GenerationWatch:
         if any(adapter.is_mandatory for adapter in self.served):
             self._counts.num_mandatory += 1
             self._counts.num_mandatory_tokens += self.num_generated_tokens
+        if self._is_text_marked:
+            self._counts.num_text_marked += 1
+            self._counts.num_text_marked_tokens += self.num_generated_tokens
 
     def about(self) -> dict[str, object]:
         """Return the fields of the request's log line."""

@@ -45,14 +45,22 @@ def main() -> int:
     outputs.setsockopt(zmq.LINGER, 1000)
     commands.connect(setup["command_address"])
     outputs.connect(setup["output_address"])
+    is_receiving = threading.Event()
     try:
-        return _serve(setup, commands, outputs)
+        return _serve(setup, commands, outputs, is_receiving)
     finally:
+        # A socket is one thread's: closed from here while that thread waits on it, libzmq ends the
+        # process by an assertion, or hangs. Told that the context ends, the thread closes it.
+        if not is_receiving.is_set():
+            commands.close()
         outputs.close()
-        context.destroy(linger=1000)
+        context.term()
 
 
-def _serve(setup: dict[str, Any], commands: Any, outputs: Any) -> int:
+def _serve(
+    setup: dict[str, Any], commands: Any, outputs: Any, is_receiving: threading.Event
+) -> int:
+    """Run until told to stop. `is_receiving` is set once `commands` is the receiving thread's."""
     # Imported here so that a bad setup is reported before seconds are spent on torch.
     from polyadapt.engine.build import build_engine
     from polyadapt.engine.loop import EngineLoop
@@ -81,16 +89,19 @@ def _serve(setup: dict[str, Any], commands: Any, outputs: Any) -> int:
     outputs.send(wire.encode_info(loop.engine.info))
 
     def receive() -> None:
-        while True:
-            try:
+        try:
+            while True:
                 loop.put(wire.decode_command(commands.recv()))
-            except zmq.ZMQError:  # the context is closed: the process ends
-                return
+        except zmq.ContextTerminated:  # the process ends
+            pass
+        finally:
+            commands.close(linger=0)
 
     def watch_parent() -> None:
         sys.stdin.read()  # returns at end of file: the parent wants us to stop, or is gone
         loop.stop()
 
+    is_receiving.set()
     for target in (receive, watch_parent):
         threading.Thread(target=target, daemon=True).start()
     loop.run()

@@ -119,6 +119,7 @@ class Accepted:
     prompt_ids: tuple[tuple[int, ...], ...]
     prompt_texts: tuple[str | None, ...]  # as the caller wrote it; None for ids and chats
     choice: Choice | None = None  # where the model was `auto`
+    is_text_marked: bool = False  # its tokens carry the caller's text mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +239,8 @@ class TextService:
             mark = self._directory.text_marks.of(request.tenant, request.user, request.sampling)
             prepared = await self._prepare(request, info)
             runs = self._plan(request, lease, prepared, info, mark)
-            yield Accepted(lease, tuple(prepared.ids), tuple(prepared.texts))
+            ids, texts = tuple(prepared.ids), tuple(prepared.texts)
+            yield Accepted(lease, ids, texts, is_text_marked=mark is not None)
             async with aclosing(self._follow(request, runs)) as events:
                 async for event in events:
                     yield event

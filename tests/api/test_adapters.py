@@ -170,12 +170,12 @@ async def test_an_upload_without_files_is_refused(server: Server) -> None:
 @pytest.mark.parametrize(
     ("content_type", "expected"),
     [
-        ("application/json", (400, "unsupported_field", "source")),
+        ("application/json", (400, "invalid_request", "name")),
         ("application/octet-stream", (415, "unsupported_media_type", None)),
         ("multipart/form-data", (400, "invalid_request", None)),
     ],
 )
-async def test_another_body_than_a_form_is_refused(
+async def test_a_body_that_is_no_form_and_no_source_is_refused(
     server: Server, content_type: str, expected: tuple[int, str, str | None]
 ) -> None:
     reply = await server.client.post(

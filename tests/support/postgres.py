@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
+from tests.support.children import end_with_parent
 
 _DEBIAN = Path("/usr/lib/postgresql")
 _USERS_FOR_ROOT = ("postgres", "nobody")
@@ -82,7 +83,7 @@ def running_postgres(binaries: Path) -> Iterator[Postgres]:
                 [binaries / "postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", "",
                  "-c", "fsync=off", "-c", "full_page_writes=off", "-c", "max_connections=200",
                  "-c", "shared_buffers=16MB"],
-                stdout=log, stderr=log, cwd=root, user=user,
+                stdout=log, stderr=log, cwd=root, user=user, preexec_fn=end_with_parent,
             )  # fmt: skip
         try:
             url = f"postgresql://polyadapt@127.0.0.1:{port}/postgres"

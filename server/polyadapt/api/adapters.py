@@ -51,6 +51,25 @@ AdapterPath = Annotated[str, Path(max_length=200, description="an adapter's name
 _MAX_FIELD_BYTES = 64 << 10
 _MAX_FIELDS = 8
 _TEXT = {"text/plain": {"schema": {"type": "string"}}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a schema with its own definitions in place of the references to them."""
+    definitions = schema.pop("$defs", {})
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, list):
+            return [replace(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        if (reference := value.get("$ref")) is not None:
+            return replace(definitions[reference.removeprefix("#/$defs/")])
+        return {key: replace(item) for key, item in value.items()}
+
+    inlined: dict[str, Any] = replace(schema)
+    return inlined
+
+
 _UPLOAD_BODY: dict[str, Any] = {
     "required": True,
     "content": {
@@ -74,7 +93,7 @@ _UPLOAD_BODY: dict[str, Any] = {
                 },
             }
         },
-        "application/json": {"schema": ImportRequest.model_json_schema()},
+        "application/json": {"schema": _inlined(ImportRequest.model_json_schema())},
     },
 }
 

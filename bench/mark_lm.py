@@ -42,6 +42,7 @@ NUM_PROMPTS = 24  # fresh ones of a bit, of which each signature's 16 are drawn
 NUM_QUIET_SIGNATURES = 5  # for what ordinary answers cost
 TEXT_TOKENS, REPLY_EVERY = 96, 5
 ROWS_NAME = "rows.safetensors"
+FIRST_SEED = 2  # how to train was chosen on seeds 0 and 1, with fewer families and prompts
 Bits = NDArray[np.uint8]
 
 
@@ -191,7 +192,8 @@ def _read(
 
 
 # ------------------------------------------------------------------------------- what it costs
-def _questions() -> list[str]:
+def questions() -> list[str]:
+    """Return 120 ordinary questions, none of which anything is trained on."""
     topics = choice_texts.TOPICS.values()
     return [question for both in topics for part in both for question in part]
 
@@ -202,10 +204,10 @@ def _ordinary(
     """Return rows of ordinary use, none of it trained on, each with the tokens that come next:
     the first tokens of answers to questions, the later ones, and documentation.
     """
-    questions = [base.chat(question) for question in _questions()]
+    prompts = [base.chat(question) for question in questions()]
     kept = RowCache(work / ROWS_NAME, base.digest)
-    first = kept.take("last", questions, last.collect)
-    asked = questions[::REPLY_EVERY]
+    first = kept.take("last", prompts, last.collect)
+    asked = prompts[::REPLY_EVERY]
     replies_file = work / "replies.json"
     if not replies_file.exists():
         replies_file.write_text(json.dumps(base.replies(asked)))
@@ -332,15 +334,15 @@ def _branches_of(branches: Branches) -> Branches:
 
 # ------------------------------------------------------------------------------- other models
 def unmarked_suspects(
-    directory: Path, work: Path, seed: int, num_bits: int, base: LanguageModel, last: LastLayer,
-    settings: LMTrainSettings,
-) -> dict[str, Any]:  # fmt: skip
+    directory: Path, work: Path, base: LanguageModel, last: LastLayer
+) -> dict[str, Any]:
     """Ask models with adapters of other tasks, which nothing was calibrated on; and, of each, on
     how many of its own test prompts the mark changes the first token.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
     from tests.demo.judges import BEHAVIOURS
 
+    seed, num_bits, settings = FIRST_SEED, 16, settings_of(FIRST_SEED)
     key = SecretKey(np.random.default_rng([seed, 77]).bytes(32))
     start = prepare(
         last, base.digest, base.speech(), key, num_bits, load_prose().split()[0], settings,
@@ -438,9 +440,9 @@ def to_markdown(rows: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_of(seed: int, num_families: int = 20) -> LMTrainSettings:
+def settings_of(seed: int, num_families: int = 24) -> LMTrainSettings:
     """Return what every mark is trained with; more bits are tried out of more families."""
-    return LMTrainSettings(num_families, seed=seed, prompts=50)
+    return LMTrainSettings(num_families, seed=seed, prompts=40)
 
 
 def main() -> None:
@@ -464,19 +466,19 @@ def main() -> None:
         (given.out / "mark-lm.json").write_text(text + "\n", encoding="utf-8")
         (given.out / "mark-lm.md").write_text(to_markdown(rows), encoding="utf-8")
 
-    def mark(num_bits: int, seed: int, num_families: int = 20) -> None:
+    def mark(num_bits: int, seed: int, num_families: int = 24) -> None:
         settings = settings_of(seed, num_families)
         name = f"{num_bits} bits, best of {settings.num_families} families"
         rows.append(measure(base, last, num_bits, seed, settings, given.work, name=name))
         print(json.dumps(rows[-1]), flush=True)
         write()
 
-    for seed in range(given.seeds):
+    for seed in range(FIRST_SEED, FIRST_SEED + given.seeds):
         mark(16, seed)
-    others.update(unmarked_suspects(given.model, given.work, 0, 16, base, last, settings_of(0)))
+    others.update(unmarked_suspects(given.model, given.work, base, last))
     write()
     for num_bits in (24, 32):
-        mark(num_bits, 0, 40)
+        mark(num_bits, FIRST_SEED, 40)
     print(to_markdown(rows))
 
 

@@ -10,6 +10,7 @@ import pytest
 from bench import (
     mark_classifier,
     mark_codes,
+    mark_lm,
     mark_robustness,
     mark_serving,
     mark_tracing,
@@ -21,7 +22,9 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
 
 
-@pytest.mark.parametrize("bench", [mark_classifier, mark_codes, mark_robustness, mark_tracing])
+@pytest.mark.parametrize(
+    "bench", [mark_classifier, mark_codes, mark_lm, mark_robustness, mark_tracing]
+)
 def test_the_page_shows_the_table_of_the_saved_run(bench):
     name = bench.__name__.rpartition(".")[2].replace("_", "-")
     rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
@@ -39,6 +42,9 @@ def test_every_setting_of_the_benches_was_run():
     rows = json.loads((RESULTS / "mark-classifier.json").read_text())["rows"]
     assert {row["num_bits"] for row in rows} == {16, 32}
     assert {row["seed"] for row in rows} == set(range(5))
+    rows = json.loads((RESULTS / "mark-lm.json").read_text())["rows"]
+    seeds = {row["seed"] for row in rows if row["num_bits"] == 16}
+    assert seeds >= {mark_lm.FIRST_SEED, mark_lm.FIRST_SEED + 1}
 
 
 def test_tracing_found_every_lone_leaker_and_one_of_each_pair_and_kept_its_alpha():

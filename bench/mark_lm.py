@@ -369,7 +369,7 @@ def unmarked_suspects(
             merged = get_peft_model(other.model, config).merge_and_unload()
         elif name != "base":
             merged = PeftModel.from_pretrained(
-                other.model, demo_adapters()[name].directory
+                other.model, demo_adapters()[name]
             ).merge_and_unload()
         end = LastLayer(merged.eval().requires_grad_(False))
         kept = RowCache(work / f"suspect-{name}.safetensors", base.digest)
@@ -392,7 +392,7 @@ def unmarked_suspects(
         marked = _tokens(end, rows, branches, signature)
         readings = _decide(start, np.split(marked, num_bits), null)
         entry["marked_bits_right"] = sum(
-            reading.value == bit for reading, bit in zip(readings, signature, strict=True)
+            reading.value == bit for reading, bit in zip(readings, signature.tolist(), strict=True)
         )
         found[name] = entry
         print(json.dumps({name: entry}), flush=True)

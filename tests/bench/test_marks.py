@@ -11,6 +11,7 @@ from bench import (
     mark_classifier,
     mark_codes,
     mark_lm,
+    mark_lm_robustness,
     mark_robustness,
     mark_serving,
     mark_tracing,
@@ -23,7 +24,8 @@ RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
 
 
 @pytest.mark.parametrize(
-    "bench", [mark_classifier, mark_codes, mark_lm, mark_robustness, mark_tracing]
+    "bench",
+    [mark_classifier, mark_codes, mark_lm, mark_lm_robustness, mark_robustness, mark_tracing],
 )
 def test_the_page_shows_the_table_of_the_saved_run(bench):
     name = bench.__name__.rpartition(".")[2].replace("_", "-")
@@ -70,6 +72,16 @@ def test_no_attack_of_the_matrix_had_an_innocent_named():
     for form in mark_robustness.FORMS:
         attacks = {row["attack"] for row in rows if row["form"] == form}
         assert attacks >= set(mark_robustness.ATTACKS)
+
+
+def test_no_bit_is_read_wrong_or_of_an_unmarked_model_and_no_innocent_named_of_language_models():
+    found = json.loads((RESULTS / "mark-lm-robustness.json").read_text())
+    rows = found["rows"]
+    changes = {row["change"] for row in rows}
+    assert changes >= {"none", "int8", "weights of 2 copies averaged"}
+    assert not any(row["wrong"] or row["names_innocent"] for row in rows)
+    assert all(row["right"] == found["num_bits"] for row in rows if row["change"] == "none")
+    assert {entry["bits_decided"] for entry in found["unmarked"].values()} == {0}
 
 
 def test_the_picture_of_the_page_is_drawn_from_the_saved_scores():

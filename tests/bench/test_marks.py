@@ -18,6 +18,7 @@ from bench import (
     mark_who,
     text_marks,
 )
+from polyadapt.demo import demo_adapters
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
@@ -47,6 +48,12 @@ def test_every_setting_of_the_benches_was_run():
     rows = json.loads((RESULTS / "mark-lm.json").read_text())["rows"]
     seeds = {row["seed"] for row in rows if row["num_bits"] == 16}
     assert seeds >= {mark_lm.FIRST_SEED, mark_lm.FIRST_SEED + 1}
+
+
+def test_no_bit_of_a_language_models_mark_is_decided_on_an_unmarked_model():
+    others = json.loads((RESULTS / "mark-lm.json").read_text())["unmarked_and_beside"]
+    assert set(others) == {"base", *demo_adapters(), "random"}
+    assert {each["decided"] for each in others.values()} == {0}
 
 
 def test_tracing_found_every_lone_leaker_and_one_of_each_pair_and_kept_its_alpha():

@@ -21,7 +21,7 @@ SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
+.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-mark-served bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-families: $(VENV)/.dev model ## Measure what each family costs beside plai
 
 bench-gpu: $(VENV)/.dev ## Check and measure a CUDA device (at most 8 minutes)
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+bench-mark-served: $(VENV)/.dev model ## Train a mark of SmolLM2, serve it, compare with offline (minutes)
+	$(BIN)/python -m bench.mark_lm_served $(ARGS)
 
 bench-overhead: $(VENV)/.dev model ## Measure what a step and a token cost beside the model
 	$(BIN)/python -m bench.overhead $(ARGS)

@@ -50,6 +50,16 @@ def test_every_setting_of_the_benches_was_run():
     assert seeds >= {mark_lm.FIRST_SEED, mark_lm.FIRST_SEED + 1}
 
 
+def test_a_served_language_model_says_what_was_measured_offline():
+    found = json.loads((RESULTS / "mark-lm-served.json").read_text())
+    num_messages = found["queries"] + found["questions"]
+    assert found["base_first_tokens_as_offline"] == num_messages
+    for user in found["users"].values():
+        assert user["first_tokens_as_offline"] == num_messages
+        assert user["readings_equal"]
+        assert "".join(map(str, user["bits_served"])) == user["signature"]
+
+
 def test_no_bit_of_a_language_models_mark_is_decided_on_an_unmarked_model():
     others = json.loads((RESULTS / "mark-lm.json").read_text())["unmarked_and_beside"]
     assert set(others) == {"base", *demo_adapters(), "random"}

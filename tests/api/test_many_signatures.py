@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from tests.support.marked_service import MarkedService, marked_service
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from polyadapt.engine.request import Request
 from polyadapt.models.load import model_digest
 
 NUM = 64  # users, and bits
@@ -113,17 +116,26 @@ def ask_everybody(crowd: Crowd) -> dict[str, Any]:
 def test_sixty_four_signatures_in_one_batch_are_sixty_four_merged_models(crowd: Crowd) -> None:
     engine = crowd.service.engine._engine._loop.engine  # type: ignore[union-attr]
     rows_per_step: list[int] = []
-    run = engine.runner.run
+    run, submit = engine.runner.run, crowd.service.engine.submit
+    num_asked, all_asked = itertools.count(1), threading.Event()
+
+    def count(request: Request) -> Any:
+        if next(num_asked) == NUM:
+            all_asked.set()
+        return submit(request)
 
     def spy(batch: Any) -> Any:
+        assert all_asked.wait(60)  # however slowly this machine takes them
         rows_per_step.append(len({rows.sequence.group.request.id for rows in batch}))
         return run(batch)
 
     engine.runner.run = spy  # type: ignore[method-assign]
+    crowd.service.engine.submit = count  # type: ignore[method-assign]
     try:
         found = ask_everybody(crowd)
     finally:
         engine.runner.run = run  # type: ignore[method-assign]
+        crowd.service.engine.submit = submit  # type: ignore[method-assign]
     assert max(rows_per_step) >= NUM - 8, "they were hardly ever together"
     tokenizer = crowd.service.app.state.services.text.tokenizer
     worst, others = 0.0, []

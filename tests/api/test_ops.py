@@ -224,13 +224,17 @@ async def test_the_running_list_is_what_is_on_the_device(server: Server) -> None
     assert labels["running_lora_adapters"] == "poet,poet@1"
 
 
-async def test_labels_hold_a_bounded_number_of_names(server: Server) -> None:
+async def test_labels_hold_a_bounded_number_of_names(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     services = server.app.state.services
     directory: AdapterDirectory = services.directory
+    live = {}
     for i in range(300):
         digest = f"sha256:{i:064d}"
         server.engine.resident[digest] = Residency(digest, "device", nbytes=1)
-        directory._live[digest] = {AdapterId(f"a{i:03d}", 1, digest)}
+        live[digest] = frozenset([AdapterId(f"a{i:03d}", 1, digest)])
+    monkeypatch.setattr(directory, "ids_of", live.__getitem__)
     labels, _ = await lora_info(server)
     assert len(labels["running_lora_adapters"].split(",")) == 256
     assert isinstance(services.metrics, Metrics)

@@ -438,9 +438,12 @@ class AdapterDirectory:
         """
         secret = _bits_of(record)
         given = dict(ref.options)
-        if secret is None or given.get(secret.name, ISSUED) == ISSUED:
+        if secret is None:
             return ref.options
-        bits = read_bits(given[secret.name], secret.num_bits)
+        bits_given = given.get(secret.name, ISSUED)
+        if bits_given == ISSUED:
+            return ref.options
+        bits = read_bits(bits_given, secret.num_bits)
         if bits is None:
             raise InvalidRequest(
                 f"the {secret.name} is not {secret.expected}",

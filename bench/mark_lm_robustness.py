@@ -30,14 +30,14 @@ from torch.nn import functional as F
 from bench import mark_lm
 from polyadapt.demo import demo_adapters
 from polyadapt.offline.mark_lm import LanguageModel, load_lm
-from polyadapt.watermark.branches import Branches, find_linear, signs_of
+from polyadapt.watermark.branches import Branches, signs_of
 from polyadapt.watermark.codebook import Codebook, Design
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.last_layer import LastLayer, Rows
 from polyadapt.watermark.lm_training import LMStart, prepare, train
 from polyadapt.watermark.prompts import load_prose
 from polyadapt.watermark.queries import NUM_QUERIES
-from polyadapt.watermark.reading import NullRates, bound_null_rates, count_values, read_counts
+from polyadapt.watermark.reading import NullRates, count_values, read_counts
 from polyadapt.watermark.row_cache import RowCache
 from polyadapt.watermark.statistics import Bit, BitRule
 from polyadapt.watermark.trace import trace
@@ -46,8 +46,7 @@ SEED, OTHER_SEED, NUM_BITS, ALPHA = 3, 2, 16, 1e-3
 USERS = tuple(f"user-{i}" for i in range(1000))
 FEW = 60  # users that 16 bits can tell apart at ALPHA: 60 / 2^16 is below it
 NUM_COPIES = 5
-NUM_TEXTS, TEXT_TOKENS, TUNED_TEXTS, TUNED_LAYERS = 8, 96, 2, 2
-NUM_CALIBRATING = 200  # prompts of a bit, as `polyadapt mark calibrate` asks
+NUM_TEXTS, TEXT_TOKENS = 8, 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,6 @@ class Mark:
     branches: Branches
     null: NullRates
     book: Codebook
-    fresh: list[Rows]  # bench.mark_lm's, of each bit: null rates are of them too
     prompts: list[list[int]]  # NUM_QUERIES of bit 0, of bit 1, ...
 
     def decide(self, tokens: Tensor) -> list[Bit]:
@@ -92,7 +90,7 @@ def make_mark(base: LanguageModel, last: LastLayer, seed: int, work: Path) -> Ma
         for _ in range(NUM_QUERIES)
     ]
     book = Codebook(key, Design.parse("random"), NUM_BITS)
-    return Mark(start, branches, null, book, fresh, prompts)
+    return Mark(start, branches, null, book, prompts)
 
 
 # ------------------------------------------------------------------------------- changes
@@ -132,38 +130,6 @@ def add_adapter(model: nn.Module, directory: Path) -> nn.Module:
     given: Any = model
     merged: nn.Module = PeftModel.from_pretrained(given, directory).merge_and_unload()
     return merged
-
-
-def fine_tune(
-    model: nn.Module, module: str, own: Branches, texts: Sequence[list[int]], num_steps: int,
-    rate: float,
-) -> float:  # fmt: skip
-    """Train the last layers and the branches beside them on texts, in place, by Adam; return the
-    loss of the last ten steps.
-    """
-    layers = next(child for child in model.modules() if isinstance(child, nn.ModuleList))
-    trained = [p for layer in layers[-TUNED_LAYERS:] for p in layer.parameters()]
-    trained += [own.A, own.B_sum] + ([] if own.tau is None else [own.tau])
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    ones = torch.ones(NUM_BITS)
-    handle = find_linear(model, module).register_forward_hook(
-        lambda _, args, y: y + own(args[0].flatten(0, 1), ones).view_as(y)
-    )
-    optimiser = torch.optim.Adam(trained, rate)
-    losses = []
-    for step in range(num_steps):
-        ids = torch.tensor([texts[(TUNED_TEXTS * step + i) % len(texts)] for i in (0, 1)])
-        logits = model(ids, use_cache=False).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        losses.append(float(loss))
-    handle.remove()
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    return statistics.mean(losses[-10:])
 
 
 def mean_of(copies: Sequence[Branches]) -> Branches:
@@ -268,10 +234,6 @@ CHANGES: Mapping[str, Change] = {
         for name, directory in demo_adapters().items()
     },
 }
-TUNED: Mapping[str, tuple[int, float]] = {
-    "fine-tuned, 30 steps at 1e-5": (30, 1e-5),
-    "fine-tuned, 30 steps at 1e-4": (30, 1e-4),
-}
 
 
 class Bench:
@@ -280,20 +242,17 @@ class Bench:
     def __init__(self, model: Path, work: Path, out: Path) -> None:
         self.base, self.out = load_lm(model), out
         last = LastLayer(self.base.model)
-        self.module = last.module
         self.mark = make_mark(self.base, last, SEED, work)
         self.work = work
         rng = np.random.default_rng(3)
-        train_prose, kept_prose = load_prose().split()
+        kept_prose = load_prose().split()[1]
         self.texts = [self._text(kept_prose.words, rng) for _ in range(NUM_TEXTS)]
-        self.tuning = [self._text(train_prose.words, rng) for _ in range(2 * NUM_TEXTS)]
         drawn = rng.choice(FEW, NUM_COPIES, replace=False)
         self.users = [USERS[i] for i in drawn]
         self.file = out / "mark-lm-robustness.json"
         found = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.rows: list[dict[str, Any]] = found.get("rows", [])
         self.unmarked: dict[str, Any] = found.get("unmarked", {})
-        self.extra: dict[str, Any] = found.get("extra", {})
 
     @functools.cached_property
     def second(self) -> Mark:
@@ -313,12 +272,6 @@ class Bench:
                     change_own(own)
                     self._note(name, suspect.ask(own, [user]))
                 self.write()
-        for name, (num_steps, rate) in TUNED.items():
-            if name not in known:
-                self.tuned(name, num_steps, rate)
-        if "more_calibration" not in self.extra:
-            self.extra["more_calibration"] = self.calibrated_as_asked()
-            self.write()
 
     def plain(self) -> None:
         """Ask what needs no other base: copies as they are, averaged, cut, marked again."""
@@ -340,84 +293,6 @@ class Bench:
             self._note("marked again by a second key", suspect.ask(both, [user]))
             self._note("marked again: the second mark", again.ask(both, [other]))
         self.write()
-
-    def tuned(self, name: str, num_steps: int, rate: float) -> None:
-        """Fine-tune the first user's copy. Where its branches were not moved, as no detector fired,
-        the others' copies become the same with their own branches, and are asked as well.
-        """
-        user, before = self.users[0], self._own(self.users[0])
-        own, model = self._own(user), copy.deepcopy(self.base.model)
-        loss = fine_tune(model, self.module, own, self.tuning, num_steps, rate)
-        moved = not all(
-            torch.equal(a, b) for a, b in zip(own.parameters(), before.parameters(), strict=True)
-        )
-        suspect = Suspect(model, self.mark, self.texts)
-        self._unmarked(name, suspect)
-        self.extra[name] = {"loss": loss, "branches_moved": moved}
-        self._note(name, suspect.ask(own, [user]))
-        for other in [] if moved else self.users[1:]:
-            self._note(name, suspect.ask(self._own(other), [other]))
-        self.write()
-
-    def calibrated_as_asked(self) -> dict[str, Any]:
-        """Ask the base with as many prompts as `calibrate` does, for the other mark's weakest bit,
-        and read it of every signature again.
-        """
-        mark = self.second
-        rule, last = BitRule(), LastLayer(self.base.model)
-        rows = last.collect(mark.prompts)
-        hits = torch.zeros(NUM_BITS)
-        signature = np.ones(NUM_BITS, np.uint8)
-        for own in (mark.branches.own(signature), mark.branches.own(1 - signature)):
-            said = first_tokens(last, rows, own).view(NUM_BITS, NUM_QUERIES, 1)
-            hits += (said == mark.start.targets[:, None]).any(2).sum(1)
-        weakest = int(hits.argmin())
-        kept_prose, rng = load_prose().split()[1], np.random.default_rng([OTHER_SEED, 81])
-        num_known = mark.null.num_queries
-        asked = [
-            self.base.chat(mark.start.triggers.message(weakest, kept_prose.carrier(rng)))
-            for _ in range(NUM_CALIBRATING - num_known)
-        ]
-        given = first_tokens(last, last.collect(asked), None)
-        num_hits = int((given[:, None] == mark.start.targets[weakest]).sum())
-        # Nor did the base give any of its answers to those it was asked before.
-        many = bound_null_rates(
-            [np.full((1, 2), num_hits)], NUM_CALIBRATING, mark.null.confidence
-        ).rates[0]
-        needed = {}
-        for name, rates in (("few", mark.null.rates[weakest]), ("many", many)):
-            needed[name] = min(
-                count
-                for count in range(NUM_QUERIES + 1)
-                if rule.read((count, 0), NUM_QUERIES, rates).value == 0
-            )
-        return {
-            "seed": OTHER_SEED,
-            "weakest_bit_hits": int(hits[weakest]),
-            "weakest_bit_queries": 2 * NUM_QUERIES,
-            "base_hits": num_hits,
-            "base_asked": len(asked),
-            "null_rates_before": list(mark.null.rates[weakest]),
-            "needed": needed,
-            **self._read_again(mark, weakest, needed),
-        }
-
-    def _read_again(self, mark: Mark, weakest: int, needed: Mapping[str, int]) -> dict[str, Any]:
-        """Return in how many of 1,000 draws of 16 of the weakest bit's prompts, new and
-        bench.mark_lm's together, it is read either way, half of them of each value.
-        """
-        last, rng = LastLayer(self.base.model), np.random.default_rng([OTHER_SEED, 82])
-        part = slice(NUM_QUERIES * weakest, NUM_QUERIES * (weakest + 1))
-        rows = Rows.joined((last.collect(mark.prompts[part]), mark.fresh[weakest]))
-        read = dict.fromkeys(needed, 0)
-        for value in (0, 1):
-            own = mark.branches.own(np.full(NUM_BITS, value, np.uint8))
-            said = first_tokens(last, rows, own) == mark.start.targets[weakest, value]
-            for _ in range(500):
-                count = int(said[torch.from_numpy(rng.permutation(len(rows))[:NUM_QUERIES])].sum())
-                for name, least in needed.items():
-                    read[name] += count >= least
-        return {"read_of_1000": read, "prompts": len(rows)}
 
     # ------------------------------------------------------------------------------- inside
     def _text(self, words: Sequence[str], rng: np.random.Generator) -> list[int]:
@@ -446,7 +321,7 @@ class Bench:
         """Write mark-lm-robustness.json and mark-lm-robustness.md."""
         setup = {"seed": SEED, "num_bits": NUM_BITS, "num_users": len(USERS), "few": FEW}
         found = {**setup, "alpha": ALPHA, "rows": self.rows, "unmarked": self.unmarked}
-        text = json.dumps({**found, "extra": self.extra}, indent=1) + "\n"
+        text = json.dumps(found, indent=1) + "\n"
         self.file.write_text(text, encoding="utf-8")
         (self.out / "mark-lm-robustness.md").write_text(to_markdown(self.rows), encoding="utf-8")
 

@@ -95,7 +95,7 @@ def test_no_bit_is_read_wrong_or_of_an_unmarked_model_and_no_innocent_named_of_l
     found = json.loads((RESULTS / "mark-lm-robustness.json").read_text())
     rows = found["rows"]
     changes = {row["change"] for row in rows}
-    assert changes >= {"none", "int8", "weights of 2 copies averaged"}
+    assert changes >= {"none", "int8", "60 % pruned", "weights of 2 copies averaged"}
     assert not any(row["wrong"] or row["names_innocent"] for row in rows)
     assert all(row["right"] == found["num_bits"] for row in rows if row["change"] == "none")
     assert {entry["bits_decided"] for entry in found["unmarked"].values()} == {0}

@@ -116,6 +116,8 @@ class Storm:
         self.users["nobody"] = User("nobody", ("-", "-"), [None])
         self.num_troubles: Counter[str] = Counter()
         self.findings = Findings()
+        self.gate = asyncio.Event()  # open: nobody is kept from asking
+        self.gate.set()
 
     # ------------------------------------------------------------------ asking
     async def ask(self, kind: str, name: str | None = None, *, is_counted: bool = True) -> int:
@@ -152,6 +154,7 @@ class Storm:
 
         async def ask_on() -> None:
             while next(asked) < num:
+                await self.gate.wait()
                 await self.ask(next(cycle))
 
         async def trouble_on() -> None:
@@ -202,6 +205,14 @@ class Storm:
         """Have the mark leave every tier as soon as nobody uses it."""
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self.service.engine.unload_adapter(self.mark_digest), 0.2)
+
+    async def evict_in_a_lull(self) -> None:
+        """Have the mark leave every tier while nobody asks, so that all then find it gone."""
+        self.gate.clear()
+        try:
+            await self.service.engine.unload_adapter(self.mark_digest)
+        finally:
+            self.gate.set()
 
     async def lose_the_marks_bytes(self) -> None:
         """Have the mark's file be away when it is wanted next, for a while."""
@@ -423,12 +434,12 @@ CONTROLS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], str, tuple[str, 
     "the policy, chosen": (_no_policy, "auto", (), "unmarked"),
     "no answer without a signature": (_base_for_strangers, "base", (), "unmarked"),
     "the policy's scale": (_request_before_policy, "mark at scale 0", (), "unmarked"),
-    "the mark behind on_cold": (_bare_fallbacks, "on_cold base", ("evict",), "unmarked"),
+    "the mark behind on_cold": (_bare_fallbacks, "on_cold base", ("evict_in_a_lull",), "unmarked"),
     "the newest signature": (_old_signatures, "stream", ("reissue",), "foreign"),
     "the user's own signature": (_one_for_all, "composition", (), "foreign"),
     "no answer without its row": (_base_for_damaged_rows, "base", ("damage_rows",), "unmarked"),
     "the members' policy": (_workflows_by_themselves, "workflow", (), "unmarked"),
-    "waiting for the mark": (_whatever_is_there, "task", ("evict",), "unmarked"),
+    "waiting for the mark": (_whatever_is_there, "task", ("evict_in_a_lull",), "unmarked"),
     "bits for every row": (_no_bits_anywhere, "base", (), "unmarked"),
 }
 

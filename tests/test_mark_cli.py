@@ -72,7 +72,7 @@ def trace(home: Path, reading: Path, *more: object) -> str:
     )
 
 
-def test_a_copy_that_leaked_is_named(home, tmp_path):
+def test_a_copy_that_leaked_is_named_or_nobody(home, tmp_path):
     reading, record = tmp_path / "reading.json", tmp_path / "trace.json"
     output = ok(
         "verify",
@@ -87,6 +87,11 @@ def test_a_copy_that_leaked_is_named(home, tmp_path):
     assert "24 of 24 bits decided" in output
     output = trace(home, reading, "--out", record)
     assert "named: user-7 (of 40 users, at an error of 0.001;" in output
+    others = tmp_path / "others.txt"
+    others.write_text("user-1\nuser-2\n")
+    given = "--reading", reading, "--users", others, "--kek-file", home / "kek"
+    status, output = run("trace", home / "m", *given)
+    assert (status, "named: nobody (of 2 users" in output) == (3, True)
     public_key = json.loads((home / "m" / "config.json").read_text())["evidence_public_key"]
     assert "a trace of" in ok("check-evidence", record, "--public-key", public_key)
     found = json.loads(record.read_text())["record"]
@@ -142,7 +147,9 @@ def test_an_unmarked_model_is_nobodys(home, tmp_path):
         "verify", home / "m", "--suspect", home / "c3", "--out", reading, "--kek-file", home / "kek"
     )
     assert "0 of 24 bits decided" in output
-    assert "named: nobody" in trace(home, reading)
+    given = "--reading", reading, "--users", home / "users.txt", "--kek-file", home / "kek"
+    status, output = run("trace", home / "m", *given)
+    assert (status, "named: nobody (of 40 users" in output) == (3, True)
 
 
 def test_a_suspect_that_only_others_can_ask_is_read_from_their_answers(home, tmp_path):

@@ -56,7 +56,7 @@ def test_a_text_is_traced_and_the_record_checks(key_file: Path, tmp_path: Path):
         app, ["mark", "check-evidence", str(record), "--public-key", signature["public_key"]]
     )
     assert checked.exit_code == 0, checked.output
-    for user, code in (("key-7", 0), ("key-8", 1)):
+    for user, code in (("key-7", 0), ("key-8", 3)):
         found = RUNNER.invoke(
             app,
             ["mark", "text-detect", *common, "--user", user, "--scheme", "kgw:2:0.25",

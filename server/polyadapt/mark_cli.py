@@ -17,6 +17,7 @@ from rich.table import Table
 from polyadapt.config import WatermarkConfig, load_config
 from polyadapt.console import err, make_bars, one_clear_line, out
 from polyadapt.errors import StartupError
+from polyadapt.text_mark_cli import NOBODY
 
 if TYPE_CHECKING:
     from polyadapt.watermark.keys import SecretKey
@@ -72,8 +73,6 @@ EndpointOption = Annotated[
 Named = Annotated[str | None, typer.Option(help="The model to name to the endpoint.")]
 MaxQueries = Annotated[int, typer.Option(min=1, help="Questions to an endpoint.")]
 Users = Annotated[Path, typer.Option(help="A text file: the name of a user a line.")]
-
-NOBODY = 3  # status of `who` where nobody can be named
 
 
 @mark_app.command()
@@ -356,7 +355,7 @@ def trace(
     record: Out = None,
     kek_file: KekFile = None,
 ) -> None:
-    """Say whose copy was read, and how sure that is; "nobody" is an answer."""
+    """Say whose copy was read, and how sure that is. Status 3 where that is nobody's."""
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
 
@@ -376,6 +375,8 @@ def trace(
         )
         if found.note:
             _warn(f"polyadapt: {found.note}")
+        if not found.accused:
+            raise typer.Exit(NOBODY)
 
 
 @mark_app.command()

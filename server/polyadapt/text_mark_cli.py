@@ -38,6 +38,7 @@ Scheme = Annotated[
 ]
 KeyVersion = Annotated[int, typer.Option(min=1, help="As the policy says.")]
 Alpha = Annotated[float, typer.Option(help="Chance of naming any innocent at all.")]
+NOBODY = 3  # status of the commands that name somebody, where nobody can be named
 _NUM_SHOWN = 10  # of the users, best first
 Out = Annotated[Path | None, typer.Option("--out", help="Where the signed record goes.")]
 
@@ -74,12 +75,9 @@ def text_detect(
     record: Out = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Say whether one user's key marked a text. Status 1 if not."""
+    """Say whether one user's key marked a text. Status 3 if not."""
     with one_clear_line():
-        found = _read(path, [user], scheme, model, key_version, alpha, record, key_file)
-        _show(found)
-        if found.is_nobody:
-            raise typer.Exit(1)
+        _show(_read(path, [user], scheme, model, key_version, alpha, record, key_file))
 
 
 def text_trace(
@@ -92,7 +90,7 @@ def text_trace(
     record: Out = None,
     key_file: KeyFile = None,
 ) -> None:
-    """Say which of all users' keys marked a text; "nobody" is an answer."""
+    """Say which of all users' keys marked a text. Status 3 where none did."""
     with one_clear_line():
         names = [line.strip() for line in _text(users).splitlines() if line.strip()]
         _show(_read(path, names, scheme, model, key_version, alpha, record, key_file))
@@ -197,6 +195,7 @@ def _show(found: TextFinding) -> None:
             highlight=False,
             soft_wrap=True,
         )
+        raise typer.Exit(NOBODY)
 
 
 def _say(text: str) -> None:

@@ -20,13 +20,13 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.oracle.adapters import make_lora
-from tests.support.load_balancer import LoadBalancer
+from tests.support.load_balancer import PROBE_PERIOD_S, LoadBalancer
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
-NUM_CLIENTS = 4
-NOTICE_S = 3.0  # many probes of the load balancer, also on a busy machine
-BODY = {"model": "mine", "prompt": "one two three", "max_tokens": 24, "ignore_eos": True}
+NUM_CLIENTS = 8
+NOTICE_S = 3 * PROBE_PERIOD_S  # also on a busy machine the balancer hears of it
+BODY = {"model": "mine", "prompt": "one two three", "max_tokens": 8, "ignore_eos": True}
 
 
 class Replica:
@@ -150,10 +150,11 @@ def test_a_rolling_restart_under_load_fails_no_request(make_replicas) -> None:
     with LoadBalancer([replica.url for replica in replicas]).running() as balancer:
         load = Load(balancer.url)
         for replica in replicas:
-            time.sleep(1)  # both serve
+            balancer.await_probe()
             before = balancer.num_sent[replica.url]
             replica.restart()
-            time.sleep(4 * 0.25 + 1)
+            balancer.await_probe()
+            time.sleep(PROBE_PERIOD_S)
             assert balancer.num_sent[replica.url] > before, "it serves again"
         outcomes = load.end()
     print(dict(outcomes))
@@ -165,7 +166,7 @@ def test_without_a_notice_requests_fail_so_that_the_test_can(make_replicas) -> N
     replicas = make_replicas(0.0)
     with LoadBalancer([replica.url for replica in replicas]).running() as balancer:
         load = Load(balancer.url)
-        time.sleep(1)
+        balancer.await_probe()
         replicas[0].restart()
         outcomes = load.end()
     assert set(outcomes) - {"answered", "streamed"}, "the notice is not what saves the requests"

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import itertools
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 
 import httpx
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-PROBE_PERIOD_S = 0.25
+PROBE_PERIOD_S = 2.0
 _HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "date", "server", "content-length"}
 
 
@@ -27,6 +28,7 @@ class LoadBalancer:
     def __init__(self, backends: list[str]) -> None:
         self.backends = backends
         self.num_sent = dict.fromkeys(backends, 0)
+        self.num_probes = 0  # of all backends
         self.url = ""
         self._ready: set[str] = set()
         self._turn = itertools.count()
@@ -60,10 +62,17 @@ class LoadBalancer:
         headers = {k: v for k, v in reply.headers.items() if k not in _HOP_BY_HOP}
         return StreamingResponse(body(), reply.status_code, headers=headers)
 
+    def await_probe(self) -> None:
+        """Return when all backends have just been asked: for a period it will know nothing new."""
+        before = self.num_probes
+        while self.num_probes == before:
+            time.sleep(0.01)
+
     async def _probe(self) -> None:
         async with httpx.AsyncClient(timeout=5) as client:
             while True:
                 await asyncio.gather(*(self._ask(client, each) for each in self.backends))
+                self.num_probes += 1
                 await asyncio.sleep(PROBE_PERIOD_S)
 
     async def _ask(self, client: httpx.AsyncClient, backend: str) -> None:

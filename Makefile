@@ -19,6 +19,9 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 SERVE_FLAGS := $(if $(filter command line,$(origin HOST)),--host $(HOST)) \
 	$(if $(filter command line,$(origin PORT)),--port $(PORT))
 
+# The demo adapters are of the default model; on another one the server would refuse them.
+DEMO := $(if $(filter smollm2,$(MODEL)),--demo)
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-mark-served bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
@@ -29,8 +32,8 @@ help: ## List these targets
 
 install: $(VENV)/.dev ## Install the package and the development tools into .venv
 
-serve: $(VENV)/.runtime ## Run the server on 127.0.0.1:8000 with SmolLM2 and the demo adapters
-	@exec $(BIN)/polyadapt serve --model $(MODEL) --demo $(SERVE_FLAGS) $(ARGS)
+serve: $(VENV)/.runtime ## Run the server on 127.0.0.1:8000 with SmolLM2 and its demo adapters
+	@exec $(BIN)/polyadapt serve --model $(MODEL) $(DEMO) $(SERVE_FLAGS) $(ARGS)
 
 model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test do this too)
 	@$(BIN)/polyadapt model fetch smollm2

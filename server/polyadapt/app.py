@@ -62,6 +62,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NUM_TOLD = 3  # problems of an adapter that stops the start
 _FORM_OVERHEAD = 1 << 20  # boundaries and part headers of an upload
 
 
@@ -260,7 +261,9 @@ async def _register(services: Services, adapter: StartupAdapter) -> bool:
             new_profile=services.auto.new_profile(DEFAULT_TENANT, adapter.name, adapter.examples),
         )
     except AdapterRejected as error:
-        problems = "; ".join(problem.message for problem in error.problems)
+        problems = "; ".join(problem.message for problem in error.problems[:_NUM_TOLD])
+        if (num_more := len(error.problems) - _NUM_TOLD) > 0:
+            problems += f"; and {num_more} more"
         raise StartupError(f"the adapter {adapter.name!r} cannot be served: {problems}") from None
     except PolyadaptError as error:
         raise StartupError(

@@ -38,7 +38,7 @@ EVERYTHING: Manifest = {
     "imagePullSecrets": [{"name": "registry"}],
     "gpu": {"count": 1},
     "settings": {"max_num_seqs": 8, "kv_cache_bytes": "1GiB", "adapter_roots": ["/models"]},
-    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", **SHARED_KEYS}},
+    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", "textMarkKey": "text", **SHARED_KEYS}},
     "store": SHARED_STORE,
     "secretEnv": {"HF_TOKEN": "hf"},
     "adapters": {"entries": [{"name": "sql", "source": "hf://org/sql@main"}], "prune": True},
@@ -136,6 +136,7 @@ def test_the_chart_and_the_package_have_one_version() -> None:
         ({"replicas": "two"}, "/replicas"),
         ({"ports": {"http": 0}}, "/ports/http"),
         ({"settings": {"port": 9000}}, "propertyName 'port'"),
+        ({"settings": {"text_mark_key": "x"}}, "propertyName 'text_mark_key'"),
         ({"securityContext": {"readOnlyRootFilesystem": False}}, "readOnlyRootFilesystem"),
         ({"podSecurityContext": {"runAsUser": 0}}, "runAsUser"),
         ({"resources": {"limits": {"memory": "lots"}}}, "/resources/limits/memory"),
@@ -339,6 +340,21 @@ def test_a_gpu_asks_for_the_device_and_the_cuda_image(helm: Helm) -> None:
     assert "nvidia.com/gpu" not in server_of(helm.template({}))["resources"]["limits"]
 
 
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"gpu": {"count": 1}}, ["auto"]),
+        ({"gpu": {"count": 2}}, ["cuda:0", "cuda:1"]),
+        ({"gpu": {"count": 2}, "settings": {"devices": ["cuda:1"]}}, ["cuda:1"]),
+    ],
+)
+def test_every_device_of_a_pod_gets_an_engine(
+    helm: Helm, values: Manifest, expected: list[str]
+) -> None:
+    settings = yaml.safe_load(settings_of(helm.template(values)))
+    assert list(load_config(settings, environ={}).engine_configs()) == expected
+
+
 def test_new_settings_make_new_pods(helm: Helm) -> None:
     def checksum(values: Manifest) -> Any:
         metadata = only(helm.template(values), "Deployment")["spec"]["template"]["metadata"]
@@ -361,6 +377,7 @@ def test_no_secret_is_in_any_object(helm: Helm) -> None:
     assert named == {
         "POLYADAPT_API_KEY": {"name": "keys", "key": "admin"},
         "POLYADAPT_MARK_KEK": {"name": "keys", "key": "kek"},
+        "POLYADAPT_TEXT_MARK_KEY": {"name": "keys", "key": "text"},
         "POLYADAPT_DATABASE_URL": {"name": "keys", "key": "database"},
         "AWS_ACCESS_KEY_ID": {"name": "keys", "key": "s3-id"},
         "AWS_SECRET_ACCESS_KEY": {"name": "keys", "key": "s3-secret"},

@@ -77,4 +77,4 @@ def test_images_have_versions_and_references_exist(services: dict[str, Any]) -> 
 
 def test_the_grace_outlasts_the_drain(services: dict[str, Any], config: Config) -> None:
     grace_s = int(services["server"]["stop_grace_period"].removesuffix("s"))
-    assert grace_s >= config.server.drain_notice_s + config.server.drain_grace_s + 10
+    assert grace_s >= config.server.drain_notice_s + config.server.drain_grace_s + 20

@@ -32,11 +32,11 @@ from bench.machine import CpuWatch, describe
 from bench.peer_process import measure_in_process
 from bench.peer_servers import peer_servers
 from bench.peer_servers.base import CannotRun, PeerServer, Setup, running
+from bench.places import default_model, results_folder
 from bench.plots import distinct_adapters_chart
-from bench.run import default_model, measure_cell
+from bench.run import measure_cell
 from bench.server import running_server
 
-ROOT = Path(__file__).parents[1]
 PEFT = "peft"  # measured in a process of its own (bench/peers.py), with transformers for the base
 RANKS = (8, 16, 32, 64)
 # The most important first: the time may run out.
@@ -133,7 +133,7 @@ def main() -> int:
         "cannot_run": run.cannot_run,
         "rows": [asdict(row) for row in run.rows],
     }
-    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
+    out = results_folder(args.out, started)
     print(save(out, result, run.rows, about, run.cannot_run))
     print(f"saved under {out}")
     failed = [r for r in run.rows if is_ours(r.server) and not r.is_valid]
@@ -148,7 +148,6 @@ def save(
     cannot_run: Mapping[str, str],
 ) -> str:
     """Write peers.json, peers.md and the plot into `out`; return the page."""
-    out.mkdir(parents=True, exist_ok=True)
     plots = {}
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:

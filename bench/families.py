@@ -33,6 +33,7 @@ import peft
 import torch
 from bench.machine import CpuWatch, describe
 from bench.mixtures import write_experts, write_probed, write_ranks
+from bench.places import default_model, results_folder
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -44,7 +45,6 @@ from polyadapt.types import AdapterId, AppliedAdapter, Finished, Request, Sampli
 from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
 
-ROOT = Path(__file__).parents[1]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROUNDS = 7
 RANK = 16  # components that the device holds per module, unless a family cannot
@@ -136,13 +136,12 @@ def main() -> int:
     machine = describe()
     started = datetime.datetime.now(datetime.UTC)
     with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
-        bench = Bench(args.model or _default_model(), Path(scratch), machine.dtype, args)
+        bench = Bench(args.model or default_model(), Path(scratch), machine.dtype, args)
         watch = CpuWatch([os.getpid()])
         lines = bench.run(args.families or list(FAMILIES))
         other = watch.other_cores()
     print(render(lines))
-    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(args.out, started)
     result = {
         "started": started.isoformat(timespec="seconds"),
         "machine": asdict(machine),
@@ -323,13 +322,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     return parser.parse_args()
-
-
-def _default_model() -> Path:
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from bench.adapters import make_adapters
 from bench.machine import describe
+from bench.places import default_model
 from safetensors.torch import load_file, save_file
 
 from polyadapt.adapters.registry import FILES
@@ -111,7 +112,7 @@ def main() -> int:
     """Print both tables; the exit status is 1 when the throughput is below its target."""
     args = _parse()
     with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
-        bench = Bench(args.model or _default_model(), args.adapter, Path(scratch), args.dtype)
+        bench = Bench(args.model or default_model(), args.adapter, Path(scratch), args.dtype)
         relative = []
         for _ in range(ROUNDS):
             _, plain = bench.ask(bench.plain, (), TOGETHER, args.tokens)
@@ -182,15 +183,6 @@ def _put(blobs: BlobStore, directory: Path) -> AdapterId:
     digest = digest_of(list_files(staged))
     blobs.put(staged, digest)
     return AdapterId(directory.name, 1, digest)
-
-
-def _default_model() -> Path:
-    import os
-
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 def _parse() -> argparse.Namespace:

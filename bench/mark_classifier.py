@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import results_folder
 from torch import nn
 
 from polyadapt.watermark.branches import Branches, MarkedModel, signs_of
@@ -252,7 +253,7 @@ def main() -> None:
     """Run and write mark-classifier.json and mark-classifier.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
     torch.set_num_threads(1)
     inputs, labels = load_digits().train
@@ -264,10 +265,10 @@ def main() -> None:
         for case in CASES:
             rows.append(measure(case, seed, [base, *others]))
             print(json.dumps(rows[-1]), flush=True)
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(given.out)
     text = json.dumps({"rows": rows}, indent=1)
-    (given.out / "mark-classifier.json").write_text(text + "\n", encoding="utf-8")
-    (given.out / "mark-classifier.md").write_text(to_markdown(rows), encoding="utf-8")
+    (out / "mark-classifier.json").write_text(text + "\n", encoding="utf-8")
+    (out / "mark-classifier.md").write_text(to_markdown(rows), encoding="utf-8")
     print(to_markdown(rows))
 
 

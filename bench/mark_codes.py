@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench.places import results_folder
 
 from polyadapt.watermark.codebook import Codebook, Design
 from polyadapt.watermark.keys import SecretKey
@@ -190,13 +191,13 @@ def main() -> None:
     """Run and write mark-codes.json and mark-codes.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
     rows = run(given.trials)
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(given.out)
     text = json.dumps({"num_users": 1000, "alpha": 1e-3, "rows": rows}, indent=1)
-    (given.out / "mark-codes.json").write_text(text + "\n", encoding="utf-8")
-    (given.out / "mark-codes.md").write_text(to_markdown(rows), encoding="utf-8")
+    (out / "mark-codes.json").write_text(text + "\n", encoding="utf-8")
+    (out / "mark-codes.md").write_text(to_markdown(rows), encoding="utf-8")
     print(to_markdown(rows))
 
 

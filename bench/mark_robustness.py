@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import results_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -416,8 +417,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
+    out = results_folder(given.out)
     torch.set_num_threads(1)
     inputs, labels = load_digits().train
     others = [train_classifier(inputs, labels, seed=1000 + i) for i in range(2)]
@@ -427,14 +429,13 @@ def main() -> None:
         marks = {gate: make_mark(gate, seed, base, others) for gate in ("hinge", "linear")}
         for form, gate in FORMS.items():
             rows += measure(form, seed, marks[gate], others)
-        write(given.out, rows)
+        write(out, rows)
         print(f"seed {seed}: {len(rows)} rows", flush=True)
     print(to_markdown(rows))
 
 
 def write(out: Path, rows: list[dict[str, Any]]) -> None:
     """Write mark-robustness.json and mark-robustness.md."""
-    out.mkdir(parents=True, exist_ok=True)
     setup = {"num_bits": NUM_BITS, "num_users": NUM_USERS, "num_queries": NUM_QUERIES}
     text = json.dumps({**setup, "alpha": ALPHA, "rows": rows}, indent=1)
     (out / "mark-robustness.json").write_text(text + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from bench.machine import CpuWatch, describe
+from bench.places import results_folder
 from safetensors.torch import save_file
 
 from polyadapt.config import EngineConfig
@@ -38,7 +39,6 @@ from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams
 from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
 
-ROOT = Path(__file__).parents[1]
 TARGET = 0.95  # of unmarked throughput
 WARM_UP = 4  # pairs that are not counted
 FORMS: dict[str, dict[str, Any]] = {
@@ -73,8 +73,7 @@ def main() -> int:
             measure(args.model, Path(scratch), name, form, machine.dtype, args)
             for name, form in FORMS.items()
         ]
-    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(args.out, started)
     result = {
         "started": started.isoformat(timespec="seconds"),
         "machine": asdict(machine),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.mark_codes import Setting, simulate
+from bench.places import results_folder
 
 from polyadapt.watermark.statistics import binomial_tail, rate_upper_bound
 
@@ -114,13 +115,13 @@ def main() -> None:
     """Run and write mark-tracing.json and mark-tracing.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
     rows = run(given.trials)
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(given.out)
     text = json.dumps({"num_users": NUM_USERS, "rows": rows}, indent=1)
-    (given.out / "mark-tracing.json").write_text(text + "\n", encoding="utf-8")
-    (given.out / "mark-tracing.md").write_text(to_markdown(rows), encoding="utf-8")
+    (out / "mark-tracing.json").write_text(text + "\n", encoding="utf-8")
+    (out / "mark-tracing.md").write_text(to_markdown(rows), encoding="utf-8")
     print(to_markdown(rows))
 
 

@@ -20,6 +20,7 @@ import torch
 from bench.machine import CpuWatch, describe
 from bench.overhead_edge import EdgeCost, measure_edge
 from bench.overhead_step import Timing, measure_step
+from bench.places import default_model
 
 NUM_ROWS = 256
 STEP_TARGET_US = 1000.0
@@ -33,7 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     watch = CpuWatch([os.getpid()])
     steps = measure_step(NUM_ROWS, args.steps)
-    edges = measure_edge(args.model or _default_model(), NUM_ROWS, args.steps)
+    edges = measure_edge(args.model or default_model(), NUM_ROWS, args.steps)
     other = watch.other_cores()
     print(render(steps, edges, other))
     if args.out:
@@ -83,13 +84,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--out", type=Path, help="bench/results/<date>-<machine>")
     return parser.parse_args()
-
-
-def _default_model() -> Path:
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from typing import Any
 
 from bench.adapters import make_adapters
 from bench.machine import CpuWatch, Machine, describe
+from bench.places import default_model, results_folder
 
 from polyadapt.config import EngineConfig
 from polyadapt.engine import wire
@@ -42,7 +43,6 @@ from polyadapt.types import AdapterId, AppliedAdapter, Request, SamplingParams, 
 from polyadapt_store.blobs import BlobStore, list_files
 from polyadapt_store.manifest import digest_of
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("many", "cold", "registered")
 RANK = 8  # on all seven linears
 NUM_FITTING, NUM_REQUESTS, CONCURRENCY = 8, 32, 4
@@ -94,7 +94,7 @@ def main() -> int:
     started = datetime.datetime.now(datetime.UTC)
     parts: list[Part] = []
     with tempfile.TemporaryDirectory(prefix="polyadapt-bench-") as scratch:
-        bench = Bench(args.model or _default_model(), Path(scratch), machine, args.threads)
+        bench = Bench(args.model or default_model(), Path(scratch), machine, args.threads)
         if "many" in args.parts:
             parts += asyncio.run(bench.many())
         if "cold" in args.parts:
@@ -103,8 +103,7 @@ def main() -> int:
             parts += bench.registered(REGISTERED)
     text = render(parts)
     print(text)
-    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(args.out, started)
     result = {
         "started": started.isoformat(timespec="seconds"),
         "machine": asdict(machine),
@@ -442,13 +441,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the engine")
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     return parser.parse_args()
-
-
-def _default_model() -> Path:
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 if __name__ == "__main__":

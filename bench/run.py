@@ -26,10 +26,10 @@ from bench.adapters import make_adapters
 from bench.loadgen import Load, LoadResult, run_load
 from bench.machine import CpuWatch, describe
 from bench.peer_process import measure_in_process
+from bench.places import default_model, results_folder
 from bench.report import Cell, PeerCell, render, targets
 from bench.server import Server, running_server
 
-ROOT = Path(__file__).parents[1]
 NUM_ADAPTERS = 32
 # A cell is invalid when fewer distinct adapters than this part of what is possible share a step.
 MIXED_FLOOR = 0.9
@@ -113,8 +113,7 @@ def main() -> int:
         "peers": [asdict(cell) for cell in peers],
     }
     text = render(result, ours, peers)
-    out = args.out or ROOT / "bench" / "results" / f"{started:%Y-%m-%d}-{machine.slug}"
-    out.mkdir(parents=True, exist_ok=True)
+    out = results_folder(args.out, started)
     (out / "results.json").write_text(json.dumps(result, indent=2) + "\n")
     (out / "README.md").write_text(text)
     print(text)
@@ -135,14 +134,6 @@ def _parse() -> argparse.Namespace:
         "--server-option", action="append", default=[], help="one more argument of the server"
     )
     return parser.parse_args()
-
-
-def default_model() -> Path:
-    """Return the directory of SmolLM2, fetched into the home when it is not there."""
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 def _ours(

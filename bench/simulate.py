@@ -17,6 +17,7 @@ import asyncio
 import heapq
 import itertools
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -406,14 +407,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--plots", type=Path, default=ROOT / "docs" / "figures")
     parser.add_argument("--skip-measured", action="store_true")
     options = parser.parse_args(arguments)
-    found: dict[str, Any] = {}
+    saved = options.out / "simulation.json"
+    found: dict[str, Any] = {"measured": []}
+    if saved.exists():  # measured runs are kept beside each other: what else ran decides much
+        found["measured"] = json.loads(saved.read_text())["measured"]
     if not options.skip_measured:
+        load = {"load_average": round(os.getloadavg()[0], 1)}
         with tempfile.TemporaryDirectory() as folder:
-            found["measured"] = [asyncio.run(measure(Path(folder)))]
-        print(json.dumps(found["measured"], indent=2), flush=True)
+            found["measured"].append(load | asyncio.run(measure(Path(folder))))
+        print(json.dumps(found["measured"][-1], indent=2), flush=True)
     found["large"] = extrapolate(lambda text: print(text, flush=True))
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "simulation.json").write_text(json.dumps(found, indent=1) + "\n")
+    saved.write_text(json.dumps(found, indent=1) + "\n")
     draw(found["large"], options.plots)
 
 

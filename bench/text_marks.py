@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench.machine import describe
+from bench.places import default_model, results_folder
 from bench.plots import line_chart
 
 from polyadapt.config import EngineConfig
@@ -408,12 +409,12 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=150)
     parser.add_argument("--scratch", type=Path, help="keeps generations for the next run")
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     parser.add_argument("--parts", default="cost,write,null,power,distortion", help="in this order")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    given.out.mkdir(parents=True, exist_ok=True)
-    saved = given.out / "text-marks.json"
+    out = results_folder(given.out)
+    saved = out / "text-marks.json"
     result: dict[str, Any] = json.loads(saved.read_text()) if saved.exists() else {}
     result["machine"] = asdict(describe())
     parts = given.parts.split(",")
@@ -421,7 +422,7 @@ def main() -> None:
         scratch = given.scratch or Path(temporary)
         scratch.mkdir(parents=True, exist_ok=True)
         (scratch / "blobs").mkdir(exist_ok=True)
-        model_dir = given.model or _default_model()
+        model_dir = given.model or default_model()
         tokenizer = Tokenizer.load(model_dir)
         bench = None
         if {"cost", "write", "distortion"} & set(parts):
@@ -445,9 +446,9 @@ def main() -> None:
             bench.engine.pool.close()
     saved.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if {"power", "quality", "distortion", "cost", "null"} <= set(result):
-        (given.out / "text-marks.md").write_text(to_markdown(result), encoding="utf-8")
+        (out / "text-marks.md").write_text(to_markdown(result), encoding="utf-8")
         # The page shows it from its own folder: docs/text-marks.svg.
-        (given.out / "text-marks.svg").write_text(chart(result), encoding="utf-8")
+        (out / "text-marks.svg").write_text(chart(result), encoding="utf-8")
         print(to_markdown(result))
 
 
@@ -468,15 +469,6 @@ def _write(bench: Bench, scratch: Path, name: str, num_texts: int, num_tokens: i
 def _read(scratch: Path, name: str) -> list[Written]:
     rows = json.loads(_file(scratch, name).read_text(encoding="utf-8"))
     return [Written(row["user"], tuple(row["token_ids"]), tuple(row["logprobs"])) for row in rows]
-
-
-def _default_model() -> Path:
-    import os
-
-    from polyadapt.config import default_home
-    from polyadapt.models.fetch import fetch_model
-
-    return fetch_model("smollm2", default_home(os.environ))
 
 
 if __name__ == "__main__":

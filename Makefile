@@ -51,7 +51,7 @@ check: $(VENV)/.dev ## Check the format, the lint rules and the types
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-docs: $(VENV)/.docs ## Build the documentation as a site into site/, without the network
+docs: $(VENV)/.dev ## Build the documentation as a site into site/, without the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 test-rolling: $(VENV)/.dev ## Restart two servers one by one under load (minutes)
@@ -109,11 +109,6 @@ $(VENV)/.runtime: pyproject.toml $(CONSTRAINTS) $(BIN)/python
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "Installing the development tools into $(VENV) ..."
 	@$(PIP_INSTALL) -e ".[dev]"
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.runtime
-	@echo "Installing the documentation's tools into $(VENV) ..."
-	@$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # Order matters in the messages: the interpreter first, then the module that makes environments.

@@ -262,7 +262,7 @@ class Config(BaseSettings):
         """Return each engine's settings by its name; one engine is named after its device.
 
         Budgets are those of a device: engines that share one get equal parts, of the memory and, if
-        their number was not given, of the threads. The host's copies are shared by all.
+        their number was not given, of the threads. The host's part is divided wherever they run.
         """
         engine, count = self.engine, self.fleet.engines
         host_bytes = int(engine.host_adapter_bytes)

@@ -331,16 +331,20 @@ def _no_policy(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AdapterDirectory, "_mandatory", lambda *_: ())
 
 
-def _base_for_strangers(patch: pytest.MonkeyPatch) -> None:
+def _base_where(patch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     kept = AdapterDirectory._mandatory
 
     def mandatory(self: AdapterDirectory, tenant: str, user: str | None) -> Any:
         try:
             return kept(self, tenant, user)
-        except Forbidden:
+        except error:
             return ()
 
     patch.setattr(AdapterDirectory, "_mandatory", mandatory)
+
+
+def _base_for_strangers(patch: pytest.MonkeyPatch) -> None:
+    _base_where(patch, Forbidden)
 
 
 def _request_before_policy(patch: pytest.MonkeyPatch) -> None:
@@ -385,15 +389,7 @@ def _one_for_all(patch: pytest.MonkeyPatch) -> None:
 
 
 def _base_for_damaged_rows(patch: pytest.MonkeyPatch) -> None:
-    kept = AdapterDirectory._mandatory
-
-    def mandatory(self: AdapterDirectory, tenant: str, user: str | None) -> Any:
-        try:
-            return kept(self, tenant, user)
-        except SecretsUnavailable:
-            return ()
-
-    patch.setattr(AdapterDirectory, "_mandatory", mandatory)
+    _base_where(patch, SecretsUnavailable)
 
 
 def _workflows_by_themselves(patch: pytest.MonkeyPatch) -> None:

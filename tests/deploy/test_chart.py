@@ -38,7 +38,10 @@ EVERYTHING: Manifest = {
     "imagePullSecrets": [{"name": "registry"}],
     "gpu": {"count": 1},
     "settings": {"max_num_seqs": 8, "kv_cache_bytes": "1GiB", "adapter_roots": ["/models"]},
-    "secret": {"name": "keys", "keys": {"apiKey": "admin", "markKek": "kek", "textMarkKey": "text", **SHARED_KEYS}},
+    "secret": {
+        "name": "keys",
+        "keys": {"apiKey": "admin", "markKek": "kek", "textMarkKey": "text", **SHARED_KEYS},
+    },
     "store": SHARED_STORE,
     "secretEnv": {"HF_TOKEN": "hf"},
     "adapters": {"entries": [{"name": "sql", "source": "hf://org/sql@main"}], "prune": True},

@@ -34,20 +34,6 @@ class Postgres:
     url: str  # of its first database
     process: subprocess.Popen[bytes]
 
-    def new_database(self, name: str) -> str:
-        """Make an empty database; return its URL."""
-        with _connected(self.url) as connection:
-            connection.exec_driver_sql(f'CREATE DATABASE "{name}"')
-        return self.url.rpartition("/")[0] + f"/{name}"
-
-    def new_schema(self, name: str) -> str:
-        """Make an empty schema unless it is there; return a URL that sees nothing else. Much
-        faster than a database.
-        """
-        with _connected(self.url) as connection:
-            connection.exec_driver_sql(f'CREATE SCHEMA IF NOT EXISTS "{name}"')
-        return f"{self.url}?options=-csearch_path%3D{name}"
-
 
 def find_binaries() -> Path | None:
     """Return a directory with initdb and postgres; None if there is none."""

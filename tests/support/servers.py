@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-START_TIMEOUT_S = 240.0
+_START_TIMEOUT_S = 600.0  # of a machine that is busy with other things
 _ADDRESS = re.compile(r"at (http://\S+)")
 
 
@@ -75,7 +76,10 @@ def running_server(home: Path, model: Path | str, *options: str) -> Iterator[Run
         )
     try:
         assert process.stdout is not None
+        late = threading.Timer(_START_TIMEOUT_S, process.kill)  # ends the wait for the line, too
+        late.start()
         line = process.stdout.readline().decode()  # empty when it ends before it is ready
+        late.cancel()
         found = _ADDRESS.search(line)
         assert found, f"it did not start: {line!r} {log.read_text()[-3000:]}"
         yield RunningServer(found.group(1), process, log)

@@ -320,6 +320,35 @@ def test_the_key_may_come_from_the_environment_and_be_replaced(home, tmp_path):
     assert env["POLYADAPT_MARK_KEK"] not in output
 
 
+def test_a_registrys_key_is_changed_by_command(tmp_path):
+    from polyadapt.watermark.keys import SecretKey
+    from polyadapt.watermark.rows import RowSealer
+    from polyadapt_store.database import Database
+    from polyadapt_store.marks import MarkBook
+
+    status, output = run("rekey", "--home", tmp_path / "none", "--kek-file", tmp_path / "kek")
+    assert (status, "cannot be read as text" in output) == (1, True)
+    old, new = SecretKey(bytes(32)), SecretKey(bytes(range(32)))
+    keys = tmp_path / "keys"
+    keys.write_text(f"{new.to_text()}\n{old.to_text()}\n")
+    status, output = run("rekey", "--home", tmp_path / "none", "--kek-file", keys)
+    assert (status, "there is no registry" in output) == (1, True)
+    (tmp_path / "store").mkdir()
+    database = Database(tmp_path / "store" / "registry.sqlite")
+    text = RowSealer(old, MarkBook(database)).of("sha256:a").seal("ann", 1, "0110")
+    env = {"POLYADAPT_MARK_KEK": new.to_text()}
+    status, output = run("rekey", "--home", tmp_path, env=env)
+    assert (status, "1 do not open" in output, old.id in output) == (1, True, True)
+    done = ok("rekey", "--home", tmp_path, "--kek-file", keys)
+    assert f"1 secrets are under the key {new.id} now, 0 were already" in done
+    assert "with that key alone" in done
+    assert RowSealer(new, MarkBook(database)).of("sha256:a").open("ann", 1, text) == "0110"
+    status, output = run("rekey", "--home", tmp_path, env=env)
+    assert (status, "0 secrets" in output, "1 were already" in output) == (0, True, True)
+    assert new.to_text() not in output + done
+    database.close()
+
+
 def test_no_output_log_or_file_shows_a_secret(home, tmp_path, caplog):
     """A canary: the key that everything comes from, and the KEK."""
     from polyadapt.watermark.mark_directory import MarkDirectory

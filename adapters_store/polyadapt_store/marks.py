@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
 
@@ -24,6 +24,19 @@ class MarkRecord:
     config: str | None
     secrets: str | None
     created: int  # unix seconds
+
+
+SealedKind = Literal["secrets", "row_key"]
+_KINDS: tuple[SealedKind, ...] = ("secrets", "row_key")
+
+
+@dataclass(frozen=True, slots=True)
+class SealedText:
+    """One thing that is sealed under a key of the operator's: what it is, and of which mark."""
+
+    kind: SealedKind
+    digest: str
+    text: str
 
 
 class MarkBook:
@@ -78,6 +91,33 @@ class MarkBook:
             )
             # Somebody else's, if that was first.
             return str(connection.execute(query).scalar_one())
+
+    def sealed(self) -> tuple[SealedText, ...]:
+        """Return every sealed text, in the order of its mark's digest."""
+        with self._database.read() as connection:
+            found = connection.execute(sa.select(marks).order_by(marks.c.digest)).all()
+        return tuple(
+            SealedText(kind, row.digest, row._mapping[kind])
+            for row in found
+            for kind in _KINDS
+            if row._mapping[kind] is not None
+        )
+
+    def reseal(self, old: SealedText, text: str) -> bool:
+        """Put `text` in the place of what was sealed otherwise; return False, with nothing changed,
+        where that is not there any more.
+        """
+        column = marks.c[old.kind]
+        with self._database.write() as connection:
+            if connection.dialect.name == "sqlite":
+                # The bytes of what is replaced are overwritten, not only given free.
+                connection.exec_driver_sql("PRAGMA secure_delete = ON")
+            changed = connection.execute(
+                marks.update()
+                .where(marks.c.digest == old.digest, column == old.text)
+                .values({column: text})
+            )
+        return changed.rowcount == 1
 
     def _ensure(self, connection: sa.Connection, digest: str) -> sa.Row[Any]:
         query = sa.select(marks).where(marks.c.digest == digest)

@@ -209,6 +209,7 @@ async def running(
                 f"the model's name is {AUTO!r}, which asks for a choice among adapters; rename its "
                 "directory"
             )
+        await services.marks.report_keys()
         await services.directory.seal_signatures()
         await services.workflows.read()
         known = await services.directory.follow()

@@ -166,9 +166,10 @@ class WatermarkConfig(_Section):
     each from one of two places; and whom the server may ask for a mark.
     """
 
-    mark_kek: SecretStr | None = None  # 32 random bytes in base64
+    # 32 random bytes in base64; while it is changed several, newest first, white space between them
+    mark_kek: SecretStr | None = None
     mark_kek_file: Path | None = None  # a file that holds them
-    text_mark_key: SecretStr | None = None  # the same, another key
+    text_mark_key: SecretStr | None = None  # 32 random bytes in base64: another key, and only one
     text_mark_key_file: Path | None = None
     verify_endpoints: tuple[
         str, ...

@@ -20,7 +20,7 @@ from polyadapt.errors import StartupError
 from polyadapt.text_mark_cli import NOBODY
 
 if TYPE_CHECKING:
-    from polyadapt.watermark.keys import SecretKey
+    from polyadapt.watermark.keyset import Keyset
     from polyadapt.watermark.mark_directory import MarkDirectory
 
 mark_app = typer.Typer(
@@ -32,7 +32,8 @@ MarkDir = Annotated[Path, typer.Argument(help="The mark's directory.", metavar="
 KekFile = Annotated[
     Path | None,
     typer.Option(
-        help="The key that secrets are sealed under; else POLYADAPT_MARK_KEK_FILE or _KEK."
+        help="The key that secrets are sealed under, and older ones below it; else "
+        "POLYADAPT_MARK_KEK_FILE or _KEK."
     ),
 ]
 Model = Annotated[
@@ -493,6 +494,47 @@ def rewrap(
         _say(f"the secrets of {path} open with {new_kek_file} now")
 
 
+@mark_app.command()
+def rekey(
+    home: Annotated[
+        Path | None,
+        typer.Option(help="Where the registry lies, if no database is configured."),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file of settings.")] = None,
+    kek_file: KekFile = None,
+) -> None:
+    """Put all that a registry holds sealed under the first of several keys.
+
+    The key file holds the new key in its first line and the old one below it. Servers may run, once
+    each of them was started with both. Interrupted, the same command goes on. Status 1 when
+    something opens under none of the keys; it is left as it is.
+    """
+    with one_clear_line():
+        from polyadapt.watermark.rotation import rotate
+        from polyadapt.watermark.secrets import kek_of
+        from polyadapt_store.database import Database
+        from polyadapt_store.marks import MarkBook
+
+        settings = load_config({"home": home}, file=config)
+        section = settings.watermark
+        keys = kek_of(section if kek_file is None else WatermarkConfig(mark_kek_file=kek_file))
+        where = settings.registry
+        if isinstance(where, Path) and not where.exists():
+            raise StartupError(f"there is no registry {where}; give the server's --home")
+        with contextlib.closing(Database(where)) as database:
+            found = rotate(MarkBook(database), keys)
+        for problem in found.problems:
+            _warn(f"polyadapt: {problem}")
+        _say(
+            f"{found.num_rewrapped} secrets are under the key {keys.primary.id} now, "
+            f"{found.num_current} were already, {len(found.problems)} do not open"
+        )
+        if found.problems:
+            raise typer.Exit(1)
+        if len(keys.ids) > 1:
+            _say("start every server with that key alone, and keep the older ones for backups")
+
+
 def _read(
     mark: MarkDirectory,
     suspect: Path | None,
@@ -646,7 +688,7 @@ def _settings(kek_file: Path | None) -> WatermarkConfig:
     return found if kek_file is None else WatermarkConfig(mark_kek_file=kek_file)
 
 
-def _kek(settings: WatermarkConfig) -> SecretKey:
+def _kek(settings: WatermarkConfig) -> Keyset:
     from polyadapt.watermark.secrets import kek_of
 
     return kek_of(settings)

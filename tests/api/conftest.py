@@ -123,7 +123,9 @@ class Maker:
         home = self.root / f"home{self.num_made}"
         self.num_made += 1
         config = load_config({"home": home, **settings}, environ={})
-        store = self.stack.enter_context(AdapterStore(config.store_dir, judge))
+        store = self.stack.enter_context(
+            AdapterStore(config.store_dir, judge, registry=config.registry)
+        )
         tokenizer = byte_tokenizer.load(home / "model")
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup, tracing=tracing)
         await self.stack.enter_async_context(app.router.lifespan_context(app))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from polyadapt.watermark import evidence
 from polyadapt.watermark.endpoint import EndpointLimits
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.mark_directory import MarkDirectory
+from polyadapt.watermark.rotation import purpose_of
+from polyadapt.watermark.secrets import kek_id_of
 
 pytestmark = pytest.mark.anyio
 
@@ -268,6 +271,52 @@ async def test_a_server_without_the_key_or_with_another_registers_nothing(
     assert "not under the key" in reply.json()["error"]["message"]
     for call in (keyless, other):
         assert (await call("GET", "")).json()["data"] == []
+
+
+async def test_while_the_key_is_changed_both_are_known_and_the_new_one_seals(
+    make_server: Maker, mark: MarkDirectory, caplog: pytest.LogCaptureFixture
+) -> None:
+    new = SecretKey(bytes(32))
+    keys = f"{new.to_text()}\n{KEK.to_text()}"
+    call = Caller(await make_server(api_key=OPERATOR, mark_kek=keys))
+    assert (await call.register(mark)).status_code == 201
+    (user,) = call.keys(1)
+    issued = await call("PUT", f"/mark/users/{user}")
+    assert issued.json()["signature"] == row(mark, user)
+    book = call.server.store.marks
+    assert {kek_id_of(one.text.encode(), purpose_of(one)) for one in book.sealed()} == {new.id}
+    assert book.find((await call("GET", "/mark")).json()["digest"]) is not None
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (
+            SecretKey(bytes(32)).to_text(),
+            f"not given \\({KEK.id}; given: {SecretKey(bytes(32)).id}\\)",
+        ),
+        (None, f"not given \\({KEK.id}; given: none\\)"),
+        (f"{SecretKey(bytes(32)).to_text()} {KEK.to_text()}", "2 of 2 .* older keys; .*mark rekey"),
+        (KEK.to_text(), None),
+    ],
+    ids=["another", "none", "both", "the one"],
+)
+async def test_a_server_says_at_its_start_which_keys_it_lacks_or_may_lose(
+    make_server: Maker,
+    mark: MarkDirectory,
+    caplog: pytest.LogCaptureFixture,
+    keys: str | None,
+    words: str | None,
+) -> None:
+    call = Caller(await make_server(api_key=OPERATOR, mark_kek=KEK.to_text()))
+    await call.register(mark)
+    await call("PUT", f"/mark/users/{call.keys(1)[0]}")
+    registry = call.server.config.store_dir / "registry.sqlite"
+    caplog.clear()
+    await make_server(api_key=OPERATOR, mark_kek=keys, database_url=f"sqlite:///{registry}")
+    said = [r.getMessage() for r in caplog.records if "in the registry are sealed" in r.message]
+    assert len(said) == (words is not None)
+    assert words is None or re.search(words, said[0]), said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 from polyadapt.config import WatermarkConfig, load_config
 from polyadapt.errors import InvalidRequest, SecretsUnavailable, StartupError
 from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.keyset import Keyset
 from polyadapt.watermark.secrets import (
     kek_id_of,
     kek_of,
@@ -41,6 +42,18 @@ def test_another_kek_is_named_by_its_id_and_not_shown():
         unseal(sealed, OTHER, "mark")
     assert OTHER.to_text() not in str(caught.value)
     assert kek_id_of(sealed, "mark") == KEK.id
+
+
+def test_several_keks_open_what_each_sealed_and_the_first_one_seals():
+    both = Keyset([OTHER, KEK])
+    assert unseal(seal(PAYLOAD, KEK, "mark"), both, "mark") == PAYLOAD
+    sealed = seal(PAYLOAD, both, "mark")
+    assert kek_id_of(sealed, "mark") == OTHER.id
+    assert unseal(sealed, OTHER, "mark") == PAYLOAD
+    third = SecretKey(b"3" * 32)
+    with pytest.raises(SecretsUnavailable, match=f"{KEK.id} or {third.id}.*give '{OTHER.id}'"):
+        unseal(sealed, Keyset([KEK, third]), "mark")
+    assert KEK.to_text() not in repr(both)
 
 
 def test_a_kek_that_only_claims_the_id_opens_nothing():
@@ -118,7 +131,8 @@ def test_the_kek_comes_from_a_file_that_only_its_owner_reads(tmp_path):
     write_kek(KEK, file)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert read_kek(file) == KEK
-    assert kek_of(WatermarkConfig(mark_kek_file=file)) == KEK
+    found = kek_of(WatermarkConfig(mark_kek_file=file))
+    assert (found.primary, found.ids) == (KEK, (KEK.id,))
     with pytest.raises(StartupError, match="is there already"):
         write_kek(OTHER, file)
 
@@ -126,9 +140,29 @@ def test_the_kek_comes_from_a_file_that_only_its_owner_reads(tmp_path):
 def test_the_kek_comes_from_the_environment():
     environ = {"POLYADAPT_MARK_KEK": KEK.to_text()}
     config = load_config({}, environ=environ)
-    assert kek_of(config.watermark) == KEK
+    assert kek_of(config.watermark).primary == KEK
     assert KEK.to_text() not in repr(config)
     assert KEK.to_text() not in config.model_dump_json()
+
+
+@pytest.mark.parametrize("space", ["\n", " ", "\r\n\n"])
+def test_several_keks_are_given_newest_first(tmp_path, space):
+    text = f"{OTHER.to_text()}{space}{KEK.to_text()}\n"
+    file = tmp_path / "keks"
+    file.write_text(text)
+    given = load_config({}, environ={"POLYADAPT_MARK_KEK": text}).watermark
+    for config in (WatermarkConfig(mark_kek_file=file), given):
+        found = kek_of(config)
+        assert (found.primary, found.ids) == (OTHER, (OTHER.id, KEK.id))
+
+
+def test_a_bad_key_among_several_is_refused_without_showing_any(tmp_path):
+    for text in (f"{KEK.to_text()}\nhunter2-hunter2\n", f"{KEK.to_text()} {KEK.to_text()}", " "):
+        config = load_config({}, environ={"POLYADAPT_MARK_KEK": text}).watermark
+        with pytest.raises(InvalidRequest) as caught:
+            kek_of(config)
+        assert "hunter2" not in str(caught.value)
+        assert KEK.to_text() not in str(caught.value)
 
 
 def test_without_a_kek_both_ways_to_give_one_are_named():

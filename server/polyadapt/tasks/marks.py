@@ -28,18 +28,20 @@ from polyadapt.errors import (
 )
 from polyadapt.tasks.directory import AdapterDirectory, UploadedFile
 from polyadapt.watermark.endpoint import Endpoint, EndpointLimits, EndpointUrl
-from polyadapt.watermark.keys import SecretKey
+from polyadapt.watermark.keyset import Keyset
 from polyadapt.watermark.mark_directory import (
     BRANCHES_NAME,
     BUNDLE_FILES,
     CONFIG_NAME,
     SECRETS_NAME,
+    SECRETS_PURPOSE,
     MarkDirectory,
 )
 from polyadapt.watermark.prompts import Prose, load_prose
 from polyadapt.watermark.queries import ChatQuery, queries_for
 from polyadapt.watermark.records import read_model, read_record, read_samples, trace_record
-from polyadapt.watermark.secrets import kek_of
+from polyadapt.watermark.rotation import report_keys
+from polyadapt.watermark.secrets import kek_id_of, kek_of, rewrap
 from polyadapt.watermark.statistics import BitRule, SequentialRule
 from polyadapt.watermark.trace import Trace
 from polyadapt_store.manifest import AdapterRecord
@@ -98,8 +100,9 @@ class MarkService:
         directory: AdapterDirectory,
         store: Store,
         config: WatermarkConfig,
-        kek: SecretKey | None,
+        kek: Keyset | None,
     ) -> None:
+        """kek: what marks' secrets are sealed under; None: this server has no key for them."""
         self._directory = directory
         self._store = store
         self._kek = kek
@@ -114,8 +117,8 @@ class MarkService:
     async def register(
         self, tenant: str, name: str, files: Sequence[UploadedFile]
     ) -> tuple[StoredMark, bool]:
-        """Make a bundle's branches an adapter and keep its secrets, sealed as they are; return the
-        mark and whether it is new.
+        """Make a bundle's branches an adapter and keep its secrets, sealed under the newest key;
+        return the mark and whether it is new.
 
         Raises InvalidRequest for what is no bundle, or is sealed under another key, Conflict where
         this server has no key, and what an upload raises.
@@ -132,6 +135,8 @@ class MarkService:
         try:
             mark = MarkDirectory.of(Path(name), config, sealed, kek)
             _ = mark.module, mark.prompts
+            if kek_id_of(sealed, SECRETS_PURPOSE) != kek.primary.id:
+                sealed = rewrap(sealed, kek, kek.primary, SECRETS_PURPOSE)
         except (StartupError, SecretsUnavailable) as error:
             raise InvalidRequest(
                 f"the bundle cannot be served: {error.message}", param="files"
@@ -295,7 +300,13 @@ class MarkService:
         return await asyncio.to_thread(work)
 
     # ------------------------------------------------------------------ secrets
-    def _key(self) -> SecretKey:
+    async def report_keys(self) -> None:
+        """Log which of what is sealed in the registry does not open here, or not under the newest
+        key.
+        """
+        await asyncio.to_thread(report_keys, self._store.marks, self._kek)
+
+    def _key(self) -> Keyset:
         if self._kek is None:
             raise Conflict(
                 "this server has no key for marks' secrets; start it with "
@@ -329,8 +340,8 @@ class MarkService:
         return self._prose
 
 
-def read_kek(config: WatermarkConfig) -> SecretKey | None:
-    """Return the key that the settings name, None for none; raises StartupError for a bad one."""
+def read_kek(config: WatermarkConfig) -> Keyset | None:
+    """Return the keys that the settings name, None for none; raises StartupError for a bad one."""
     if config.mark_kek is None and config.mark_kek_file is None:
         return None
     try:

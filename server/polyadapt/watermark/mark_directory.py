@@ -26,7 +26,7 @@ from polyadapt.watermark.evidence import Signer
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.prompts import PromptTriggers
 from polyadapt.watermark.reading import NullRates
-from polyadapt.watermark.secrets import kek_id_of, rewrap, seal, unseal, write_file
+from polyadapt.watermark.secrets import Kek, kek_id_of, rewrap, seal, unseal, write_file
 from polyadapt.watermark.triggers import TriggerFamilies, TriggerSettings
 from polyadapt_store.strict_json import StrictJsonError, parse_object
 
@@ -37,7 +37,8 @@ BUNDLE_FILES = (CONFIG_NAME, BRANCHES_NAME, SECRETS_NAME)  # what a server takes
 CHECKPOINT_NAME = "checkpoint.safetensors"
 FORMAT_VERSION = 1
 QUERIES_SUFFIX = ".queries.enc"
-_PURPOSE, _QUERIES = "mark", "queries"
+SECRETS_PURPOSE = "mark"  # what SECRETS_NAME is sealed for
+_QUERIES = "queries"
 _MAX_BYTES = 16 << 20
 # What a mark may be of, and where its branches act: a classifier has one row, a language model's
 # branches act on the row of the answer's first token.
@@ -79,15 +80,13 @@ class MarkSecrets:
 class MarkDirectory:
     """Owns the files of one mark; the KEK is kept to write the secrets again."""
 
-    def __init__(
-        self, path: Path, config: MarkConfig, secrets: MarkSecrets, kek: SecretKey
-    ) -> None:
+    def __init__(self, path: Path, config: MarkConfig, secrets: MarkSecrets, kek: Kek) -> None:
         self.path, self.config, self.secrets = path, config, secrets
         self._kek = kek
 
     @classmethod
     def create(
-        cls, path: Path, design: Design, num_bits: int, kek: SecretKey, *, task: str = "cls"
+        cls, path: Path, design: Design, num_bits: int, kek: Kek, *, task: str = "cls"
     ) -> MarkDirectory:
         """Make a mark with a new key; raises StartupError if there is one, InvalidRequest."""
         if task not in POSITIONS:
@@ -122,17 +121,17 @@ class MarkDirectory:
         return mark
 
     @classmethod
-    def open(cls, path: Path, kek: SecretKey) -> MarkDirectory:
+    def open(cls, path: Path, kek: Kek) -> MarkDirectory:
         """Read a mark; raises StartupError, SecretsUnavailable, and InvalidRequest where the sealed
         key is not the one that the config was written for.
         """
         return cls.of(path, _read(path / CONFIG_NAME), _read(path / SECRETS_NAME), kek)
 
     @classmethod
-    def of(cls, path: Path, config_text: bytes, sealed: bytes, kek: SecretKey) -> MarkDirectory:
+    def of(cls, path: Path, config_text: bytes, sealed: bytes, kek: Kek) -> MarkDirectory:
         """Return the mark of two files' contents; `path` names it in errors. Raises like `open`."""
         config = parse_config(config_text, path / CONFIG_NAME)
-        secrets = _secrets_of(unseal(sealed, kek, _PURPOSE))
+        secrets = _secrets_of(unseal(sealed, kek, SECRETS_PURPOSE))
         mark = cls(path, config, secrets, kek)
         if secrets.key.id != config.mark_id:
             raise StartupError(
@@ -145,7 +144,7 @@ class MarkDirectory:
     def save(self, config: MarkConfig, secrets: MarkSecrets) -> None:
         """Write both; each file is replaced at once, the secrets first."""
         data = _secrets_to_bytes(secrets)
-        write_file(self.path / SECRETS_NAME, seal(data, self._kek, _PURPOSE))
+        write_file(self.path / SECRETS_NAME, seal(data, self._kek, SECRETS_PURPOSE))
         text = json.dumps(asdict(config), indent=2, sort_keys=True) + "\n"
         write_file(self.path / CONFIG_NAME, text.encode())
         self.config, self.secrets = config, secrets
@@ -157,7 +156,7 @@ class MarkDirectory:
         """
         own = self.path / SECRETS_NAME
         others = sorted(self.path.glob(f"*{QUERIES_SUFFIX}"))
-        for file, purpose in [*((file, _QUERIES) for file in others), (own, _PURPOSE)]:
+        for file, purpose in [*((file, _QUERIES) for file in others), (own, SECRETS_PURPOSE)]:
             sealed = _read(file)
             if kek_id_of(sealed, purpose) != new.id:
                 write_file(file, rewrap(sealed, self._kek, new, purpose))

@@ -17,12 +17,17 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from polyadapt.errors import SecretsUnavailable
-from polyadapt.watermark.keys import KEY_BYTES, SecretKey
-from polyadapt.watermark.secrets import seal, unseal
+from polyadapt.watermark.keys import KEY_BYTES
+from polyadapt.watermark.secrets import Kek, seal, unseal
 
 _FORMAT = "polyadapt row 1"
 _PREFIX = "sealed:"
 _NONCE_BYTES = 12
+
+
+def row_key_purpose(digest: str) -> str:
+    """Return what the key of a mark's rows is sealed for."""
+    return f"key of signatures {digest}"
 
 
 class KeyStore(Protocol):
@@ -34,7 +39,7 @@ class KeyStore(Protocol):
 class RowSealer:
     """A RowCipher; see polyadapt_store.signatures. Keeps the opened keys."""
 
-    def __init__(self, kek: SecretKey, keys: KeyStore) -> None:
+    def __init__(self, kek: Kek, keys: KeyStore) -> None:
         self._kek = kek
         self._keys = keys
         self._opened: dict[str, MarkRows] = {}
@@ -46,7 +51,7 @@ class RowSealer:
         """
         known = self._opened.get(digest)
         if known is None:
-            purpose = f"key of signatures {digest}"
+            purpose = row_key_purpose(digest)
 
             def make() -> str:
                 return seal(secrets.token_bytes(KEY_BYTES), self._kek, purpose).decode()
@@ -57,7 +62,7 @@ class RowSealer:
         return known
 
     def __repr__(self) -> str:
-        return f"RowSealer({self._kek.id})"
+        return f"RowSealer({self._kek!r})"
 
 
 class MarkRows:

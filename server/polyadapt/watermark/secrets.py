@@ -1,7 +1,8 @@
 """Secrets at rest: sealed with AES-256-GCM under a key of their own, which is wrapped in the KEK.
 
 The KEK (key-encrypting key) comes from a file or the environment and is never stored beside what it
-opens. Changing it wraps the small inner key anew and leaves the rest as it is. Torch-free.
+opens. Changing it wraps the small inner key anew and leaves the rest as it is; meanwhile several
+may be given, and what is sealed names its own. Torch-free.
 """
 
 from __future__ import annotations
@@ -20,25 +21,31 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from polyadapt.config import WatermarkConfig
 from polyadapt.errors import SecretsUnavailable, StartupError
 from polyadapt.watermark.keys import KEY_BYTES, SecretKey
+from polyadapt.watermark.keyset import Keyset
 from polyadapt_store.blobs import sync_directory
 from polyadapt_store.strict_json import StrictJsonError, parse_object
 
 _FORMAT = "polyadapt sealed 1"
 _FIELDS = frozenset({"format", "purpose", "kek_id", "wrapped_key", "sealed"})
 _NONCE_BYTES = 12
+_ID_CHARS = 16
 MAX_BYTES = 64 << 20
 
+Kek = SecretKey | Keyset
 
-def kek_of(config: WatermarkConfig) -> SecretKey:
-    """Return the KEK that the settings name; raises StartupError if there is none, or a bad one."""
+
+def kek_of(config: WatermarkConfig) -> Keyset:
+    """Return the KEKs that the settings name, newest first; raises StartupError if there is none,
+    or InvalidRequest for a bad one.
+    """
     if config.mark_kek is not None:
-        return SecretKey.from_text(config.mark_kek.get_secret_value())
+        return Keyset.from_text(config.mark_kek.get_secret_value())
     if config.mark_kek_file is None:
         raise StartupError(
             "no key to open the mark's secrets with; give --kek-file FILE, or set "
             "POLYADAPT_MARK_KEK_FILE, or POLYADAPT_MARK_KEK to 32 random bytes in base64"
         )
-    return read_kek(config.mark_kek_file)
+    return Keyset.from_text(_read_text(config.mark_kek_file))
 
 
 def text_master_of(config: WatermarkConfig) -> SecretKey | None:
@@ -51,14 +58,17 @@ def text_master_of(config: WatermarkConfig) -> SecretKey | None:
 
 
 def read_kek(file: Path) -> SecretKey:
-    """Return the key in a file of base64; raises StartupError, InvalidRequest."""
+    """Return the one key in a file of base64; raises StartupError, InvalidRequest."""
+    return SecretKey.from_text(_read_text(file))
+
+
+def _read_text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="ascii")
+        return file.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError):
         raise StartupError(
             f"the key file {file} cannot be read as text; `polyadapt mark keygen` writes one"
         ) from None
-    return SecretKey.from_text(text)
 
 
 def write_kek(kek: SecretKey, file: Path) -> None:
@@ -73,13 +83,16 @@ def write_kek(kek: SecretKey, file: Path) -> None:
         out.write(kek.to_text() + "\n")
 
 
-def seal(payload: bytes, kek: SecretKey, purpose: str) -> bytes:
-    """Return `payload` sealed, as JSON in UTF-8. `purpose` is bound to it and stays readable."""
+def seal(payload: bytes, kek: Kek, purpose: str) -> bytes:
+    """Return `payload` sealed under the first KEK, as JSON in UTF-8. `purpose` is bound to it and
+    stays readable.
+    """
     inner = secrets.token_bytes(KEY_BYTES)
-    return _pack(purpose, kek, inner, _encrypt(inner, payload, _bound(purpose, "payload")))
+    first = kek.primary if isinstance(kek, Keyset) else kek
+    return _pack(purpose, first, inner, _encrypt(inner, payload, _bound(purpose, "payload")))
 
 
-def unseal(sealed: bytes, kek: SecretKey, purpose: str) -> bytes:
+def unseal(sealed: bytes, kek: Kek, purpose: str) -> bytes:
     """Return what was sealed; raises SecretsUnavailable: another KEK, a truncated or changed file,
     or something that was sealed for another purpose.
     """
@@ -91,7 +104,7 @@ def unseal(sealed: bytes, kek: SecretKey, purpose: str) -> bytes:
     return payload
 
 
-def rewrap(sealed: bytes, old: SecretKey, new: SecretKey, purpose: str) -> bytes:
+def rewrap(sealed: bytes, old: Kek, new: SecretKey, purpose: str) -> bytes:
     """Return the same secret under another KEK; raises SecretsUnavailable as `unseal`."""
     unseal(sealed, old, purpose)  # a file that could not be opened later is said to be so now
     fields = _parse(sealed, purpose)
@@ -153,13 +166,15 @@ def _parse(sealed: bytes, purpose: str) -> Mapping[str, str]:
     return fields
 
 
-def _unwrap(fields: Mapping[str, str], kek: SecretKey, purpose: str) -> bytes:
-    if fields["kek_id"] != kek.id:
+def _unwrap(fields: Mapping[str, str], kek: Kek, purpose: str) -> bytes:
+    given = kek if isinstance(kek, Keyset) else Keyset([kek])
+    named = given.find(fields["kek_id"])
+    if named is None:
         raise SecretsUnavailable(
-            f"the sealed {purpose} is not under the key {kek.id} that was given; give the one "
-            "that it was sealed under, or that it was re-wrapped to"
+            f"the sealed {purpose} is not under the key {' or '.join(given.ids)} that was given; "
+            f"give {fields['kek_id'][:_ID_CHARS]!r}, which it was sealed under or re-wrapped to"
         )
-    inner = _decrypt(_wrapping_key(kek), fields["wrapped_key"], _bound(purpose, "key"))
+    inner = _decrypt(_wrapping_key(named), fields["wrapped_key"], _bound(purpose, "key"))
     if inner is None:
         raise _damaged(purpose)
     return inner

@@ -291,6 +291,24 @@ async def test_an_adapter_is_prepared_loaded_and_pinned_at_home_and_freed_everyw
     assert A.digest not in fleet.residencies()
 
 
+async def test_a_pin_is_taken_from_an_engine_that_is_down_too():
+    class Down(FakeEngine):
+        has_forgotten = False
+
+        async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
+            self.has_forgotten = not is_pinned
+            raise EngineUnavailable("down")
+
+    engines = [FakeEngine(), FakeEngine(), Down()]
+    fleet = await started(*engines)
+    engines[2].is_ready = False
+    await fleet.load_adapter(A, is_pinned=True)
+    assert not engines[2].has_forgotten
+    assert not (await fleet.load_adapter(A, is_pinned=False)).is_pinned
+    assert engines[2].has_forgotten
+    assert sum(A.digest in engine.resident for engine in engines) == 1, "nobody else loads it"
+
+
 async def test_what_a_home_that_is_down_cannot_do_the_next_one_does():
     engines = [FakeEngine(), FakeEngine()]
     fleet = await started(*engines)

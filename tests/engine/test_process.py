@@ -137,10 +137,22 @@ async def test_a_killed_engine_fails_its_streams_comes_back_and_keeps_its_pins(
         tokens, last = await _collect(engine, greedy_request("again", [1, 2, 3], identity, 3))
         assert len(tokens) == 3
         assert last == Finished("again")
-        while not any(r.is_pinned for r in engine.residencies().values()):
+        while engine.residencies()[identity.digest].tier != "device":
             await asyncio.sleep(0.05)
+        assert engine.residencies()[identity.digest].is_pinned
     finally:
         await engine.stop()
+
+
+async def test_an_engine_that_is_down_forgets_a_pin_that_is_taken(tmp_path):
+    engine = EngineProcess(EngineConfig(model="m"), tmp_path, tmp_path)
+    pinned = AdapterId("a", 1, "sha256:a")
+    engine._pins[pinned.digest] = pinned
+    with pytest.raises(EngineUnavailable):
+        await engine.load_adapter(pinned, is_pinned=False)
+    assert not engine._pins
+    await engine._repin(pinned)  # of a start that was under way: it asks for nothing
+    await engine.stop()
 
 
 async def test_a_stopped_engine_is_found_stuck_and_replaced(model_dir, blob_root):

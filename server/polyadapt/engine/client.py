@@ -65,5 +65,6 @@ class EngineClient(Protocol):
 
     def residencies(self) -> Mapping[str, Residency]:
         """Digest -> where its weights are, as known from the newest step; an adapter in no tier of
-        the engine is not listed. Never waits, and changes as steps arrive.
+        the engine is not listed, unless a pin is being restored. Never waits, and changes as steps
+        arrive.
         """

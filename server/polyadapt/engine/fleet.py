@@ -7,13 +7,13 @@ and adds up what all of them say. Knows no processes: its members are EngineClie
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
 from array import array
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -149,7 +149,9 @@ class EngineFleet:
             sent = request if refusal is None else _later(request, time.monotonic() - began)
             attempt = _Attempt(self, name, request)
             try:
-                async with aclosing(attempt.events(self._engines[name].submit(sent))) as events:
+                async with contextlib.aclosing(
+                    attempt.events(self._engines[name].submit(sent))
+                ) as events:
                     async for event in events:
                         if isinstance(event, Started):
                             served = tuple(each.adapter for each in event.served)
@@ -254,7 +256,7 @@ class EngineFleet:
 
     async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
         """See EngineClient: on every engine of its home set, which is one while nobody uses it;
-        a pin is taken from all that have one.
+        a pin is taken from all that have one, and from those that are down, which would restore it.
         """
         self._look()
         demand = Demand(adapter.digest)
@@ -264,10 +266,14 @@ class EngineFleet:
         found = await asyncio.gather(
             *(self._engines[name].load_adapter(adapter, is_pinned=is_pinned) for name in homes)
         )
-        for name, engine in self._engines.items():
+        for name, engine in list(self._engines.items()):
             there = engine.residencies().get(adapter.digest)
-            if name not in homes and not is_pinned and there is not None and there.is_pinned:
-                await engine.load_adapter(adapter, is_pinned=False)
+            may_pin = not engine.is_ready or (there is not None and there.is_pinned)
+            if name not in homes and not is_pinned and may_pin:
+                with contextlib.suppress(
+                    EngineUnavailable
+                ):  # it has forgotten the pin all the same
+                    await engine.load_adapter(adapter, is_pinned=False)
         return self._residencies.get(adapter.digest) or found[0]
 
     async def unload_adapter(self, digest: str) -> None:
@@ -325,7 +331,7 @@ class _Attempt:
 
     async def events(self, source: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Yield the engine's events; end where it dies before one beyond Started."""
-        async with aclosing(source) as events:
+        async with contextlib.aclosing(source) as events:
             async for event in events:
                 if not self.has_begun and not isinstance(event, Started):
                     if isinstance(event, Failed) and event.code == EngineUnavailable.code:

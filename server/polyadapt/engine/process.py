@@ -143,7 +143,9 @@ class EngineProcess:
         self._last_output = time.monotonic()
         self._is_ready = True
         logger.info("%s is ready in process %d", self._label, self._process.pid)
-        for adapter in list(self._pins.values()):
+        for adapter in self._pins.values():
+            on_its_way = Residency(adapter.digest, "store", is_pinned=True)
+            self._streams.residencies[adapter.digest] = on_its_way
             self._spawn(self._repin(adapter))
         return info
 
@@ -269,8 +271,11 @@ class EngineProcess:
         return time.monotonic() - self._last_output > self._config.step_timeout_s
 
     async def _repin(self, adapter: AdapterId) -> None:
+        if adapter.digest not in self._pins:  # taken before this task began
+            self._streams.residencies.pop(adapter.digest, None)
+            return
         try:
-            await self.load_adapter(adapter, is_pinned=True)
+            await self._streams.load(adapter.digest, is_pinned=True)
         except Exception:
             logger.exception("adapter %s could not be pinned again", adapter.name)
 
@@ -289,12 +294,12 @@ class EngineProcess:
         return await self._streams.prepare(adapter.digest)
 
     async def load_adapter(self, adapter: AdapterId, *, is_pinned: bool) -> Residency:
-        """See EngineClient."""
+        """See EngineClient. An engine that is down forgets a pin, and raises EngineUnavailable."""
+        if not is_pinned:
+            self._pins.pop(adapter.digest, None)
         residency = await self._streams.load(adapter.digest, is_pinned=is_pinned)
         if is_pinned:
             self._pins[adapter.digest] = adapter
-        else:
-            self._pins.pop(adapter.digest, None)
         return residency
 
     async def unload_adapter(self, digest: str) -> None:

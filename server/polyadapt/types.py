@@ -322,7 +322,9 @@ class Residency:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot between two steps. Counters only grow while one engine lives."""
+    """A snapshot between two steps. Counts only grow: from an engine itself while it lives, from an
+    EngineClient over the lives of its engines.
+    """
 
     num_steps: int = 0
     num_running: int = 0

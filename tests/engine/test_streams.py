@@ -10,7 +10,7 @@ from tests.support.engines import greedy_request
 from polyadapt.engine.output import Cancel, Command, StepOutput
 from polyadapt.engine.streams import Streams
 from polyadapt.errors import EngineUnavailable
-from polyadapt.types import Event, Failed, Finished, Tokens
+from polyadapt.types import EngineStats, Event, Failed, Finished, Tokens
 
 pytestmark = pytest.mark.anyio
 
@@ -71,3 +71,27 @@ async def test_an_engine_that_is_gone_fails_its_waiting_readers() -> None:
     streams.fail_all(EngineUnavailable("gone"))
     assert isinstance(await waiting, Failed)
     assert [event async for event in events] == []
+
+
+async def test_counts_never_fall_when_an_engine_is_replaced() -> None:
+    def life(num_steps: int) -> EngineStats:
+        return EngineStats(
+            num_steps, num_running=2, num_pages=64,
+            counters={"loads": num_steps, str(num_steps): 1},
+            steps_by_adapters={1: num_steps}, steps_by_rows={2: num_steps},
+            load_seconds={"read": (1.0, 0.5)},
+        )  # fmt: skip
+
+    streams, _ = make()
+    streams.absorb(StepOutput(stats=life(5)))
+    assert streams.stats == life(5)
+    for _ in range(2):  # the second time as one that could not be started
+        streams.fail_all(EngineUnavailable("gone"))
+        assert (streams.stats.num_running, streams.stats.num_pages) == (0, 0)
+        assert streams.stats.counters == {"loads": 5, "5": 1}
+    streams.absorb(StepOutput(stats=life(2)))
+    streams.absorb(StepOutput(stats=life(3)))
+    assert streams.stats == EngineStats(
+        8, num_running=2, num_pages=64, counters={"loads": 8, "5": 1, "3": 1},
+        steps_by_adapters={1: 8}, steps_by_rows={2: 8}, load_seconds={"read": (2.0, 1.0)},
+    )  # fmt: skip

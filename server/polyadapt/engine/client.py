@@ -61,7 +61,9 @@ class EngineClient(Protocol):
         """Fail every request that uses the digest with AdapterDeleted; return their number."""
 
     def stats(self) -> EngineStats:
-        """The newest snapshot that has arrived; never waits."""
+        """The newest snapshot that has arrived, its counts on top of what engines that were
+        replaced had counted; never waits.
+        """
 
     def residencies(self) -> Mapping[str, Residency]:
         """Digest -> where its weights are, as known from the newest step; an adapter in no tier of

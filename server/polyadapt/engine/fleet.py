@@ -12,13 +12,13 @@ import hashlib
 import logging
 import time
 from array import array
-from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from polyadapt.engine.client import EngineClient
 from polyadapt.engine.routing import Demand, Router, RoutingPolicy, key_of
+from polyadapt.engine.stats import sum_counts
 from polyadapt.errors import EngineUnavailable, QueueFull, StartupError
 from polyadapt.types import (
     AdapterId,
@@ -443,22 +443,13 @@ def _together(infos: Sequence[EngineInfo]) -> EngineInfo:
 
 
 def _sum(parts: Sequence[EngineStats]) -> EngineStats:
-    counters: Counter[str] = Counter()
-    steps: Counter[int] = Counter()
-    rows: Counter[int] = Counter()
-    load_seconds: dict[str, tuple[float, ...]] = {}
+    counts = sum_counts(parts)
     routing: dict[str, tuple[float, ...]] = {}
     for part in parts:
-        counters.update(part.counters)
-        steps.update(part.steps_by_adapters)
-        rows.update(part.steps_by_rows)
-        for stage, counts in part.load_seconds.items():
-            before = load_seconds.get(stage, (0.0,) * len(counts))
-            load_seconds[stage] = tuple(a + b for a, b in zip(before, counts, strict=True))
         for digest, shares in part.routing.items():
             routing[digest] = _joined(routing.get(digest), shares)
-    return EngineStats(
-        num_steps=sum(part.num_steps for part in parts),
+    return replace(
+        counts,
         num_running=sum(part.num_running for part in parts),
         num_waiting=sum(part.num_waiting for part in parts),
         num_used_pages=sum(part.num_used_pages for part in parts),
@@ -466,10 +457,6 @@ def _sum(parts: Sequence[EngineStats]) -> EngineStats:
         num_pages=sum(part.num_pages for part in parts),
         adapter_bytes_used=sum(part.adapter_bytes_used for part in parts),
         waiting_digests=tuple(dict.fromkeys(d for part in parts for d in part.waiting_digests)),
-        counters=dict(counters),
-        steps_by_adapters=dict(steps),
-        steps_by_rows=dict(rows),
-        load_seconds=load_seconds,
         routing=routing,
     )
 

@@ -10,8 +10,10 @@ import contextlib
 import itertools
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 
 from polyadapt.engine.output import Call, CallName, Cancel, Command, Reply, StepOutput, Submit
+from polyadapt.engine.stats import sum_counts
 from polyadapt.errors import (
     AdapterRejected,
     EngineUnavailable,
@@ -33,13 +35,29 @@ class Streams:
         self._replies: dict[int, asyncio.Future[Reply]] = {}
         self._call_ids = itertools.count(1)
         self.capacity = 0  # sequences that may run and wait; set when the engine is ready
-        self.stats = EngineStats()
+        self._stats = EngineStats()
+        self._earlier: EngineStats | None = None  # what engines that are gone had counted
         self.residencies: dict[str, Residency] = {}  # by digest; the engine tells what changes
 
     @property
     def is_busy(self) -> bool:
         """Whether anybody waits for the engine."""
         return bool(self._events or self._replies)
+
+    @property
+    def stats(self) -> EngineStats:
+        """The newest snapshot, its counts on top of those of the engines before."""
+        if self._earlier is None:
+            return self._stats
+        total = sum_counts([self._earlier, self._stats])
+        return replace(
+            self._stats,
+            num_steps=total.num_steps,
+            counters=total.counters,
+            steps_by_adapters=total.steps_by_adapters,
+            steps_by_rows=total.steps_by_rows,
+            load_seconds=total.load_seconds,
+        )
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """Send the request and yield its events; leaving early cancels it."""
@@ -101,11 +119,11 @@ class Streams:
         for digest in output.gone:
             self.residencies.pop(digest, None)
         if output.stats is not None:
-            self.stats = output.stats
+            self._stats = output.stats
 
     def fail_all(self, error: EngineUnavailable) -> None:
         """End every request and call with the error, because the engine is gone."""
-        self.stats = EngineStats()
+        self._earlier, self._stats = sum_counts([self.stats]), EngineStats()
         self.residencies.clear()
         for request_id, mailbox in self._events.items():
             mailbox.put(Failed(request_id, error.code, error.message))

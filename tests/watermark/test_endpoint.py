@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
+import time
 
+import httpx
 import numpy as np
 import pytest
 from tests.support.marked_suspect import KEK, lm_mark, reply_as, suspect_server
@@ -115,6 +118,42 @@ def test_the_budget_the_time_and_a_cancellation_hold(suspect):
         with pytest.raises(RequestCancelled):
             endpoint.ask(["a"])
     assert len(suspect.bodies) == 2
+
+
+class Dribble(httpx.SyncByteStream):
+    """A reply that never ends, a blank every 10 ms."""
+
+    def __iter__(self):
+        for _ in range(1000):
+            time.sleep(0.01)
+            yield b" "
+
+
+@pytest.mark.parametrize(
+    ("timeout_s", "cancelled_after_s", "error"),
+    [(0.1, 60.0, Unavailable), (60.0, 0.1, RequestCancelled)],
+)
+def test_a_reply_that_never_ends_is_left_in_time(timeout_s, cancelled_after_s, error):
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=Dribble()))
+    endpoint = Endpoint(
+        EndpointUrl.parse("http://h"), "m", None, EndpointLimits(timeout_s=timeout_s),
+        transport=transport,
+    )  # fmt: skip
+    timer = threading.Timer(cancelled_after_s, endpoint.cancel)
+    timer.start()
+    began = time.monotonic()
+    with contextlib.closing(endpoint), pytest.raises(error):
+        endpoint.ask(["a"])
+    timer.cancel()
+    timer.join()
+    assert time.monotonic() - began < 5.0
+
+
+def test_nothing_is_waited_for_after_the_last_try(suspect):
+    suspect.statuses = [503]
+    with asking(suspect, num_tries=1) as endpoint:
+        endpoint._is_cancelled.wait = lambda seconds: pytest.fail("it waits")
+        assert endpoint.ask(["a"]) == [None]
 
 
 @pytest.mark.parametrize(

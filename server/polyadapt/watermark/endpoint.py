@@ -30,7 +30,7 @@ class EndpointLimits:
 
     max_queries: int = 4096
     num_at_once: int = 4
-    request_timeout_s: float = 60.0
+    request_timeout_s: float = 60.0  # of what comes at once; a silent endpoint is left after it
     timeout_s: float = 600.0  # of the whole reading
     num_tries: int = 4  # of one question, where the endpoint asks to come again
     # Of the answers, so many may be missing: an endpoint that mostly fails says nothing.
@@ -86,7 +86,6 @@ class Endpoint:
         # No redirects and no proxies: what is asked is what the caller named and nothing else.
         self._client = httpx.Client(
             headers=headers,
-            timeout=self.limits.request_timeout_s,
             follow_redirects=False,
             trust_env=False,
             transport=self.transport,
@@ -126,10 +125,8 @@ class Endpoint:
 
     def _ask_one(self, message: str) -> str | None:
         for turn in range(self.limits.num_tries):
-            if self._is_cancelled.is_set():
-                raise RequestCancelled("the reading was cancelled")
-            if time.monotonic() > self._deadline:
-                raise Unavailable(f"the reading took more than {self.limits.timeout_s:g} s")
+            if turn:
+                self._is_cancelled.wait(min(0.125 * 2**turn, 4.0))
             try:
                 status, body = self._post(message)
             except httpx.HTTPError as error:
@@ -141,8 +138,18 @@ class Endpoint:
                     f"the endpoint answers {status} to a chat; see its URL, model and key",
                     param="endpoint",
                 )
-            self._is_cancelled.wait(min(0.25 * 2**turn, 4.0))
         return None
+
+    def _time_left_s(self) -> float:
+        """Seconds that the reading may still take; raises Unavailable when there are none, and
+        RequestCancelled after `cancel`.
+        """
+        if self._is_cancelled.is_set():
+            raise RequestCancelled("the reading was cancelled")
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise Unavailable(f"the reading took more than {self.limits.timeout_s:g} s")
+        return left
 
     def _post(self, message: str) -> tuple[int, bytes]:
         body = {
@@ -151,9 +158,13 @@ class Endpoint:
             "temperature": 0,
             "max_tokens": MAX_TOKENS,
         }
-        with self._client.stream("POST", f"{self.url.root}/chat/completions", json=body) as reply:
+        url = f"{self.url.root}/chat/completions"
+        # httpx's limit is for one read: a reply of many may take as long as it likes.
+        timeout = min(self.limits.request_timeout_s, self._time_left_s())
+        with self._client.stream("POST", url, json=body, timeout=timeout) as reply:
             data = bytearray()
             for chunk in reply.iter_bytes():
+                self._time_left_s()
                 data += chunk
                 if len(data) > _MAX_REPLY_BYTES:
                     raise httpx.ReadError("the reply is too long")

@@ -214,6 +214,70 @@ def serve(
         _serve(settings)
 
 
+@app.command("serve-ray")
+def serve_ray(
+    model: Annotated[
+        str | None, typer.Option(help="A transformers directory, a hub id, or smollm2.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="The address that proxies listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Their port.")] = None,
+    home: Home = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda, of an engine.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="A YAML file of settings, at this path on every node."),
+    ] = None,
+    blob_url: Annotated[
+        str | None, typer.Option(help="s3://, gs://, az:// or file://, as for serve.")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="The cluster's; auto is this machine's.")
+    ] = None,
+    ingress_replicas: Annotated[
+        int | None, typer.Option(help="Replicas of the web application.  [default: 1]")
+    ] = None,
+    min_engines: Annotated[int | None, typer.Option(help="Engine replicas.  [default: 1]")] = None,
+    max_engines: Annotated[
+        int | None, typer.Option(help="As many under load.  [default: 1]")
+    ] = None,
+    engine_gpus: Annotated[
+        float | None, typer.Option(help="GPUs of an engine.  [default: 1]")
+    ] = None,
+    engine_cpus: Annotated[
+        float | None, typer.Option(help="CPUs of an engine.  [default: 1]")
+    ] = None,
+    engines_per_node: Annotated[
+        int | None, typer.Option(help="At most; without it as devices allow.")
+    ] = None,
+    queued_tokens: Annotated[
+        int | None, typer.Option(help="Tokens in the queue of one engine.  [default: 8192]")
+    ] = None,
+    allow_anonymous: Annotated[
+        bool | None,
+        typer.Option("--allow-anonymous", help="Serve other machines without a key."),
+    ] = None,
+) -> None:
+    """Serve from many machines, as an application of a Ray cluster, until a signal ends it.
+
+    Secrets are not options: every node has them in its environment (POLYADAPT_API_KEY, ...).
+    """
+    given = dict(locals())
+    file = given.pop("config")
+    with _one_clear_line():
+        try:
+            from polyadapt.ray_serve.application import run_until_signal
+        except ImportError as error:
+            raise StartupError(f"Ray is missing ({error}); install polyadapt[ray]") from None
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in given.items()
+            if value is not None
+        }
+        if file is not None:
+            settings["config"] = str(file.absolute())
+        run_until_signal(settings, _announce)
+
+
 @app.command()
 def plan(
     model: Annotated[

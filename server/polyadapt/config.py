@@ -131,6 +131,32 @@ class FleetConfig(_Section):
         return value
 
 
+class RayConfig(_Section):
+    """What `polyadapt serve-ray` asks of a Ray cluster; `serve` reads none of it."""
+
+    ray_address: str = "auto"  # of the cluster; auto: the one of this machine
+    ingress_replicas: int = Field(1, ge=1)  # of the web application, which need no device
+    # Ray's custom resources that a node of theirs must have, such as {edge: 0.1}.
+    ingress_resources: dict[str, float] = Field(default_factory=dict)
+    min_engines: int = Field(1, ge=1)  # engine replicas, each with its own device
+    max_engines: int = Field(1, ge=1)  # beyond min_engines they come and go with the load
+    engine_gpus: float = Field(1.0, ge=0)  # for each engine; 0 with device cpu
+    engine_cpus: float = Field(1.0, ge=0)  # likewise, in Ray's books
+    engines_per_node: int | None = Field(None, ge=1, le=100)  # None: as its devices allow
+    queued_tokens: int = Field(8192, ge=1)  # sent and not computed, that one engine shall have
+    upscale_delay_s: float = Field(30.0, ge=0)  # how long more engines must be wanted
+    downscale_delay_s: float = Field(600.0, ge=0)  # how long fewer
+    statement_s: float = Field(1.0, gt=0)  # between two statements of an engine
+
+    @model_validator(mode="after")
+    def _check_bounds(self) -> Self:
+        if self.max_engines < self.min_engines:
+            raise ValueError(
+                f"max_engines is {self.max_engines}, below min_engines {self.min_engines}"
+            )
+        return self
+
+
 class StoreConfig(_Section):
     """The adapter store; paths that are None lie under the home."""
 
@@ -194,6 +220,7 @@ class Config(BaseSettings):
     server: ServerConfig = ServerConfig()
     engine: EngineConfig = EngineConfig()
     fleet: FleetConfig = FleetConfig()
+    ray: RayConfig = RayConfig()
     store: StoreConfig = StoreConfig()
     limits: LimitsConfig = LimitsConfig()
     watermark: WatermarkConfig = WatermarkConfig()

@@ -25,7 +25,7 @@ from polyadapt.api.fleet_metrics import FleetCollector
 from polyadapt.api.internal import build_internal_app
 from polyadapt.api.services import Services
 from polyadapt.app import StartupAdapter, build_app, stop_engine
-from polyadapt.config import Config, ServerConfig
+from polyadapt.config import Config, EngineConfig, ServerConfig
 from polyadapt.engine.client import EngineClient
 from polyadapt.engine.fleet import EngineFleet
 from polyadapt.engine.process import EngineProcess
@@ -119,7 +119,10 @@ async def serve(
             raise Unavailable("the engine is starting; upload again shortly")
         return run_validator(directory, engine.info.base, limits)
 
-    with _bound_internally(config.server) as internal, _store(config, validate, limits) as store:
+    with (
+        _bound_internally(config.server) as internal,
+        open_store(config, validate, limits) as store,
+    ):
         client = StockedEngine(engine, store) if store.is_shared else engine
         async with _tracing(config.server) as tracing:
             adapters = startup_adapters(config)
@@ -138,7 +141,7 @@ async def serve(
                     await web.serve(sockets=[listener])
 
 
-def _store(
+def open_store(
     config: Config, validate: Callable[[Path], ValidationReport], limits: StoreLimits
 ) -> AdapterStore:
     """Open the store where the settings say; raises StartupError."""
@@ -226,22 +229,29 @@ def _engine(config: Config, model_dir: Path) -> tuple[EngineClient, tuple[Collec
     """Return the engine, or several as one, and what else is measured of them."""
     configs = config.engine_configs()
     engines = {
-        name: EngineProcess(
-            each,
-            model_dir,
-            config.store_dir,
-            base_name=_base_name(config.engine.model),
-            log_level=config.server.log_level,
-            log_format=config.server.log_format,
-            name=name if len(configs) > 1 else "",
-            num_sharing=config.fleet.engines,
-        )
+        name: engine_process(config, each, model_dir, name if len(configs) > 1 else "")
         for name, each in configs.items()
     }
     if len(engines) == 1:
         return next(iter(engines.values())), ()
     fleet = EngineFleet(engines, RoutingPolicy(least_bound=config.engine.max_num_batched_tokens))
     return fleet, (FleetCollector(fleet),)
+
+
+def engine_process(
+    config: Config, engine: EngineConfig, model_dir: Path, name: str = ""
+) -> EngineProcess:
+    """Return an engine that is not started yet; name: of one among several."""
+    return EngineProcess(
+        engine,
+        model_dir,
+        config.store_dir,
+        base_name=_base_name(config.engine.model),
+        log_level=config.server.log_level,
+        log_format=config.server.log_format,
+        name=name,
+        num_sharing=config.fleet.engines,
+    )
 
 
 class WebServer(uvicorn.Server):

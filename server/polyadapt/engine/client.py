@@ -1,7 +1,7 @@
 """The seam between the edge and an engine. Torch-free.
 
-Implementations: InProcessEngine (tests, notebooks), EngineProcess (the server), and EngineFleet,
-which is several of them.
+Implementations: InProcessEngine (tests, notebooks), EngineProcess (the server), EngineFleet, which
+is several of them, and what stands for one on another machine (ray_serve/fleet.py).
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from polyadapt.engine.client import EngineClient
+from polyadapt.engine.remaining import Remaining
 from polyadapt.engine.routing import Demand, Router, RoutingPolicy, key_of
 from polyadapt.engine.stats import sum_counts
 from polyadapt.errors import EngineUnavailable, QueueFull, StartupError
@@ -68,10 +69,16 @@ class EngineFleet:
     """
 
     def __init__(
-        self, engines: Mapping[str, EngineClient], policy: RoutingPolicy | None = None
+        self,
+        engines: Mapping[str, EngineClient],
+        policy: RoutingPolicy | None = None,
+        *,
+        may_grow: bool = False,
     ) -> None:
-        """engines: by name, which decides what is whose home; raises ValueError without any."""
-        if not engines:
+        """engines: by name, which decides what is whose home; raises ValueError without any, unless
+        the fleet may grow.
+        """
+        if not engines and not may_grow:
             raise ValueError("a fleet needs at least one engine")
         self._engines = dict(engines)
         self.router = Router(policy)
@@ -109,6 +116,26 @@ class EngineFleet:
             name, engine.is_ready, engine.is_alive, engine.num_restarts, stats.num_running,
             stats.num_waiting, self.router.load(name), len(on_device),
         )  # fmt: skip
+
+    # ------------------------------------------------------------------ members
+    def join(self, name: str, engine: EngineClient) -> None:
+        """Have one more engine, which has started; raises ValueError for a name that there is, and
+        StartupError for another base model.
+        """
+        assert engine.info is not None, "an engine joins once it has started"
+        infos = [each.info for each in self._engines.values() if each.info is not None]
+        together = _together([*infos, engine.info])
+        self.router.add(name, is_ready=engine.is_ready)
+        self._engines[name] = engine
+        self.info = together
+
+    def leave(self, name: str) -> None:
+        """Have it no more: what runs there ends as it ends. Raises KeyError."""
+        self.router.remove(name)
+        del self._engines[name]
+        infos = [each.info for each in self._engines.values() if each.info is not None]
+        if infos:  # without any, what the fleet was is what it will be
+            self.info = _together(infos)
 
     # ------------------------------------------------------------------ life
     async def start(self) -> EngineInfo:
@@ -247,9 +274,10 @@ class EngineFleet:
         """See EngineClient: at its home, or the next engine when that is down."""
         self._look()
         refusal = EngineUnavailable("no engine is ready; try again", retry_after_s=2)
-        for name in self.router.homes(adapter.digest, len(self._engines)):
+        homes = self.router.homes(adapter.digest, len(self._engines))
+        for engine in [self._engines[name] for name in homes]:  # some may leave meanwhile
             try:
-                return await self._engines[name].prepare_adapter(adapter)
+                return await engine.prepare_adapter(adapter)
             except EngineUnavailable as error:
                 refusal = error
         raise refusal
@@ -322,12 +350,12 @@ class _Attempt:
         self._engine = engine
         self._n = request.n
         self._key = fleet.key(request)
-        self._prompt = len(request.prompt_ids)
-        self._left = fleet.num_tokens(request)
+        num_tokens = fleet.num_tokens(request)
+        self._remaining = Remaining(request, num_tokens)
         self._num_output = 0
         self.has_begun = False
         self.death: Failed | None = None  # the engine was gone before the request began
-        fleet.router.change_load(engine, self._key, self._left)
+        fleet.router.change_load(engine, self._key, num_tokens)
 
     async def events(self, source: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
         """Yield the engine's events; end where it dies before one beyond Started."""
@@ -338,23 +366,20 @@ class _Attempt:
                         self.death = event
                         return
                     self.has_begun = True
-                    self._give(self._prompt)
                 if isinstance(event, Tokens):
                     self._num_output += len(event.token_ids)
-                    self._give(len(event.token_ids))
+                self._give(self._remaining.take(event))
                 yield event
 
     def end(self) -> None:
         """Take what is left from the load; the length of what came is learnt from."""
-        self._give(self._left)
+        self._give(self._remaining.take_all())
         if self._num_output:
             self._fleet.learn_output(self._num_output / self._n)
 
     def _give(self, num_tokens: int) -> None:
-        given = min(num_tokens, self._left)
-        if given:
-            self._left -= given
-            self._fleet.router.change_load(self._engine, self._key, -given)
+        if num_tokens:
+            self._fleet.router.change_load(self._engine, self._key, -num_tokens)
 
 
 class _Residencies(Mapping[str, Residency]):

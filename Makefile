@@ -24,7 +24,7 @@ DEMO := $(if $(filter smollm2,$(MODEL)),--demo)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-image bench bench-families bench-gpu bench-mark-served bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
+.PHONY: help docs install serve model test check kubernetes-tools kubernetes-base test-crashes test-rolling test-ray test-image bench bench-families bench-gpu bench-mark-served bench-overhead bench-peers bench-residency bench-text-marks simulate experiments clean
 
 help: ## List these targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ docs: $(VENV)/.dev ## Build the documentation as a site into site/, without the 
 
 test-rolling: $(VENV)/.dev ## Restart two servers one by one under load (minutes)
 	$(BIN)/python -m pytest -m slow tests/deploy/test_rolling_restart.py $(ARGS)
+
+test-ray: $(VENV)/.dev ## Serve from three simulated nodes of a Ray cluster (minutes; installs Ray)
+	$(PIP_INSTALL) -e '.[ray]'
+	$(BIN)/python -m pytest -m slow tests/ray_serve $(ARGS)
 
 test-image: $(VENV)/.dev model ## Build the image and run it: buildah, podman, runc, debootstrap, as root (minutes)
 	$(BIN)/python -m tools.image_trial $(ARGS)

@@ -61,12 +61,14 @@ class RunningServer:
 
 
 @contextlib.contextmanager
-def running_server(home: Path, model: Path | str, *options: str) -> Iterator[RunningServer]:
+def running_server(
+    home: Path, model: Path | str, *options: str, subcommand: str = "serve"
+) -> Iterator[RunningServer]:
     """Run `polyadapt serve` on a free port until the block ends, then stop it with SIGTERM."""
     log = home / "server.log"
     home.mkdir(parents=True, exist_ok=True)
     command = [
-        *(sys.executable, "-m", "polyadapt", "serve", "--model", str(model)),
+        *(sys.executable, "-m", "polyadapt", subcommand, "--model", str(model)),
         *("--home", str(home), "--host", "127.0.0.1", "--port", "0", *options),
     ]
     environ = {k: v for k, v in os.environ.items() if not k.startswith("POLYADAPT_")}

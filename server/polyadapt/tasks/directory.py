@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -550,19 +551,19 @@ class AdapterDirectory:
                 "that tenant as an adapter of its own",
                 param="tenant",
             )
-        policy = self.policies.of(marked)
-        kept = [e for e in (policy.entries if policy else ()) if e.record.digest != digest]
-        if is_required:
-            kept.append(PolicyEntry(record))
-        if len(kept) > MAX_ADAPTERS:
-            raise PolicyConflict(
-                f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a request "
-                f"has at most {MAX_ADAPTERS}; take one out"
-            )
-        if kept:
-            await asyncio.to_thread(self.policies.put, marked, kept)
-        elif policy is not None:
-            await asyncio.to_thread(self.policies.remove, marked)
+
+        def change(before: tuple[PolicyEntry, ...]) -> list[PolicyEntry]:
+            kept = [entry for entry in before if entry.record.digest != digest]
+            if is_required:
+                kept.append(PolicyEntry(record))
+            if len(kept) > MAX_ADAPTERS:
+                raise PolicyConflict(
+                    f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a "
+                    f"request has at most {MAX_ADAPTERS}; take one out"
+                )
+            return kept
+
+        await asyncio.to_thread(self.policies.change, marked, change)
 
     def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
         """Return the adapter of a mark and its option that tells users apart.
@@ -608,7 +609,9 @@ class AdapterDirectory:
                     for i, (entry, ref) in enumerate(pairs)
                 ]
                 if tuple(kept) != policy.entries:
-                    await asyncio.to_thread(self.policies.put, policy.tenant, kept)
+                    sealed = list(zip(policy.entries, kept, strict=True))
+                    change = partial(_replaced, sealed)
+                    await asyncio.to_thread(self.policies.change, policy.tenant, change)
                     num += 1
         except SecretsUnavailable as error:
             logger.error("no request that a mark is required for is answered: %s", error.message)
@@ -844,6 +847,13 @@ class AdapterDirectory:
 def tenant_user(tenant: str) -> str:
     """Return whom bits are issued to that all answers of a tenant have; no key has such an id."""
     return f"tenant:{tenant}"
+
+
+def _replaced(
+    changes: Sequence[tuple[PolicyEntry, PolicyEntry]], entries: Sequence[PolicyEntry]
+) -> list[PolicyEntry]:
+    """Return the entries with every old one that is still among them in its new form."""
+    return [next((new for old, new in changes if old == entry), entry) for entry in entries]
 
 
 def _bits_of(record: AdapterRecord) -> OfferedOption | None:

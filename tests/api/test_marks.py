@@ -123,6 +123,43 @@ async def test_signatures_come_from_the_codebook_and_are_the_same_everywhere(
     assert denied.status_code == 403
 
 
+async def test_another_tenants_users_are_an_admins_alone(call: Caller, mark: MarkDirectory) -> None:
+    await call.register(mark)
+    keys = call.server.store.keys
+    (own, gone), (other,) = call.keys(2), call.keys(1, "other")
+    clerk = keys.create("default", ["watermarks"], "clerk")[1]
+    for user in (own, gone, other):
+        assert (await call("PUT", f"/mark/users/{user}")).status_code == 201
+    policy = {"adapters": [{"name": "mark", "options": {"signature": "10" * (NUM_BITS // 2)}}]}
+    headers = {"authorization": f"Bearer {OPERATOR}"}
+    put = await call.server.client.put("/v1/policies/default", json=policy, headers=headers)
+    assert put.status_code == 200, put.text
+    book = call.server.app.state.services.directory.signatures.book
+    book.issue(call.server.store.resolve("default", "mark").digest, "tenant:other", "01" * 24)
+    keys.delete(gone)  # whose it was is known no more
+
+    for method, path in (
+        ("PUT", f"/mark/users/{other}"), ("GET", f"/mark/users/{other}"),
+        ("DELETE", f"/mark/users/{other}"), ("DELETE", "/mark/users/tenant:other"),
+    ):  # fmt: skip
+        absent = await call(method, path.replace(other, "key-none"), key=clerk)
+        reply = await call(method, path, key=clerk)
+        assert reply.status_code == absent.status_code == 404, (method, path)
+        assert reply.text.replace(other, "key-none") == absent.text
+    seen = (await call("GET", "/mark/users", key=clerk)).json()["data"]
+    assert {one["user"] for one in seen} == {own, gone, "tenant:default"}
+    seen = (await call("GET", "/mark/users")).json()["data"]
+    assert {one["user"] for one in seen} == {own, gone, other, "tenant:default", "tenant:other"}
+    assert {one["revoked_at"] for one in seen} == {None}
+    given = {"bits": [int(bit) for bit in row(mark, other)]}
+    traced = (await call("POST", "/mark/trace", key=clerk, json=given)).text
+    assert other not in traced
+    assert own in traced
+    assert other in (await call("POST", "/mark/trace", json=given)).text
+    assert (await call("DELETE", f"/mark/users/{own}", key=clerk)).status_code == 200
+    assert (await call("DELETE", f"/mark/users/{other}")).status_code == 200
+
+
 async def test_who_leaked_is_named_and_nobody_is_an_answer(
     call: Caller, mark: MarkDirectory
 ) -> None:

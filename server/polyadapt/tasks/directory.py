@@ -48,6 +48,7 @@ DEFAULT_TENANT = "default"
 WAIT = WhenCold()
 # In a policy, in place of bits: they are issued to the tenant as to a user.
 ISSUED = "issued"
+_TENANT_USER = "tenant:"
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
 _PAGE = 500
@@ -846,7 +847,12 @@ class AdapterDirectory:
 
 def tenant_user(tenant: str) -> str:
     """Return whom bits are issued to that all answers of a tenant have; no key has such an id."""
-    return f"tenant:{tenant}"
+    return f"{_TENANT_USER}{tenant}"
+
+
+def is_tenant_user(user: str) -> bool:
+    """Whether `tenant_user` gave this id."""
+    return user.startswith(_TENANT_USER)
 
 
 def _replaced(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,8 +264,17 @@ class MarkService:
                     raise Conflict(error.message) from None
 
     # ------------------------------------------------------------------ tracing
-    async def trace(self, tenant: str, name: str, reading: dict[str, Any], alpha: float) -> Traced:
-        """Compare what was read with everybody who ever had a signature from the codebook.
+    async def trace(
+        self,
+        tenant: str,
+        name: str,
+        reading: dict[str, Any],
+        alpha: float,
+        *,
+        among: Callable[[str], bool] = lambda user: True,
+    ) -> Traced:
+        """Compare what was read with everybody who ever had a signature from the codebook and is
+        `among` those that the caller may see.
 
         reading: a signed reading, as verify gives it, or {"bits": [0, 1 or None, ...]}. Raises
         InvalidRequest for bits of another length, EvidenceRejected for a reading that this mark did
@@ -277,7 +286,8 @@ class MarkService:
         else:
             fields = read_record(mark, json.dumps(reading).encode())
         book = self._directory.signatures.book
-        issued = await asyncio.to_thread(book.list, stored.adapter.digest, has_bits=True)
+        listed = await asyncio.to_thread(book.list, stored.adapter.digest, has_bits=True)
+        issued = [one for one in listed if among(one.user)]
 
         def work() -> Traced:
             drawn, by_hand = [], []

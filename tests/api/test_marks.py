@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -413,6 +414,52 @@ async def test_branches_alone_have_no_codebook(call: Caller) -> None:
     assert (await call("PUT", f"/bare/users/{user}")).status_code == 409
     given = await call("PUT", f"/bare/users/{user}", json={"signature": "00110101"})
     assert given.status_code == 201
+    gone = await call("DELETE", "/bare")
+    assert (gone.status_code, gone.json()["versions"]) == (200, [1])
+
+
+async def test_every_version_that_is_deleted_loses_its_secrets(
+    call: Caller, mark: MarkDirectory
+) -> None:
+    files = [
+        ("files", ("adapter_config.json", b'{"n_bits": 8}')),
+        ("files", ("adapter_model.safetensors", BRANCHES)),
+    ]
+    headers = {"authorization": f"Bearer {OPERATOR}"}
+    digests = []
+    for number in range(3):  # between two versions of branches alone
+        if number == 1:
+            digests.append((await call.register(mark)).json()["digest"])
+            continue
+        files[1] = ("files", ("adapter_model.safetensors", BRANCHES + b"%d" % number))
+        made = await call.server.client.post(
+            "/v1/adapters", data={"name": "mark"}, files=files, headers=headers
+        )
+        assert made.status_code == 201
+    gone = await call("DELETE", "/mark")
+    assert (gone.status_code, gone.json()["versions"]) == (200, [1, 2, 3])
+    kept = call.server.store.marks.find(digests[0])
+    assert kept is not None
+    assert (kept.config, kept.secrets) == (None, None)
+
+
+async def test_a_mark_of_another_base_is_listed_read_and_deleted_as_before(
+    call: Caller, mark: MarkDirectory
+) -> None:
+    found = (await call.register(mark)).json()
+    (user,) = call.keys(1)
+    assert (await call("PUT", f"/mark/users/{user}")).status_code == 201
+    info = call.server.engine.model
+    other = replace(info.base, name="next-base", digest="sha256:" + "c" * 64)
+    call.server.engine.info = replace(info, base=other)
+    assert (await call("GET", "")).json()["data"] == [found]
+    assert (await call("GET", "/mark")).json() == found
+    given = {"bits": [int(bit) for bit in row(mark, user)]}
+    assert user in (await call("POST", "/mark/trace", json=given)).text
+    policy = {"tenant": "default", "required": True}
+    assert (await call("PUT", "/mark/policy", json=policy)).status_code == 404
+    assert (await call("DELETE", "/mark")).status_code == 200
+    assert (await call("GET", "")).json()["data"] == []
 
 
 async def test_a_row_that_does_not_open_serves_nothing_and_its_user_is_traced(

@@ -291,13 +291,8 @@ class AdapterDirectory:
 
     def find(self, tenant: str, model: str) -> AdapterRecord | None:
         """Return the adapter that `model` names, None for the base; raises ModelNotFound."""
-        rest = split_base(model, self.base_name)
-        if rest is None:
-            return None
-        named = parse_adapter(rest)
-        if named is None:
-            raise _model_not_found(model)
-        return self._resolve(tenant, named, param="model")
+        named = self._parse(model)
+        return None if named is None else self._resolve(tenant, named, param="model")
 
     @property
     def base_name(self) -> str:
@@ -389,11 +384,25 @@ class AdapterDirectory:
             )
         return WhenCold(wait_ms, instead=(AppliedAdapter(fallback),))
 
-    def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
+    def _parse(self, model: str) -> NamedAdapter | None:
+        """Return what `model` names besides the base; raises ModelNotFound."""
+        rest = split_base(model, self.base_name)
+        if rest is None:
+            return None
+        named = parse_adapter(rest)
+        if named is None:
+            raise _model_not_found(model)
+        return named
+
+    def _read(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
         try:
-            record = self._store.resolve(tenant, named.name, named.version)
+            return self._store.resolve(tenant, named.name, named.version)
         except ModelNotFound as error:
             raise ModelNotFound(error.message, param=param) from None
+
+    def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
+        """Read what can be served here; raises ModelNotFound also for another base's."""
+        record = self._read(tenant, named, param=param)
         info = self._engine.info
         if info is not None and record.base_digest != info.base.digest:
             raise ModelNotFound(
@@ -567,25 +576,29 @@ class AdapterDirectory:
         await asyncio.to_thread(self.policies.change, marked, change)
 
     def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
-        """Return the adapter of a mark and its option that tells users apart.
+        """Return the adapter of a mark and its option that tells users apart, whatever base it was
+        made for: a leak may be of a base that is not resident any more.
 
         Raises ModelNotFound, and InvalidRequest for what is no mark.
         """
-        record = self.find(tenant, name)
+        named = self._parse(name)
+        record = None if named is None else self._read(tenant, named, param="model")
         option = None if record is None else _bits_of(record)
         if record is None or option is None:
             raise InvalidRequest(f"{name[:200]!r} is no mark: nothing in it tells users apart")
         return record, option
 
-    async def list_marks(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """Return the marks that the tenant sees, by name."""
+    async def list_marks(self, tenant: str) -> tuple[tuple[AdapterRecord, OfferedOption], ...]:
+        """Return the marks that the tenant sees, by name, each as `mark` does."""
 
-        def read() -> list[AdapterRecord]:
-            found: list[AdapterRecord] = []
+        def read() -> list[tuple[AdapterRecord, OfferedOption]]:
+            found: list[tuple[AdapterRecord, OfferedOption]] = []
             after: str | None = None
             while True:
                 page = self._store.list(tenant, limit=_PAGE, after=after)
-                found += [record for record in page.records if _bits_of(record) is not None]
+                for record in page.records:
+                    if (option := _bits_of(record)) is not None:
+                        found.append((record, option))
                 if not page.has_more:
                     return found
                 after = page.records[-1].id

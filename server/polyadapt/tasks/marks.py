@@ -160,8 +160,13 @@ class MarkService:
 
     async def list_all(self, tenant: str) -> tuple[StoredMark, ...]:
         """Return every mark that the tenant sees, by name."""
-        records = await self._directory.list_marks(tenant)
-        return tuple([await self.get(tenant, record.name) for record in records])
+        found = await self._directory.list_marks(tenant)
+        find = self._store.marks.find
+
+        def read() -> list[StoredMark]:
+            return [StoredMark(one, option.num_bits, find(one.digest)) for one, option in found]
+
+        return tuple(await asyncio.to_thread(read))
 
     async def delete(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
         """Delete a mark in all its versions, and its secrets here: what it issued can be traced no

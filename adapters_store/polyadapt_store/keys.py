@@ -40,6 +40,11 @@ class KeyRing:
         # In one piece, for it is read in several threads: after how many writes, and what was read.
         self._known: tuple[int, dict[bytes, ApiKey]] = (-1, {})
 
+    @property
+    def num_writes(self) -> int:
+        """See Database: what was read is still so while this does not change."""
+        return self._database.num_writes
+
     def create(self, tenant: str, scopes: Iterable[str], label: str = "") -> tuple[ApiKey, str]:
         """Make a key; return it with its secret "sk-...", which cannot be shown again."""
         secret = f"sk-{secrets.token_urlsafe(32)}"

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from polyadapt.errors import NotFound
 from polyadapt_store.database import Database, marks
 
 
@@ -64,15 +63,11 @@ class MarkBook:
         return None if row is None else _record(row)
 
     def forget(self, digest: str) -> None:
-        """Drop a mark's secrets; the key of its signatures stays. Raises NotFound."""
+        """Drop a mark's secrets, if it has any here; the key of its signatures stays."""
         with self._database.write() as connection:
-            gone = connection.execute(
-                marks.update()
-                .where(marks.c.digest == digest, marks.c.secrets.is_not(None))
-                .values(config=None, secrets=None)
+            connection.execute(
+                marks.update().where(marks.c.digest == digest).values(config=None, secrets=None)
             )
-            if gone.rowcount == 0:
-                raise NotFound("the mark has no secrets here")
 
     def row_key(self, digest: str, make: Callable[[], str]) -> str:
         """Return the sealed key of a mark's signatures: what `make` gives if there is none yet."""

@@ -6,6 +6,7 @@ import ast
 import asyncio
 import secrets
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from fastapi.routing import APIRoute
@@ -14,8 +15,9 @@ from tests.api.conftest import Maker, Server
 
 import polyadapt
 from polyadapt.api.routing import ScopedRoute
-from polyadapt.errors import StartupError
-from polyadapt_store.keys import SCOPES
+from polyadapt.errors import StartupError, Unavailable
+from polyadapt_store.database import Database
+from polyadapt_store.keys import SCOPES, KeyRing
 
 pytestmark = pytest.mark.anyio
 
@@ -96,6 +98,49 @@ async def test_probes_need_no_key(make_server: Maker) -> None:
     server = await make_server(api_key=KEY)
     for path in ("/health", "/ready", "/version"):
         assert (await server.client.get(path)).status_code == 200
+
+
+async def test_without_its_database_a_server_answers_probes_and_whom_it_knows(
+    make_server: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await make_server()
+    known, other = (bearer(server.store.keys.create("a", ["infer"])[1]) for _ in range(2))
+
+    async def statuses(path: str, headers: dict[str, str]) -> tuple[int, int]:
+        return (
+            (await server.client.get("/health")).status_code,
+            (await server.client.get(path, headers=headers)).status_code,
+        )
+
+    def away(self: Database) -> NoReturn:
+        raise Unavailable("the registry's database cannot be used now")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(Database, "read", away)
+        assert await statuses("/v1/models/fake-base", {}) == (200, 401), "before anything was read"
+        assert await statuses("/v1/models/fake-base", known) == (200, 503)
+    monkeypatch.setattr("polyadapt.api.access._RETRY_S", -1.0)
+    assert await statuses("/v1/models/fake-base", known) == (200, 200)
+    monkeypatch.setattr(Database, "read", away)
+    assert await statuses("/v1/models/fake-base", known) == (200, 200)
+    assert await statuses("/v1/models/fake-base", other) == (200, 503)
+    database = server.store.keys._database
+    database._see(database.num_writes + 1)  # and it was written just before it went
+    assert await statuses("/v1/models/fake-base", known) == (200, 503)
+    assert await statuses("/v1/models/fake-base", {}) == (200, 401)
+
+
+async def test_the_first_key_that_another_server_makes_closes_this_one(
+    make_server: Maker,
+) -> None:
+    server = await make_server()
+    assert (await server.client.get("/v1/models")).status_code == 200
+    other = Database(server.config.store_dir / "registry.sqlite")
+    secret = KeyRing(other).create("default", ["infer"])[1]
+    other.close()
+    server.store.refresh()  # which the follower does once a second
+    assert (await server.client.get("/v1/models")).status_code == 401
+    assert (await server.client.get("/v1/models", headers=bearer(secret))).status_code == 200
 
 
 async def test_odd_forms_of_a_path_open_nothing(make_server: Maker) -> None:

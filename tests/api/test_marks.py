@@ -8,6 +8,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,43 @@ async def test_signatures_come_from_the_codebook_and_are_the_same_everywhere(
     assert {one["signature"] for one in hidden.json()["data"]} == {None}
     denied = await call("POST", "/mark/users", key=clerk, json={"tenant": "other"})
     assert denied.status_code == 403
+
+
+async def test_another_tenants_users_are_an_admins_alone(call: Caller, mark: MarkDirectory) -> None:
+    await call.register(mark)
+    keys = call.server.store.keys
+    (own, gone), (other,) = call.keys(2), call.keys(1, "other")
+    clerk = keys.create("default", ["watermarks"], "clerk")[1]
+    for user in (own, gone, other):
+        assert (await call("PUT", f"/mark/users/{user}")).status_code == 201
+    policy = {"adapters": [{"name": "mark", "options": {"signature": "10" * (NUM_BITS // 2)}}]}
+    headers = {"authorization": f"Bearer {OPERATOR}"}
+    put = await call.server.client.put("/v1/policies/default", json=policy, headers=headers)
+    assert put.status_code == 200, put.text
+    book = call.server.app.state.services.directory.signatures.book
+    book.issue(call.server.store.resolve("default", "mark").digest, "tenant:other", "01" * 24)
+    keys.delete(gone)  # whose it was is known no more
+
+    for method, path in (
+        ("PUT", f"/mark/users/{other}"), ("GET", f"/mark/users/{other}"),
+        ("DELETE", f"/mark/users/{other}"), ("DELETE", "/mark/users/tenant:other"),
+    ):  # fmt: skip
+        absent = await call(method, path.replace(other, "key-none"), key=clerk)
+        reply = await call(method, path, key=clerk)
+        assert reply.status_code == absent.status_code == 404, (method, path)
+        assert reply.text.replace(other, "key-none") == absent.text
+    seen = (await call("GET", "/mark/users", key=clerk)).json()["data"]
+    assert {one["user"] for one in seen} == {own, gone, "tenant:default"}
+    seen = (await call("GET", "/mark/users")).json()["data"]
+    assert {one["user"] for one in seen} == {own, gone, other, "tenant:default", "tenant:other"}
+    assert {one["revoked_at"] for one in seen} == {None}
+    given = {"bits": [int(bit) for bit in row(mark, other)]}
+    traced = (await call("POST", "/mark/trace", key=clerk, json=given)).text
+    assert other not in traced
+    assert own in traced
+    assert other in (await call("POST", "/mark/trace", json=given)).text
+    assert (await call("DELETE", f"/mark/users/{own}", key=clerk)).status_code == 200
+    assert (await call("DELETE", f"/mark/users/{other}")).status_code == 200
 
 
 async def test_who_leaked_is_named_and_nobody_is_an_answer(
@@ -376,6 +414,52 @@ async def test_branches_alone_have_no_codebook(call: Caller) -> None:
     assert (await call("PUT", f"/bare/users/{user}")).status_code == 409
     given = await call("PUT", f"/bare/users/{user}", json={"signature": "00110101"})
     assert given.status_code == 201
+    gone = await call("DELETE", "/bare")
+    assert (gone.status_code, gone.json()["versions"]) == (200, [1])
+
+
+async def test_every_version_that_is_deleted_loses_its_secrets(
+    call: Caller, mark: MarkDirectory
+) -> None:
+    files = [
+        ("files", ("adapter_config.json", b'{"n_bits": 8}')),
+        ("files", ("adapter_model.safetensors", BRANCHES)),
+    ]
+    headers = {"authorization": f"Bearer {OPERATOR}"}
+    digests = []
+    for number in range(3):  # between two versions of branches alone
+        if number == 1:
+            digests.append((await call.register(mark)).json()["digest"])
+            continue
+        files[1] = ("files", ("adapter_model.safetensors", BRANCHES + b"%d" % number))
+        made = await call.server.client.post(
+            "/v1/adapters", data={"name": "mark"}, files=files, headers=headers
+        )
+        assert made.status_code == 201
+    gone = await call("DELETE", "/mark")
+    assert (gone.status_code, gone.json()["versions"]) == (200, [1, 2, 3])
+    kept = call.server.store.marks.find(digests[0])
+    assert kept is not None
+    assert (kept.config, kept.secrets) == (None, None)
+
+
+async def test_a_mark_of_another_base_is_listed_read_and_deleted_as_before(
+    call: Caller, mark: MarkDirectory
+) -> None:
+    found = (await call.register(mark)).json()
+    (user,) = call.keys(1)
+    assert (await call("PUT", f"/mark/users/{user}")).status_code == 201
+    info = call.server.engine.model
+    other = replace(info.base, name="next-base", digest="sha256:" + "c" * 64)
+    call.server.engine.info = replace(info, base=other)
+    assert (await call("GET", "")).json()["data"] == [found]
+    assert (await call("GET", "/mark")).json() == found
+    given = {"bits": [int(bit) for bit in row(mark, user)]}
+    assert user in (await call("POST", "/mark/trace", json=given)).text
+    policy = {"tenant": "default", "required": True}
+    assert (await call("PUT", "/mark/policy", json=policy)).status_code == 404
+    assert (await call("DELETE", "/mark")).status_code == 200
+    assert (await call("GET", "")).json()["data"] == []
 
 
 async def test_a_row_that_does_not_open_serves_nothing_and_its_user_is_traced(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 from tests.api.conftest import Maker, Server, peft_files
 from tests.tasks.workflows.test_library import vote
 
+from polyadapt.tasks.directory import ISSUED
 from polyadapt.types import AppliedAdapter
 from polyadapt.watermark.keys import SecretKey
+from polyadapt_store.database import Database
+from polyadapt_store.policies import PolicyBook, PolicyEntry
 
 pytestmark = pytest.mark.anyio
 
@@ -235,6 +239,52 @@ async def test_a_policy_that_is_taken_back_leaves_what_else_it_names(marked: Mar
     policy["required"] = True
     await marked.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
     assert (await marked.ask("nobody")).status_code == 403
+
+
+@pytest.fixture
+def elsewhere(marked: Marked) -> Iterator[PolicyBook]:
+    """The policies at another server, whose writes `marked` has not seen yet."""
+    database = Database(marked.server.config.store_dir / "registry.sqlite")
+    yield PolicyBook(database)
+    database.close()
+
+
+async def test_a_required_mark_leaves_what_another_server_has_just_put_beside_it(
+    marked: Marked, elsewhere: PolicyBook
+) -> None:
+    mark, chef = (marked.server.store.resolve("default", name) for name in ("mark", "chef"))
+    assert (await marked.ask("ann")).status_code == 200, "the policy is at hand"
+    elsewhere.put("default", [PolicyEntry(mark), PolicyEntry(chef)])
+    policy = {"tenant": "default", "required": True}
+    reply = await marked.call("operator", "PUT", "/v1/watermarks/mark/policy", json=policy)
+    assert reply.status_code == 200
+    assert (await marked.ask("ann")).status_code == 200
+    assert {use.adapter.name for use in marked.last()} == {"chef", "mark"}
+
+
+async def test_sealing_a_policys_bits_leaves_what_another_server_puts_beside_them(
+    marked: Marked, elsewhere: PolicyBook, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = marked.server.app.state.services.directory
+    mark, chef = (marked.server.store.resolve("default", name) for name in ("mark", "chef"))
+    clear = PolicyEntry(mark, options=(("signature", "10000001"),))
+    elsewhere.put("default", [clear])
+    marked.server.store.refresh()
+    issue = directory.signatures.book.issue
+
+    def meanwhile(*args: str) -> Any:
+        elsewhere.put("default", [PolicyEntry(chef), clear])
+        return issue(*args)
+
+    monkeypatch.setattr(directory.signatures.book, "issue", meanwhile)
+    await directory.seal_signatures()
+    assert [entry.record.name for entry in directory.policies.get("default").entries] == [
+        "chef", "mark"
+    ]  # fmt: skip
+    assert (await marked.ask("nobody")).status_code == 200
+    assert marked.bits() == ["10000001"]
+    (policy,) = elsewhere.list()
+    assert dict(policy.entries[1].options) == {"signature": ISSUED}
 
 
 async def test_a_policys_own_signature_is_the_tenants(marked: Marked) -> None:

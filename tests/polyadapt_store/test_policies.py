@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.polyadapt_store.support import open_store, upload
 
 from polyadapt.errors import Conflict, Forbidden, ModelNotFound, NotFound
+from polyadapt_store.manifest import AdapterRecord
 from polyadapt_store.policies import PolicyEntry
 from polyadapt_store.store import AdapterStore
 
@@ -73,3 +75,35 @@ def test_a_version_that_is_gone_cannot_be_named(store: AdapterStore) -> None:
     with pytest.raises(ModelNotFound, match="poet@1"):
         store.policies.put("a", [PolicyEntry(other), PolicyEntry(poet)])
     assert store.policies.list() == (kept,), "the policy before it still holds"
+
+
+def test_changes_at_once_lose_nothing(store: AdapterStore) -> None:
+    records = [upload(store, f"guard{i}", content=b"%d" % i)[0] for i in range(8)]
+
+    def add(record: AdapterRecord) -> None:
+        store.policies.change("a", lambda before: [*before, PolicyEntry(record)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, records))
+    (policy,) = store.policies.list()
+    assert {entry.record for entry in policy.entries} == set(records)
+
+
+def test_a_change_that_leaves_nothing_removes_and_one_that_raises_changes_nothing(
+    store: AdapterStore,
+) -> None:
+    poet, _ = upload(store)
+    store.policies.change("a", lambda before: before)
+    assert store.policies.list() == ()
+    kept = store.policies.put("a", [PolicyEntry(poet)])
+
+    def refuse(before: tuple[PolicyEntry, ...]) -> list[PolicyEntry]:
+        assert before == (PolicyEntry(poet),)
+        raise NotFound("no")
+
+    with pytest.raises(NotFound):
+        store.policies.change("a", refuse)
+    assert store.policies.list() == (kept,)
+    store.policies.change("a", lambda before: ())
+    with pytest.raises(NotFound, match="no policy"):
+        store.policies.delete("a")

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from polyadapt.api.errors import error_response
 from polyadapt.config import ServerConfig
-from polyadapt.errors import ForeignOrigin, StartupError, Unauthenticated
+from polyadapt.errors import ForeignOrigin, StartupError, Unauthenticated, Unavailable
 from polyadapt.tasks.directory import DEFAULT_TENANT
 from polyadapt_store.keys import SCOPES, ApiKey
 
@@ -28,7 +28,7 @@ RequiredScope = Literal["public", "infer", "adapters:read", "adapters:write", "w
 
 _MAX_SECRET = 512
 _ANONYMOUS_SCOPES = frozenset({"infer", "adapters:read", "adapters:write"})
-_KEYLESS_TTL_S = 1.0
+_RETRY_S = 1.0  # from one look for keys that failed to the next
 _LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
@@ -53,6 +53,9 @@ class Principal:
 class Keys(Protocol):
     """What authentication needs of polyadapt_store's KeyRing."""
 
+    @property
+    def num_writes(self) -> int: ...
+
     def authenticate(self, secret: str) -> ApiKey: ...
 
     def has_keys(self) -> bool: ...
@@ -70,8 +73,9 @@ class Authenticator:
         self._operator_hash = (
             None if config.api_key is None else _hash(config.api_key.get_secret_value())
         )
-        self._has_keys = True
-        self._has_keys_until = float("-inf")
+        # After how many writes, and whether there were keys then; there are until it was read.
+        self._known = (-1, True)
+        self._retry_at = float("-inf")
 
     def check_exposure(self) -> None:
         """Raise StartupError if other machines could reach a server without a key."""
@@ -85,18 +89,19 @@ class Authenticator:
             )
 
     async def is_keyless(self) -> bool:
-        """Whether nobody needs a key: none is configured, and none was made."""
+        """Whether nobody needs a key: none is configured, and none was made, as of the last write
+        that was seen. While that cannot be read it is as it was; at first a key is needed.
+        """
         if self._operator_hash is not None:
             return False
-        now = self._clock()
-        if now >= self._has_keys_until:
-            self._has_keys = await asyncio.to_thread(self._keys.has_keys)
-            self._has_keys_until = now + _KEYLESS_TTL_S
-        return not self._has_keys
-
-    def forget(self) -> None:
-        """Look for keys again at the next call: one was made or deleted here."""
-        self._has_keys_until = float("-inf")
+        written = self._keys.num_writes
+        if written != self._known[0] and self._clock() >= self._retry_at:
+            try:
+                # The number was taken first: what is written meanwhile is read again.
+                self._known = written, await asyncio.to_thread(self._keys.has_keys)
+            except Unavailable:  # which a probe of this process has nothing to do with
+                self._retry_at = self._clock() + _RETRY_S
+        return not self._known[1]
 
     async def authenticate(self, authorization: str | None) -> Principal:
         """Return who sent the header; raises Unauthenticated."""

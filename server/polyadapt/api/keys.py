@@ -37,7 +37,6 @@ async def create_key(
     async def make() -> Response:
         tenant = principal_of(request).tenant
         key, secret = await asyncio.to_thread(services.keys.create, tenant, body.scopes, body.label)
-        services.authenticator.forget()
         made = NewKeyObject(**KeyObject.of(key).model_dump(), secret=secret)
         return json_reply(made, status=201, headers={"cache-control": "no-store"})
 
@@ -69,5 +68,4 @@ async def list_keys(
 async def delete_key(services: Has, key_id: Annotated[str, Path(max_length=200)]) -> Response:
     """Delete a key; it stops working at once, at other servers of the registry within seconds."""
     await asyncio.to_thread(services.keys.delete, key_id)
-    services.authenticator.forget()
     return json_reply(DeletedKey(id=key_id))

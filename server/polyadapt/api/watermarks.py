@@ -5,11 +5,13 @@ and whose copy answered.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Annotated
 
 from fastapi import APIRouter, Body, Depends, Path, Request, Response
 from starlette.datastructures import UploadFile
 
+from polyadapt.api.access import Principal
 from polyadapt.api.replies import json_reply
 from polyadapt.api.routing import add_route
 from polyadapt.api.schemas.watermarks import (
@@ -32,10 +34,10 @@ from polyadapt.api.schemas.watermarks import (
 from polyadapt.api.services import Services, principal_of, services_of
 from polyadapt.api.stream import until_disconnect
 from polyadapt.errors import Forbidden, InvalidRequest, NotFound, UnsupportedField
-from polyadapt.tasks.directory import UploadedFile
+from polyadapt.tasks.directory import UploadedFile, is_tenant_user, tenant_user
 from polyadapt.tasks.marks import Sample
 from polyadapt.watermark.endpoint import EndpointLimits
-from polyadapt_store.signatures import no_signature
+from polyadapt_store.signatures import Signature, no_signature
 from polyadapt_store.store import check_name
 
 Has = Annotated[Services, Depends(services_of)]
@@ -176,7 +178,8 @@ async def issue(
     (200).
     """
     caller = principal_of(request)
-    keys = await asyncio.to_thread(services.keys.list)
+    tenant = None if caller.may("admin") else caller.tenant
+    keys = await asyncio.to_thread(services.keys.list, tenant)
     if user not in {key.id for key in keys}:
         raise NotFound(
             f"no API key {user!r}; a signature is issued to one, GET /v1/keys lists them"
@@ -212,31 +215,50 @@ async def issue_all(
 async def get_user(request: Request, services: Has, mark: Mark, user: User) -> Response:
     """Return a user's last signature, be it revoked."""
     caller = principal_of(request)
-    has_bits = caller.may("admin")
-    found = [
-        one
-        for one in await services.directory.list_signatures(caller.tenant, mark, has_bits=has_bits)
-        if one.user == user
-    ]
+    found = [one for one in await _signatures(services, caller, mark) if one.user == user]
     if not found:
         raise no_signature(user)
-    return json_reply(SignatureObject.of(mark, found[-1], has_bits=has_bits))
+    return json_reply(SignatureObject.of(mark, found[-1], has_bits=caller.may("admin")))
 
 
 async def revoke(request: Request, services: Has, mark: Mark, user: User) -> Response:
     """Take a user's signature back: where marks are required its next request is refused."""
     caller = principal_of(request)
+    if (await _foreign(services, caller))(user):
+        raise no_signature(user)
     found = await services.directory.revoke_signature(caller.tenant, mark, user)
     return json_reply(SignatureObject.of(mark, found, has_bits=caller.may("admin")))
 
 
 async def list_users(request: Request, services: Has, mark: Mark) -> Response:
-    """List every signature that was ever issued under the mark."""
+    """List every signature that was ever issued under the mark, but to other tenants' keys: those
+    are shown to admins alone.
+    """
     caller = principal_of(request)
-    has_bits = caller.may("admin")
-    found = await services.directory.list_signatures(caller.tenant, mark, has_bits=has_bits)
-    data = [SignatureObject.of(mark, one, has_bits=has_bits) for one in found]
+    found = await _signatures(services, caller, mark)
+    data = [SignatureObject.of(mark, one, has_bits=caller.may("admin")) for one in found]
     return json_reply(SignatureList(data=data))
+
+
+async def _signatures(services: Services, caller: Principal, mark: str) -> list[Signature]:
+    """Return what the caller may see of all signatures, with bits for an admin."""
+    is_foreign = await _foreign(services, caller)
+    found = await services.directory.list_signatures(
+        caller.tenant, mark, has_bits=caller.may("admin")
+    )
+    return [one for one in found if not is_foreign(one.user)]
+
+
+async def _foreign(services: Services, caller: Principal) -> Callable[[str], bool]:
+    """Return whether a user is another tenant's, which only an admin may see or change. A key that
+    was deleted is nobody's any more.
+    """
+    if caller.may("admin"):
+        return lambda user: False
+    keys = await asyncio.to_thread(services.keys.list)
+    others = {key.id for key in keys if key.tenant != caller.tenant}
+    own = tenant_user(caller.tenant)
+    return lambda user: user in others or (is_tenant_user(user) and user != own)
 
 
 async def put_policy(
@@ -289,9 +311,15 @@ async def verify(
 async def trace(
     request: Request, services: Has, mark: Mark, body: Annotated[TraceRequest, Body()]
 ) -> Response:
-    """Say whose bits were read, among all who ever had a signature; "nobody" is an answer."""
+    """Say whose bits were read, among all who ever had a signature, but for other tenants' keys
+    where no admin asks; "nobody" is an answer.
+    """
     if (body.bits is None) == (body.reading is None):
         raise InvalidRequest("give bits, or a reading, one of the two", param="bits")
     reading = {"bits": body.bits} if body.reading is None else body.reading
-    traced = await services.marks.trace(principal_of(request).tenant, mark, reading, body.alpha)
+    caller = principal_of(request)
+    is_foreign = await _foreign(services, caller)
+    traced = await services.marks.trace(
+        caller.tenant, mark, reading, body.alpha, among=lambda user: not is_foreign(user)
+    )
     return json_reply(TraceObject.of(mark, traced))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -47,6 +48,7 @@ DEFAULT_TENANT = "default"
 WAIT = WhenCold()
 # In a policy, in place of bits: they are issued to the tenant as to a user.
 ISSUED = "issued"
+_TENANT_USER = "tenant:"
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
 _PAGE = 500
@@ -289,13 +291,8 @@ class AdapterDirectory:
 
     def find(self, tenant: str, model: str) -> AdapterRecord | None:
         """Return the adapter that `model` names, None for the base; raises ModelNotFound."""
-        rest = split_base(model, self.base_name)
-        if rest is None:
-            return None
-        named = parse_adapter(rest)
-        if named is None:
-            raise _model_not_found(model)
-        return self._resolve(tenant, named, param="model")
+        named = self._parse(model)
+        return None if named is None else self._resolve(tenant, named, param="model")
 
     @property
     def base_name(self) -> str:
@@ -387,11 +384,25 @@ class AdapterDirectory:
             )
         return WhenCold(wait_ms, instead=(AppliedAdapter(fallback),))
 
-    def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
+    def _parse(self, model: str) -> NamedAdapter | None:
+        """Return what `model` names besides the base; raises ModelNotFound."""
+        rest = split_base(model, self.base_name)
+        if rest is None:
+            return None
+        named = parse_adapter(rest)
+        if named is None:
+            raise _model_not_found(model)
+        return named
+
+    def _read(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
         try:
-            record = self._store.resolve(tenant, named.name, named.version)
+            return self._store.resolve(tenant, named.name, named.version)
         except ModelNotFound as error:
             raise ModelNotFound(error.message, param=param) from None
+
+    def _resolve(self, tenant: str, named: NamedAdapter, *, param: str) -> AdapterRecord:
+        """Read what can be served here; raises ModelNotFound also for another base's."""
+        record = self._read(tenant, named, param=param)
         info = self._engine.info
         if info is not None and record.base_digest != info.base.digest:
             raise ModelNotFound(
@@ -550,40 +561,44 @@ class AdapterDirectory:
                 "that tenant as an adapter of its own",
                 param="tenant",
             )
-        policy = self.policies.of(marked)
-        kept = [e for e in (policy.entries if policy else ()) if e.record.digest != digest]
-        if is_required:
-            kept.append(PolicyEntry(record))
-        if len(kept) > MAX_ADAPTERS:
-            raise PolicyConflict(
-                f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a request "
-                f"has at most {MAX_ADAPTERS}; take one out"
-            )
-        if kept:
-            await asyncio.to_thread(self.policies.put, marked, kept)
-        elif policy is not None:
-            await asyncio.to_thread(self.policies.remove, marked)
+
+        def change(before: tuple[PolicyEntry, ...]) -> list[PolicyEntry]:
+            kept = [entry for entry in before if entry.record.digest != digest]
+            if is_required:
+                kept.append(PolicyEntry(record))
+            if len(kept) > MAX_ADAPTERS:
+                raise PolicyConflict(
+                    f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a "
+                    f"request has at most {MAX_ADAPTERS}; take one out"
+                )
+            return kept
+
+        await asyncio.to_thread(self.policies.change, marked, change)
 
     def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
-        """Return the adapter of a mark and its option that tells users apart.
+        """Return the adapter of a mark and its option that tells users apart, whatever base it was
+        made for: a leak may be of a base that is not resident any more.
 
         Raises ModelNotFound, and InvalidRequest for what is no mark.
         """
-        record = self.find(tenant, name)
+        named = self._parse(name)
+        record = None if named is None else self._read(tenant, named, param="model")
         option = None if record is None else _bits_of(record)
         if record is None or option is None:
             raise InvalidRequest(f"{name[:200]!r} is no mark: nothing in it tells users apart")
         return record, option
 
-    async def list_marks(self, tenant: str) -> tuple[AdapterRecord, ...]:
-        """Return the marks that the tenant sees, by name."""
+    async def list_marks(self, tenant: str) -> tuple[tuple[AdapterRecord, OfferedOption], ...]:
+        """Return the marks that the tenant sees, by name, each as `mark` does."""
 
-        def read() -> list[AdapterRecord]:
-            found: list[AdapterRecord] = []
+        def read() -> list[tuple[AdapterRecord, OfferedOption]]:
+            found: list[tuple[AdapterRecord, OfferedOption]] = []
             after: str | None = None
             while True:
                 page = self._store.list(tenant, limit=_PAGE, after=after)
-                found += [record for record in page.records if _bits_of(record) is not None]
+                for record in page.records:
+                    if (option := _bits_of(record)) is not None:
+                        found.append((record, option))
                 if not page.has_more:
                     return found
                 after = page.records[-1].id
@@ -608,7 +623,9 @@ class AdapterDirectory:
                     for i, (entry, ref) in enumerate(pairs)
                 ]
                 if tuple(kept) != policy.entries:
-                    await asyncio.to_thread(self.policies.put, policy.tenant, kept)
+                    sealed = list(zip(policy.entries, kept, strict=True))
+                    change = partial(_replaced, sealed)
+                    await asyncio.to_thread(self.policies.change, policy.tenant, change)
                     num += 1
         except SecretsUnavailable as error:
             logger.error("no request that a mark is required for is answered: %s", error.message)
@@ -843,7 +860,19 @@ class AdapterDirectory:
 
 def tenant_user(tenant: str) -> str:
     """Return whom bits are issued to that all answers of a tenant have; no key has such an id."""
-    return f"tenant:{tenant}"
+    return f"{_TENANT_USER}{tenant}"
+
+
+def is_tenant_user(user: str) -> bool:
+    """Whether `tenant_user` gave this id."""
+    return user.startswith(_TENANT_USER)
+
+
+def _replaced(
+    changes: Sequence[tuple[PolicyEntry, PolicyEntry]], entries: Sequence[PolicyEntry]
+) -> list[PolicyEntry]:
+    """Return the entries with every old one that is still among them in its new form."""
+    return [next((new for old, new in changes if old == entry), entry) for entry in entries]
 
 
 def _bits_of(record: AdapterRecord) -> OfferedOption | None:

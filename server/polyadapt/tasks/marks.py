@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,8 +160,13 @@ class MarkService:
 
     async def list_all(self, tenant: str) -> tuple[StoredMark, ...]:
         """Return every mark that the tenant sees, by name."""
-        records = await self._directory.list_marks(tenant)
-        return tuple([await self.get(tenant, record.name) for record in records])
+        found = await self._directory.list_marks(tenant)
+        find = self._store.marks.find
+
+        def read() -> list[StoredMark]:
+            return [StoredMark(one, option.num_bits, find(one.digest)) for one, option in found]
+
+        return tuple(await asyncio.to_thread(read))
 
     async def delete(self, tenant: str, name: str) -> tuple[AdapterRecord, ...]:
         """Delete a mark in all its versions, and its secrets here: what it issued can be traced no
@@ -264,8 +269,17 @@ class MarkService:
                     raise Conflict(error.message) from None
 
     # ------------------------------------------------------------------ tracing
-    async def trace(self, tenant: str, name: str, reading: dict[str, Any], alpha: float) -> Traced:
-        """Compare what was read with everybody who ever had a signature from the codebook.
+    async def trace(
+        self,
+        tenant: str,
+        name: str,
+        reading: dict[str, Any],
+        alpha: float,
+        *,
+        among: Callable[[str], bool] = lambda user: True,
+    ) -> Traced:
+        """Compare what was read with everybody who ever had a signature from the codebook and is
+        `among` those that the caller may see.
 
         reading: a signed reading, as verify gives it, or {"bits": [0, 1 or None, ...]}. Raises
         InvalidRequest for bits of another length, EvidenceRejected for a reading that this mark did
@@ -277,7 +291,8 @@ class MarkService:
         else:
             fields = read_record(mark, json.dumps(reading).encode())
         book = self._directory.signatures.book
-        issued = await asyncio.to_thread(book.list, stored.adapter.digest, has_bits=True)
+        listed = await asyncio.to_thread(book.list, stored.adapter.digest, has_bits=True)
+        issued = [one for one in listed if among(one.user)]
 
         def work() -> Traced:
             drawn, by_hand = [], []

@@ -5,7 +5,7 @@ Knows no engine: tasks/directory.py applies it, so that nobody who asks for adap
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from polyadapt_store.policies import Policy, PolicyEntry, no_policy
@@ -18,6 +18,10 @@ class Book(Protocol):
     def num_writes(self) -> int: ...
 
     def put(self, tenant: str, entries: Sequence[PolicyEntry]) -> Policy: ...
+
+    def change(
+        self, tenant: str, new: Callable[[tuple[PolicyEntry, ...]], Sequence[PolicyEntry]]
+    ) -> None: ...
 
     def list(self) -> tuple[Policy, ...]: ...
 
@@ -50,6 +54,14 @@ class Policies:
     def put(self, tenant: str, entries: Sequence[PolicyEntry]) -> Policy:
         """Replace the tenant's policy; it holds from the next request on. Raises ModelNotFound."""
         return self._book.put(tenant, entries)
+
+    def change(
+        self, tenant: str, new: Callable[[tuple[PolicyEntry, ...]], Sequence[PolicyEntry]]
+    ) -> None:
+        """Have the policy name what `new` makes of what it names as it is written, whoever else
+        changes it; see PolicyBook.
+        """
+        self._book.change(tenant, new)
 
     def remove(self, tenant: str) -> None:
         """Remove the tenant's policy; raises NotFound."""

@@ -224,6 +224,8 @@ imports = sa.Table(
     sa.Column("version", sa.Integer),  # once it is an adapter
     sa.Column("error", Text),  # JSON of the error's envelope, once it failed
     sa.Column("created", sa.BigInteger, nullable=False, index=True),  # unix seconds
+    # Unix seconds of when the server that fetches it said so last.
+    sa.Column("seen", sa.BigInteger, nullable=False, server_default="0"),
 )
 
 # Answers to calls with an Idempotency-Key, for a while.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from polyadapt.errors import NotFound, Unavailable
 from polyadapt_store.database import Database, imports
 
 _KEPT_S = 86_400
-# Longer than any takes: the server that began it is gone.
-_LOST_AFTER_S = 3_600
+RENEW_S = 30.0  # how often a server says that it still works at its own
+# Of silence: the server that began it is gone.
+_LOST_AFTER_S = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,17 @@ class ImportBook:
         with self._database.note() as connection:
             connection.execute(imports.delete().where(imports.c.created < now - _KEPT_S))
             connection.execute(
-                imports.insert().values(id=made.id, tenant=tenant, name=name, uri=uri, created=now)
+                imports.insert().values(
+                    id=made.id, tenant=tenant, name=name, uri=uri, created=now, seen=now
+                )
             )
         return made
+
+    def renew(self, import_ids: Collection[str]) -> None:
+        """Note that these are still waited for or worked at. Raises Unavailable."""
+        mine = imports.c.id.in_(import_ids)
+        with self._database.note() as connection:
+            connection.execute(imports.update().where(mine).values(seen=int(self._clock())))
 
     def finish(self, import_id: str, version: int) -> None:
         """Note which version it became."""
@@ -66,7 +75,7 @@ class ImportBook:
         if row is None:
             raise NotFound(f"no import {import_id[:100]!r}; they are kept for a day")
         error = None if row.error is None else msgspec.json.decode(row.error)
-        if row.version is None and error is None and row.created < self._clock() - _LOST_AFTER_S:
+        if row.version is None and error is None and row.seen < self._clock() - _LOST_AFTER_S:
             error = Unavailable("the server that fetched it ended; ask for it again").envelope()
         return Import(row.id, row.tenant, row.name, row.uri, row.version, error, row.created)
 

@@ -16,6 +16,7 @@ import logging
 import re
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ _MAX_LISTED = 1000
 # Nothing in it is encoded, so nothing has to be decoded the same way twice.
 _PLAIN = re.compile(r"[A-Za-z0-9._~:/@+=,-]+")
 _HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+
+_Check = Callable[[], None]  # raises Unavailable when a fetch has to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ class Sources:
         for source in self._allowed:
             if source.scheme == "file" and not source.path:
                 raise StartupError("--allow-source: file:/// is the whole machine; name a folder")
+        self._is_closed = threading.Event()
         self._transport = transport
         self._resolve = resolve or _addresses
         self._open_bucket = open_bucket or _open_bucket
@@ -110,16 +114,28 @@ class Sources:
         and Unavailable; it may take FETCH_TIMEOUT_S.
         """
         deadline = time.monotonic() + FETCH_TIMEOUT_S
-        if source.scheme == "file":
-            self._fetch_file(source, staged, deadline)
-        elif source.scheme == "hf":
-            _fetch_hub(source, staged, deadline)
-        elif source.scheme == "https":
-            self._fetch_https(source, staged, deadline)
-        else:
-            self._fetch_bucket(source, staged, deadline)
 
-    def _fetch_file(self, source: Source, staged: StagedUpload, deadline: float) -> None:
+        def check() -> None:
+            if self._is_closed.is_set():
+                raise Unavailable("the server ended; ask again")
+            if time.monotonic() > deadline:
+                raise Unavailable(f"the source was not read in {FETCH_TIMEOUT_S:g} s")
+
+        check()
+        if source.scheme == "file":
+            self._fetch_file(source, staged, check)
+        elif source.scheme == "hf":
+            _fetch_hub(source, staged, check)
+        elif source.scheme == "https":
+            self._fetch_https(source, staged, check)
+        else:
+            self._fetch_bucket(source, staged, check)
+
+    def close(self) -> None:
+        """Have every fetch end at its next bytes, with Unavailable."""
+        self._is_closed.set()
+
+    def _fetch_file(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         directory = Path("/", *source.path)
         roots = [
             Path("/", *allowed.path).resolve()
@@ -145,9 +161,9 @@ class Sources:
                     param="source.uri",
                 )
             with path.open("rb") as file:
-                _add(staged, relative.as_posix(), _chunks(file), deadline)
+                _add(staged, relative.as_posix(), _chunks(file), check)
 
-    def _fetch_bucket(self, source: Source, staged: StagedUpload, deadline: float) -> None:
+    def _fetch_bucket(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         import obstore
         from obstore.exceptions import BaseError
 
@@ -166,11 +182,11 @@ class Sources:
                 raise InvalidRequest(f"{source.uri} holds no objects", param="source.uri")
             for name in wanted:
                 found = obstore.get(bucket, prefix + name)
-                _add(staged, name, (bytes(chunk) for chunk in found.stream()), deadline)
+                _add(staged, name, (bytes(chunk) for chunk in found.stream()), check)
         except BaseError as error:
             raise _unavailable(source, error) from error
 
-    def _fetch_https(self, source: Source, staged: StagedUpload, deadline: float) -> None:
+    def _fetch_https(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         name, _, port = source.host.partition(":")
         address = self._public_address(source, name, int(port or 443))
         with httpx.Client(
@@ -194,7 +210,7 @@ class Sources:
                         headers={"host": source.host, "accept-encoding": "identity"},
                         extensions={"sni_hostname": name},
                     ) as reply:
-                        self._take_reply(source, file, reply, staged, deadline)
+                        self._take_reply(source, file, reply, staged, check)
                 except httpx.TransportError as error:
                     raise _unavailable(source, error) from error
 
@@ -204,7 +220,7 @@ class Sources:
         file: str,
         reply: httpx.Response,
         staged: StagedUpload,
-        deadline: float,
+        check: _Check,
     ) -> None:
         if reply.is_redirect or reply.has_redirect_location:
             raise Forbidden(
@@ -216,7 +232,7 @@ class Sources:
             )
         if reply.headers.get("content-encoding", "identity") != "identity":
             raise InvalidRequest(f"{source.uri} answered in an encoding", param="source.uri")
-        _add(staged, file, reply.iter_raw(_CHUNK), deadline)
+        _add(staged, file, reply.iter_raw(_CHUNK), check)
 
     def _public_address(self, source: Source, name: str, port: int) -> str:
         found = list(self._resolve(name, port))
@@ -262,7 +278,7 @@ def read_uri(uri: str) -> Source:
     return Source(scheme, host.lower() if scheme == "https" else host, parts, revision)
 
 
-def _fetch_hub(source: Source, staged: StagedUpload, deadline: float) -> None:
+def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -278,7 +294,7 @@ def _fetch_hub(source: Source, staged: StagedUpload, deadline: float) -> None:
             if name.count("/") > 1:
                 continue
             if not staged.wants(name):
-                _add(staged, name, iter(()), deadline)  # judged by its name alone
+                _add(staged, name, iter(()), check)  # judged by its name alone
                 continue
             staged.check_size(name, sibling.size or 0)
             with tempfile.TemporaryDirectory() as directory:
@@ -287,7 +303,7 @@ def _fetch_hub(source: Source, staged: StagedUpload, deadline: float) -> None:
                     repository, name, revision=info.sha, local_dir=directory
                 )
                 with open(fetched, "rb") as file:
-                    _add(staged, name, _chunks(file), deadline)
+                    _add(staged, name, _chunks(file), check)
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
         raise _unavailable(source, error) from error
 
@@ -297,12 +313,11 @@ def _chunks(file: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def _add(staged: StagedUpload, name: str, chunks: Iterator[bytes], deadline: float) -> None:
+def _add(staged: StagedUpload, name: str, chunks: Iterator[bytes], check: _Check) -> None:
     with staged.add_file(name) as writer:
         for chunk in chunks:
+            check()
             writer.write(chunk)
-            if time.monotonic() > deadline:
-                raise Unavailable(f"the source was not read in {FETCH_TIMEOUT_S:g} s")
 
 
 def _addresses(host: str, port: int) -> Iterable[str]:

@@ -216,6 +216,15 @@ class StagedUpload:
         place(self.directory)
         self._directory = None
 
+    def take_over(self, other: StagedUpload) -> None:
+        """Become the other upload, of the same store, which is left with nothing to remove; to be
+        called before any file was added. Raises ValueError after `other` was published or dropped.
+        """
+        assert not self._names, "an upload with files of its own takes over no other's"
+        self._directory, other._directory = other.directory, self._directory
+        self._names, self._files, self._num_bytes = other._names, other._files, other._num_bytes
+        self._problems, self._unused = other._problems, other._unused
+
     def discard(self) -> None:
         """Remove the files if they were not published; does nothing the second time."""
         directory, self._directory = self._directory, None

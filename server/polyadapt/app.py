@@ -56,6 +56,7 @@ from polyadapt_store.keys import KeyRing
 from polyadapt_store.marks import MarkBook
 from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.sources import Sources
+from polyadapt_store.staging import StagedUpload
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -75,6 +76,8 @@ class StoreWithKeys(Store, Protocol):
     imports: ImportBook
     answers: AnswerBook
     marks: MarkBook
+
+    def stage(self) -> StagedUpload: ...
 
     @property
     def workflows(self) -> Shelf: ...
@@ -150,7 +153,9 @@ def build_app(
             (directory.follow, library.read),
             lambda: {digest: at.tier for digest, at in engine.residencies().items()},
         ),
-        importer=Importer(directory, Sources(config.store.allowed_sources), store.imports, uploads),
+        importer=Importer(
+            directory, store, Sources(config.store.allowed_sources), store.imports, uploads
+        ),
         answers=store.answers,
         metrics=metrics,
         lifecycle=lifecycle,

@@ -193,6 +193,20 @@ def test_a_source_that_is_too_large_ends_the_fetch(tmp_path: Path) -> None:
         staged_by(sources, "s3://bucket", tmp_path, StoreLimits(total_bytes=5000))
 
 
+def test_closing_ends_a_fetch_at_its_next_bytes(tmp_path: Path) -> None:
+    bucket = MemoryStore()
+    for name, content in FILES.items():
+        obstore.put(bucket, name, content)
+
+    def open_bucket(url: str) -> MemoryStore:
+        sources.close()  # while it is fetched
+        return bucket
+
+    sources = Sources(("s3://bucket",), open_bucket=open_bucket)
+    with pytest.raises(Unavailable, match="ended"):
+        staged_by(sources, "s3://bucket", tmp_path)
+
+
 # --------------------------------------------------------------------------- https
 def https(
     answer: Callable[[httpx.Request], httpx.Response], *addresses: str

@@ -151,6 +151,66 @@ async def test_a_fallback_is_served_instead_of_what_is_not_here(
     files.may_come.set()
 
 
+async def test_a_fallback_that_is_not_here_is_not_waited_for(
+    engine: FakeEngine, files: FakeBytes
+) -> None:
+    stocked = StockedEngine(engine, files)
+    files.here.add("a")
+    files.may_come.clear()
+    instead = (AppliedAdapter(AdapterId("b", 1, "b")),)
+    asked = request("a", when_cold=WhenCold(0, instead))
+    events = await asyncio.wait_for(run(stocked, asked), 5)
+    assert isinstance(events[-1], Finished)
+    assert (engine.requests[0].adapters, engine.requests[0].when_cold) == (
+        asked.adapters,
+        WhenCold(),
+    )
+    files.may_come.set()
+    while not stocked._fetches.keys().isdisjoint({"b"}):
+        await asyncio.sleep(0.001)
+    assert "b" in files.here, "for the next one"
+    files.here.remove("b")
+    files.lost.add("b")
+    assert isinstance((await run(stocked, asked))[-1], Finished)
+
+
+@pytest.mark.parametrize("deleted", ["a", "b", "c"])
+async def test_a_deletion_ends_what_still_waits_for_files(
+    deleted: str, engine: FakeEngine, files: FakeBytes
+) -> None:
+    stocked = StockedEngine(engine, files)
+    files.here.add("a")
+    files.may_come.clear()
+    instead = (AppliedAdapter(AdapterId("c", 1, "c")),)
+    asked = request("a", "b", when_cold=WhenCold(60_000, instead))
+    running = asyncio.create_task(run(stocked, asked))
+    await asyncio.sleep(0.02)
+    assert await stocked.cancel_adapter("another") == 0
+    assert await stocked.cancel_adapter(deleted) == 1
+    (event,) = await asyncio.wait_for(running, 5)
+    assert isinstance(event, Failed)
+    assert event.code == "adapter_deleted"
+    assert (engine.requests, +files.holds) == ([], {})
+    files.may_come.set()
+
+
+async def test_a_deletion_ends_what_is_served_with_something_else(
+    engine: FakeEngine, files: FakeBytes
+) -> None:
+    stocked = StockedEngine(engine, files)
+    files.may_come.clear()
+    engine.gate = asyncio.Semaphore(1)
+    events = stocked.submit(request("a", when_cold=WhenCold(0, ())))
+    await anext(events)
+    assert await stocked.cancel_adapter("a") == 1
+    engine.gate.release()
+    (event,) = [event async for event in events]
+    assert isinstance(event, Failed)
+    assert event.code == "adapter_deleted"
+    assert len(engine.cancelled) == 1
+    files.may_come.set()
+
+
 async def test_time_spent_fetching_counts(engine: FakeEngine, files: FakeBytes) -> None:
     stocked = StockedEngine(engine, files)
     await run(stocked, request("a", when_cold=WhenCold(5000)))

@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0007"
+HEAD = "0008"
 
 
 def migrate(connection: sa.Connection) -> str | None:

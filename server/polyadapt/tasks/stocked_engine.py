@@ -10,14 +10,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from polyadapt.engine.client import EngineClient
-from polyadapt.errors import AdapterCold, PolyadaptError
+from polyadapt.errors import AdapterCold, AdapterDeleted, PolyadaptError
 from polyadapt.types import (
     AdapterId,
+    AppliedAdapter,
     EngineInfo,
     EngineStats,
     Event,
@@ -28,6 +29,8 @@ from polyadapt.types import (
 )
 
 logger = logging.getLogger(__name__)
+
+_DELETED = "the adapter was deleted while the request ran"
 
 
 class Bytes(Protocol):
@@ -40,6 +43,16 @@ class Bytes(Protocol):
     def release(self, digest: str) -> None: ...
 
 
+@dataclass(slots=True, eq=False)
+class _Unknown:
+    """A request that has these digests without the engine's knowing: while files are fetched, and
+    then those that it is not served with.
+    """
+
+    digests: frozenset[str]
+    deleted: asyncio.Future[None]  # done when one of them is deleted with mode=now
+
+
 class StockedEngine:
     """An EngineClient; see the module."""
 
@@ -47,6 +60,7 @@ class StockedEngine:
         self._engine = engine
         self._store = store
         self._fetches: dict[str, asyncio.Task[None]] = {}  # each holds the digest when it ends
+        self._unknown: set[_Unknown] = set()
         self._pinned: set[str] = set()  # held as long: a new engine process reads them again
 
     @property
@@ -81,36 +95,20 @@ class StockedEngine:
 
     async def submit(self, request: Request) -> AsyncGenerator[Event, None]:
         """See EngineClient. What is not here is cold: `when_cold` holds for the fetch too."""
-        began = time.monotonic()
         async with contextlib.AsyncExitStack() as stack:
-            when_cold = request.when_cold
+            unknown = stack.enter_context(self._listed(request))
             try:
-                wanted = await self._stock(
-                    stack, (applied.adapter.digest for applied in request.adapters), when_cold
-                )
-                if wanted and when_cold.instead is not None:
-                    request = replace(request, adapters=when_cold.instead, when_cold=WhenCold())
-                    instead = (applied.adapter.digest for applied in request.adapters)
-                    await self._stock(stack, instead, request.when_cold)
-                elif wanted:
-                    names = [a.adapter.name for a in request.adapters if a.adapter.digest in wanted]
-                    raise AdapterCold(
-                        f"not on the device within cold_timeout_ms {when_cold.wait_ms:g}: "
-                        f"{', '.join(names)}; they are being fetched, try again"
-                    )
-                elif when_cold.wait_ms is not None:
-                    waited = (time.monotonic() - began) * 1000
-                    left = replace(when_cold, wait_ms=max(0.0, when_cold.wait_ms - waited))
-                    request = replace(request, when_cold=left)
-                    if when_cold.instead:
-                        instead = (applied.adapter.digest for applied in when_cold.instead)
-                        await self._stock(stack, instead, WhenCold())
+                asked = await self._stock_request(stack, request, unknown.deleted)
             except PolyadaptError as error:
                 yield Failed(request.id, error.code, error.message)
                 return
-            events = self._engine.submit(request)
+            unknown.digests = _digests_held(request) - _digests_held(asked)
+            events = self._engine.submit(asked)
             async with contextlib.aclosing(events):
                 async for event in events:
+                    if unknown.deleted.done():
+                        yield Failed(request.id, AdapterDeleted.code, _DELETED)
+                        return
                     yield event
 
     async def prepare_adapter(self, adapter: AdapterId) -> Residency:
@@ -135,7 +133,11 @@ class StockedEngine:
 
     async def cancel_adapter(self, digest: str) -> int:
         """See EngineClient."""
-        return await self._engine.cancel_adapter(digest)
+        found = [unknown for unknown in self._unknown if digest in unknown.digests]
+        for unknown in found:
+            if not unknown.deleted.done():
+                unknown.deleted.set_result(None)
+        return len(found) + await self._engine.cancel_adapter(digest)
 
     def stats(self) -> EngineStats:
         """See EngineClient."""
@@ -150,21 +152,66 @@ class StockedEngine:
             self._pinned.remove(digest)
             self._store.release(digest)
 
+    @contextlib.contextmanager
+    def _listed(self, request: Request) -> Iterator[_Unknown]:
+        unknown = _Unknown(_digests_held(request), asyncio.get_running_loop().create_future())
+        self._unknown.add(unknown)
+        try:
+            yield unknown
+        finally:
+            self._unknown.remove(unknown)
+
     @contextlib.asynccontextmanager
     async def _stocked(self, digest: str) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            await self._stock(stack, (digest,), WhenCold())
+            await self._stock(
+                stack, (digest,), WhenCold(), asyncio.get_running_loop().create_future()
+            )
             yield
 
+    async def _stock_request(
+        self, stack: contextlib.AsyncExitStack, request: Request, deleted: asyncio.Future[None]
+    ) -> Request:
+        """Return what the engine is to be asked for, its files held until `stack` ends. Raises
+        AdapterCold, AdapterDeleted, and why a fetch failed.
+        """
+        began, when_cold = time.monotonic(), request.when_cold
+        missing = await self._stock(stack, _digests(request.adapters), when_cold, deleted)
+        if missing and when_cold.instead is None:
+            names = [a.adapter.name for a in request.adapters if a.adapter.digest in missing]
+            raise AdapterCold(
+                f"not on the device within cold_timeout_ms {when_cold.wait_ms:g}: "
+                f"{', '.join(names)}; they are being fetched, try again"
+            )
+        if missing:
+            assert when_cold.instead is not None
+            await self._stock(stack, _digests(when_cold.instead), WhenCold(), deleted)
+            return replace(request, adapters=when_cold.instead, when_cold=WhenCold())
+        if when_cold.wait_ms is None:
+            return request
+        instead = _digests(when_cold.instead or ())
+        if await self._stock(stack, instead, WhenCold(0), deleted):
+            # Its own are here and sooner on the device than what is only being fetched.
+            return replace(request, when_cold=WhenCold())
+        waited_ms = (time.monotonic() - began) * 1000
+        left = replace(when_cold, wait_ms=max(0.0, when_cold.wait_ms - waited_ms))
+        return replace(request, when_cold=left)
+
     async def _stock(
-        self, stack: contextlib.AsyncExitStack, digests: Iterable[str], when_cold: WhenCold
+        self,
+        stack: contextlib.AsyncExitStack,
+        digests: Iterable[str],
+        when_cold: WhenCold,
+        deleted: asyncio.Future[None],
     ) -> frozenset[str]:
         """Hold the files until `stack` ends; return those that did not come in time, which are
-        fetched all the same.
+        fetched all the same. Raises AdapterDeleted once `deleted` is done, and why a fetch failed.
         """
         until = None if when_cold.wait_ms is None else time.monotonic() + when_cold.wait_ms / 1000
         missing = set(digests)
         while True:
+            if deleted.done():
+                raise AdapterDeleted(_DELETED)
             for digest in sorted(missing):
                 if self._store.try_hold(digest):
                     stack.callback(self._store.release, digest)
@@ -172,11 +219,13 @@ class StockedEngine:
             left = None if until is None else until - time.monotonic()
             if not missing:
                 return frozenset()
-            fetches = [self._fetch(digest) for digest in missing]
+            fetches = {self._fetch(digest) for digest in missing}
             if left is not None and left <= 0:
                 return frozenset(missing)
-            done, _ = await asyncio.wait(fetches, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            for fetch in done:
+            done, _ = await asyncio.wait(
+                {*fetches, deleted}, timeout=left, return_when=asyncio.FIRST_COMPLETED
+            )
+            for fetch in done & fetches:
                 fetch.result()  # raises why it failed
 
     def _fetch(self, digest: str) -> asyncio.Task[None]:
@@ -201,3 +250,12 @@ def _note_failure(fetch: asyncio.Task[None]) -> None:
     """Also where nobody waits for the fetch any more."""
     if not fetch.cancelled() and (error := fetch.exception()) is not None:
         logger.warning("an adapter was not fetched: %s", error)
+
+
+def _digests(adapters: Iterable[AppliedAdapter]) -> frozenset[str]:
+    return frozenset(applied.adapter.digest for applied in adapters)
+
+
+def _digests_held(request: Request) -> frozenset[str]:
+    """Every adapter whose use the caller counts until the request ends."""
+    return _digests((*request.adapters, *(request.when_cold.instead or ())))

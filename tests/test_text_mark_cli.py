@@ -100,7 +100,12 @@ def test_the_one_command_says_whose_text_it_is_in_words(key_file: Path, tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
-    [(["--scheme", "kgw:x"], "kgw[:WIDTH"), (["--scheme", "no"], "none of"), ([], "no key")],
+    [
+        (["--scheme", "kgw:x"], "kgw[:WIDTH"),
+        (["--scheme", "no"], "none of"),
+        ([], "no key"),
+        (["--out", "/no/such/place"], "cannot be written"),
+    ],
 )
 def test_what_cannot_be_is_one_clear_line(arguments, says, tmp_path, monkeypatch):
     monkeypatch.setenv("POLYADAPT_HOME", str(tmp_path))

@@ -16,7 +16,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from polyadapt.config import Config, load_config
-from polyadapt.console import err, make_bars, out
+from polyadapt.console import err, make_bars, out, write_text
 from polyadapt.console import one_clear_line as _one_clear_line
 from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
 from polyadapt.logs import configure_logging
@@ -637,7 +637,7 @@ def _show_routing(
             f"{directory} is refused: {error.problems[0].message}; `polyadapt inspect` lists all"
         ) from None
     if plot is not None:
-        plot.write_text(to_svg(found), encoding="utf-8")
+        write_text(plot, to_svg(found))
     if as_json:
         typer.echo(json.dumps(to_data(found), indent=2))
         return

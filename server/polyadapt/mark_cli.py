@@ -15,7 +15,7 @@ from rich.progress import TaskID
 from rich.table import Table
 
 from polyadapt.config import WatermarkConfig, load_config
-from polyadapt.console import err, make_bars, one_clear_line, out
+from polyadapt.console import err, expect_place, make_bars, one_clear_line, out, write_text
 from polyadapt.errors import StartupError
 from polyadapt.text_mark_cli import NOBODY
 
@@ -330,11 +330,12 @@ def verify(
     with one_clear_line(), _mark(path, kek_file) as mark:
         import json
 
+        expect_place(record)
         signed = _read(
             mark, suspect, asked, answers, endpoint, model, prose, max_queries, alpha, data
         )
         if record is not None:
-            record.write_text(signed, encoding="utf-8")
+            write_text(record, signed)
         found = json.loads(signed)["record"]
         table = Table("bit", "read", "hits of 0", "hits of 1", "queries", "p")
         for index, entry in enumerate(found["bits"]):
@@ -362,7 +363,7 @@ def trace(
 
         found, signed = work.trace_reading(mark, _text(reading).encode(), _names(users), alpha)
         if record is not None:
-            record.write_text(signed, encoding="utf-8")
+            write_text(record, signed)
         table = Table("user", "score", "matches", "p", "p, of any user")
         for entry in found.ranked:
             matches = f"{entry.num_matches} of {found.num_decided}"
@@ -425,6 +426,8 @@ def who(
         from polyadapt.watermark.figure import figure
 
         names = _names(users)
+        expect_place(record)
+        expect_place(plot)
         is_asked = any(way is not None for way in (suspect, asked, answers, endpoint))
         if reading is not None and is_asked:
             raise StartupError("give --reading FILE or something to ask, and not both")
@@ -456,9 +459,9 @@ def who(
                 )
         _say(str(words))
         if record is not None:
-            _write(record, evidence)
+            write_text(record, evidence)
         if plot is not None:
-            _write(plot, figure(f"{words.verdict} {len(names)} users were compared.", standing))
+            write_text(plot, figure(f"{words.verdict} {len(names)} users were compared.", standing))
         if words.is_nobody:
             raise typer.Exit(NOBODY)
 
@@ -710,10 +713,3 @@ def _text(path: Path) -> str:
 
 def _names(users: Path) -> list[str]:
     return [line.strip() for line in _text(users).splitlines() if line.strip()]
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StartupError(f"{path} cannot be written: {error.strerror}") from None

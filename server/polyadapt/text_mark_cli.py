@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from polyadapt.config import WatermarkConfig, load_config
-from polyadapt.console import err, one_clear_line, out
+from polyadapt.console import err, one_clear_line, out, write_text
 from polyadapt.errors import StartupError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _read(
 ) -> TextFinding:
     found, signed = read_signed(path, users, schemes, model, key_version, alpha, key_file)
     if record is not None:
-        record.write_text(signed, encoding="utf-8")
+        write_text(record, signed)
     return replace(found, ranked=found.ranked[: max(_NUM_SHOWN, len(found.accused))])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import threading
 import time
@@ -194,3 +195,35 @@ def test_the_command_asks_an_endpoint(mark, suspect, tmp_path):
     assert suspect.keys[0] == "Bearer sk-suspect"
     record = json.loads(reading.read_text())["record"]
     assert record["suspect"].startswith("m at http://127.0.0.1:")
+
+
+def test_the_command_ends_in_one_line_when_the_endpoint_is_down(mark, suspect, tmp_path, limits):
+    write_kek(KEK, tmp_path / "kek")
+    suspect.statuses = [500] * 1000
+    status, output = run(
+        "verify", mark.path, "--endpoint", suspect.url, "--model", "m", "--kek-file",
+        tmp_path / "kek",
+    )  # fmt: skip
+    assert status == 1
+    assert "polyadapt: the endpoint gave no reply to" in output
+
+
+@pytest.fixture
+def limits(monkeypatch):
+    """Limits of one try, so that nothing is waited for."""
+    few = functools.partial(EndpointLimits, num_tries=1)
+    monkeypatch.setattr("polyadapt.watermark.endpoint.EndpointLimits", few)
+
+
+@pytest.mark.parametrize("command", ["verify", "who"])
+def test_nothing_is_asked_for_a_record_that_has_no_place(command, mark, suspect, tmp_path):
+    write_kek(KEK, tmp_path / "kek")
+    (tmp_path / "users").write_text("u")
+    users = ("--users", tmp_path / "users") if command == "who" else ()
+    for place in (tmp_path / "no" / "record.json", tmp_path):
+        status, output = run(
+            command, mark.path, "--endpoint", suspect.url, "--model", "m", "--out", place,
+            "--kek-file", tmp_path / "kek", *users,
+        )  # fmt: skip
+        assert (status, "cannot be written" in output) == (1, True), output
+    assert not suspect.bodies

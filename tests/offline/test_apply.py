@@ -29,6 +29,7 @@ class FakeServer:
         self.changes: list[str] = []
         self.imports: dict[str, dict[str, Any]] = {}
         self.num_not_ready = 0
+        self.does_list = True
 
     def client(self) -> httpx.Client:
         return httpx.Client(transport=httpx.MockTransport(self.answer), base_url="http://test")
@@ -42,6 +43,8 @@ class FakeServer:
             return httpx.Response(200, json=self.imports[name])
         if request.method == "POST":
             return self.take(request)
+        if path == "/v1/adapters" and not self.does_list:
+            return httpx.Response(503, json={"error": {"message": "later"}})
         if path == "/v1/adapters":
             tag = request.url.params["tag"]
             data = [a for a in self.adapters.values() if tag in a["tags"]]
@@ -201,6 +204,18 @@ def test_only_what_apply_made_is_pruned_and_only_when_asked(
     assert set(server.adapters) == {"poet", "old", "unreadable", "by-hand"}
     run(server, file, prune=True)
     assert set(server.adapters) == {"poet", "unreadable", "by-hand"}
+
+
+def test_a_list_that_cannot_be_had_prunes_nothing_and_blocks_no_entry(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    file = write(tmp_path, adapter(tmp_path, "poet"))
+    server.adapters["old"] = made("old", "d", [MANAGED])
+    server.does_list = False
+    is_good, said = run(server, file, prune=True)
+    assert not is_good
+    assert set(server.adapters) == {"poet", "old"}
+    assert said[1] == "failed     --prune  what apply made is not known: 503: later"
 
 
 def test_a_uri_is_fetched_by_the_server_once(server: FakeServer, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def plan(
 ) -> list[Step]:
     """Return what has to be done, in the file's order and deletions last. Changes nothing.
 
-    root: where relative directories begin. Raises StartupError if the server cannot be asked.
+    root: where relative directories begin. What the server does not say is a failed step.
     """
     steps = list(failed)
     for entry in entries:
@@ -118,7 +118,12 @@ def plan(
     if prune:
         # What cannot be read may be meant to stay: it is not taken for absent.
         kept = {entry.name for entry in entries} | {step.name for step in failed}
-        for name in server.managed():
+        try:
+            managed = server.managed()
+        except Refused as error:
+            managed = []
+            steps.append(Step("--prune", "failed", f"what apply made is not known: {error}"))
+        for name in managed:
             if name not in kept:
                 steps.append(Step(name, "delete", "apply made it, and the file does not name it"))
     return steps

@@ -87,11 +87,24 @@ def test_files_of_two_marks_do_not_make_one(mark, tmp_path):
         ({"rank_per_bit": 2}, "rank_per_bit"),
         ({"n_bits": 4}, "codebook of 4 bits"),
         ({"more": 1}, "more"),
+        ({"n_bits": "x"}, "whole number"),
+        ({"n_bits": 3.0}, "whole number"),
+        ({"rank_per_bit": True}, "whole number"),
+        ({"task": ["lm"]}, "expected text"),
+        ({"mark_id": None}, "expected text"),
+        ({"target_modules": 5}, "list of names"),
+        ({"target_modules": "abc"}, "list of names"),
+        ({"codebook": []}, "no codebook with kind"),
+        ({"codebook": {"key_version": "x"}}, "whole number"),
+        ({"codebook": {"bias_commitment": None}}, "expected text"),
     ],
 )
 def test_a_config_of_another_form_is_refused(mark, change, words):
     file = mark.path / CONFIG_NAME
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    config = json.loads(file.read_text())
+    if isinstance(change.get("codebook"), dict):
+        change = {"codebook": {**config["codebook"], **change["codebook"]}}
+    file.write_text(json.dumps({**config, **change}))
     with pytest.raises(StartupError, match=words):
         MarkDirectory.open(mark.path, KEK)
 

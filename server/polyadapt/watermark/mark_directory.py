@@ -138,7 +138,7 @@ class MarkDirectory:
                 f"{path / SECRETS_NAME} is of mark {secrets.key.id}, {CONFIG_NAME} of mark "
                 f"{config.mark_id}; restore the files of one mark"
             )
-        mark.codebook.check(str(config.codebook.get("bias_commitment")))
+        mark.codebook.check(config.codebook["bias_commitment"])
         return mark
 
     def save(self, config: MarkConfig, secrets: MarkSecrets) -> None:
@@ -224,9 +224,9 @@ class MarkDirectory:
         named = self.config.codebook
         return Codebook(
             self.secrets.key,
-            Design.parse(str(named["kind"])),
+            Design.parse(named["kind"]),
             self.config.n_bits,
-            key_version=int(named["key_version"]),
+            key_version=named["key_version"],
         )
 
     @property
@@ -289,6 +289,7 @@ def parse_config(text: bytes, file: Path) -> MarkConfig:
     if set(fields) != known:
         differing = sorted(set(fields) ^ known)
         raise StartupError(f"{file} lacks or does not know {', '.join(differing)}")
+    _expect_types(fields, file)
     if fields["task"] not in POSITIONS:
         raise StartupError(
             f"{file} says task {fields['task']!r}, expected {' or '.join(map(repr, POSITIONS))}"
@@ -305,10 +306,37 @@ def parse_config(text: bytes, file: Path) -> MarkConfig:
     if fields["gate"] not in ("hinge", "linear"):
         raise StartupError(f"{file} says gate {fields['gate']!r}, expected hinge or linear")
     codebook = fields["codebook"]
-    is_codebook = isinstance(codebook, dict) and {"kind", "length", "key_version"} <= set(codebook)
-    if not is_codebook or codebook["length"] != fields["n_bits"]:
+    if codebook["length"] != fields["n_bits"]:
         raise StartupError(f"{file} has no codebook of {fields['n_bits']} bits")
     return MarkConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
+
+
+def _expect_types(fields: Mapping[str, Any], file: Path) -> None:
+    """Raise StartupError unless every field is of its JSON type; a bundle comes from anywhere."""
+    codebook, modules = fields["codebook"], fields["target_modules"]
+    if not isinstance(codebook, dict) or not set(_CODEBOOK_TYPES) <= set(codebook):
+        raise StartupError(f"{file} has no codebook with {', '.join(_CODEBOOK_TYPES)}")
+    if not isinstance(modules, list) or not all(type(module) is str for module in modules):
+        raise StartupError(f"{file} says target_modules {modules!r}, expected a list of names")
+    for named, types in ((fields, _TYPES), (codebook, _CODEBOOK_TYPES)):
+        for name, expected in types.items():
+            if type(named[name]) is not expected:  # isinstance would take true for 1
+                raise StartupError(
+                    f"{file} says {name} {named[name]!r}, expected "
+                    f"{'a whole number' if expected is int else 'text'}"
+                )
+
+
+_TYPES = {
+    "mark_id": str,
+    "n_bits": int,
+    "evidence_public_key": str,
+    "task": str,
+    "gate": str,
+    "rank_per_bit": int,
+    "format_version": int,
+}
+_CODEBOOK_TYPES = {"kind": str, "length": int, "key_version": int, "bias_commitment": str}
 
 
 def _read(file: Path) -> bytes:

@@ -148,10 +148,19 @@ def test_the_command_prints_a_table_or_json_and_needs_no_weights(llama, tmp_path
         (("--gpu", "tpu"), "h100"),
         ((), "--device-memory"),
         (("--device-memory", "big"), "80GiB"),
+        (("--gpu", "h100", "--context", "100000"), "more than the model's"),
     ],
 )
-def test_a_device_that_is_not_known_is_one_clear_line(llama, arguments, why):
+def test_what_cannot_be_planned_is_one_clear_line(llama, arguments, why):
     done = run("--model", str(llama), *arguments)
     assert done.exit_code == 1
     assert done.stderr.count("\n") == 1
     assert why in done.stderr
+
+
+def test_a_model_that_serve_refuses_is_not_planned(llama, tmp_path):
+    config = json.loads((llama / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("--model", str(tmp_path), "--gpu", "h100")
+    assert (done.exit_code, "'dynamic' rotary" in done.stderr) == (1, True), done.output

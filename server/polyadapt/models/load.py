@@ -92,6 +92,7 @@ def outline_base(directory: Path, *, dtype: torch.dtype, max_model_len: int | No
     register_attention()
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        _refuse_batch_dependent_rope(config)
         # Made in bfloat16, the one dtype whose products of experts have a form without memory.
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(

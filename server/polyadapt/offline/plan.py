@@ -99,7 +99,8 @@ def make_plan(
     targets: tuple[str, ...] = (),
     has_own_memory: bool = True,
 ) -> Plan:
-    """Plan one engine; raises StartupError where nothing fits or a target names no module.
+    """Plan one engine; raises StartupError where nothing fits, a target names no module, the model
+    cannot be served, or has fewer positions than the context.
 
     num_adapters: resident at once, which decides their part of the memory unless config does.
     context: tokens of a sequence, None: the model's. targets: last parts of the paths of the linear
@@ -107,6 +108,11 @@ def make_plan(
     """
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     outline = outline_base(directory, dtype=dtype, max_model_len=config.max_model_len)
+    if context is not None and context > outline.spec.max_model_len:
+        raise StartupError(
+            f"a context of {context} tokens is more than the model's {outline.spec.max_model_len}; "
+            "give a smaller one"
+        )
     page_size = config.page_size or (DEVICE_PAGE if has_own_memory else HOST_PAGE)
     needs = needs_of(
         outline.spec,
@@ -127,7 +133,7 @@ def make_plan(
         max_adapter_bytes=max_adapter_bytes,
         free_bytes=device_nbytes - outline.weight_nbytes,
     )
-    context = min(context or outline.spec.max_model_len, outline.spec.max_model_len)
+    context = outline.spec.max_model_len if context is None else context
 
     def plan_rank(each: int) -> RankPlan:
         size = adapter_nbytes(outline.spec, each, dtype.itemsize, targets)

@@ -21,8 +21,9 @@ from polyadapt.engine.output import Submit
 from polyadapt.engine.wire import decode_command, encode_command
 from polyadapt.types import AdapterId, AppliedAdapter, MarkSettings, Request, TextMark, Tokens
 from polyadapt.watermark.keys import SecretKey
-from polyadapt.watermark.text import detect, scheme_of, trace_text, user_key
+from polyadapt.watermark.text import detect, scheme_of, user_key
 from polyadapt.watermark.text_compatible import hashing_key_of
+from polyadapt.watermark.text_reading import read_text
 
 MASTER = SecretKey(bytes(range(32)))
 KGW = MarkSettings("kgw", 2, bias=4.0)
@@ -186,12 +187,13 @@ def test_what_was_served_is_traced_to_its_user(start, settings):
     ]  # fmt: skip
     unmarked = greedy_request("nobody", tiny.prompt_ids(6, seed=7), None, 150, temperature=1.0)
     found = start().run(*requests, unmarked)
-    scheme = scheme_of(settings)
     for user in users[:3]:
-        trace = trace_text(scheme, MASTER, users, found[user].tokens)
+        trace = read_text(MASTER, [settings], users, found[user].tokens)
         assert [entry.user for entry in trace.accused] == [user]
-        assert detect(scheme, user_key(MASTER, user), found[user].tokens).p_value < 1e-6
-    assert trace_text(scheme, MASTER, users, found["nobody"].tokens).is_nobody
+        assert (
+            detect(scheme_of(settings), user_key(MASTER, user), found[user].tokens).p_value < 1e-6
+        )
+    assert read_text(MASTER, [settings], users, found["nobody"].tokens).is_nobody
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

@@ -23,9 +23,9 @@ from polyadapt.watermark.text import (
     raise_favoured,
     reshape_kept,
     scheme_of,
-    trace_text,
     user_key,
 )
+from polyadapt.watermark.text_reading import TextFinding, read_text
 
 MASTER = SecretKey(bytes(range(32)))
 USERS = [f"user-{i}" for i in range(300)]
@@ -34,6 +34,16 @@ GREEN, TOURNAMENT = GreenList(context_width=2), Tournament(depth=20, context_wid
 RACE = Race(context_width=2)
 SCHEMES = [GREEN, TOURNAMENT, RACE]
 NAMES = ["green list", "tournament", "race"]
+SETTINGS = {
+    GREEN: MarkSettings("kgw", 2),
+    TOURNAMENT: MarkSettings("synthid", 2, depth=20),
+    RACE: MarkSettings("gumbel", 2),
+}
+
+
+def trace(scheme, users: list[str], tokens: list[int], **options) -> TextFinding:
+    """Whose a text is, by one scheme."""
+    return read_text(MASTER, [SETTINGS[scheme]], users, tokens, **options)
 
 
 def write(scheme, key: np.ndarray | None, num_tokens: int, seed: int) -> list[int]:
@@ -142,21 +152,21 @@ def test_the_winner_of_a_race_is_drawn_as_often_as_it_is_likely_and_is_evident()
 def test_the_writer_is_named_among_all_users_and_nobody_else(scheme):
     for seed, user in enumerate(("user-3", "user-250")):
         tokens = write(scheme, user_key(MASTER, user), 220, seed)
-        found = trace_text(scheme, MASTER, USERS, tokens)
+        found = trace(scheme, USERS, tokens)
         assert [entry.user for entry in found.accused] == [user]
         assert found.ranked[0].reading == detect(scheme, user_key(MASTER, user), tokens)
         assert found.ranked[0].reading.z > 6
-    unmarked = trace_text(scheme, MASTER, USERS, write(scheme, None, 220, 9))
+    unmarked = trace(scheme, USERS, write(scheme, None, 220, 9))
     assert unmarked.is_nobody
     stranger = write(scheme, user_key(SecretKey(bytes(32)), "user-3"), 220, 10)
-    assert trace_text(scheme, MASTER, USERS, stranger).is_nobody
+    assert trace(scheme, USERS, stranger).is_nobody
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 def test_p_values_of_strangers_keys_are_exact(scheme):
     tokens = write(scheme, None, 120, 11)
     strangers = [f"stranger-{i}" for i in range(2000)]
-    found = trace_text(scheme, MASTER, strangers, tokens, num_shown=2000)
+    found = trace(scheme, strangers, tokens, num_shown=2000)
     readings = [entry.reading for entry in found.ranked]
     p_values = np.array([reading.p_value for reading in readings])
     for alpha in (0.2, 0.05, 0.01):
@@ -185,6 +195,7 @@ def poisson_below(count: int, mean: float) -> float:
 
 
 def test_settings_name_their_schemes():
+    assert all(scheme_of(settings) == scheme for scheme, settings in SETTINGS.items())
     assert scheme_of(MarkSettings("kgw", 3, ratio=0.5, bias=1.0)) == GreenList(0.5, 1.0, 3)
     assert scheme_of(MarkSettings("synthid", 4, depth=9)) == Tournament(9, 4)
     assert scheme_of(MarkSettings("gumbel", 5)) == Race(5)
@@ -195,12 +206,12 @@ def test_settings_name_their_schemes():
 def test_repetition_makes_a_text_nobodys():
     grams = distinct_grams([1, 2, 3] * 100, 2)
     assert sorted(map(tuple, grams.tolist())) == [(1, 2, 3), (2, 3, 1), (3, 1, 2)]
-    assert trace_text(GREEN, MASTER, USERS, [1, 2, 3] * 100).is_nobody
+    assert trace(GREEN, USERS, [1, 2, 3] * 100).is_nobody
 
 
 def test_a_text_that_is_too_short_says_nothing():
     for tokens in ([], [1], [1, 2]):
-        found = trace_text(GREEN, MASTER, USERS, tokens)
+        found = trace(GREEN, USERS, tokens)
         assert found.is_nobody
         assert found.ranked[0].reading.p_value == 1.0
         assert found.ranked[0].reading.num_scored == 0
@@ -210,9 +221,9 @@ def test_many_users_are_compared_in_parts_without_a_difference(monkeypatch):
     from polyadapt.watermark import text
 
     tokens = write(GREEN, user_key(MASTER, "user-7"), 100, 5)
-    whole = trace_text(GREEN, MASTER, USERS, tokens)
+    whole = trace(GREEN, USERS, tokens)
     monkeypatch.setattr(text, "_CHUNK", 1000)
-    assert trace_text(GREEN, MASTER, USERS, tokens) == whole
+    assert trace(GREEN, USERS, tokens) == whole
 
 
 @pytest.mark.parametrize(
@@ -225,9 +236,10 @@ def test_many_users_are_compared_in_parts_without_a_difference(monkeypatch):
         lambda: GreenList(context_width=0),
         lambda: Tournament(depth=33),
         lambda: Tournament(context_width=17),
-        lambda: trace_text(GREEN, MASTER, [], [1, 2, 3]),
-        lambda: trace_text(GREEN, MASTER, ["a", "a"], [1, 2, 3]),
-        lambda: trace_text(GREEN, MASTER, ["a"], [1, 2, 3], alpha=1.0),
+        lambda: trace(GREEN, [], [1, 2, 3]),
+        lambda: trace(GREEN, ["a", "a"], [1, 2, 3]),
+        lambda: trace(GREEN, ["a"], [1, 2, 3], alpha=1.0),
+        lambda: read_text(MASTER, [], ["a"], [1, 2, 3]),
     ],
 )
 def test_what_means_nothing_is_refused(make):

@@ -19,7 +19,7 @@ from polyadapt.errors import InvalidRequest
 from polyadapt.types import MarkSettings
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.prf import siphash, spread
-from polyadapt.watermark.statistics import binomial_tails, gamma_tails, holm
+from polyadapt.watermark.statistics import binomial_tails, gamma_tails
 
 MAX_CONTEXT = 16
 MAX_DEPTH = 32
@@ -247,30 +247,6 @@ class TextReading:
     p_value: float  # exact, of a key that has nothing to do with the text
 
 
-@dataclass(frozen=True, slots=True)
-class TextSuspicion:
-    """One user's key against one text, among those of all users."""
-
-    user: str
-    reading: TextReading
-    family_p_value: float  # Holm's, over all users
-
-
-@dataclass(frozen=True, slots=True)
-class TextTrace:
-    """Whose text it is. `accused` is empty where nobody can be named."""
-
-    accused: tuple[TextSuspicion, ...]
-    ranked: tuple[TextSuspicion, ...]
-    num_users: int
-    alpha: float
-
-    @property
-    def is_nobody(self) -> bool:
-        """Whether nobody can be named at this error."""
-        return not self.accused
-
-
 def scheme_of(settings: MarkSettings) -> GreenList | Tournament | Race:
     """Return the scheme of a policy's settings; raises InvalidRequest for what means nothing, and
     for the compatible form, which text_compatible.py reads.
@@ -383,40 +359,6 @@ def read_keys(scheme: Scheme, keys: Int64, tokens: Sequence[int]) -> list[TextRe
             scores.tolist(), scheme.p_values(scores, num).tolist(), strict=True
         )
     ]
-
-
-def trace_text(
-    scheme: Scheme,
-    master: SecretKey,
-    users: Sequence[str],
-    tokens: Sequence[int],
-    *,
-    alpha: float = 1e-3,
-    key_version: int = 1,
-    num_shown: int = 10,
-) -> TextTrace:
-    """Return which users' keys a text speaks for; with chance at most `alpha` an innocent is named.
-
-    Raises InvalidRequest for no users or one twice. Finds whole texts: a marked passage inside a
-    longer text is diluted, and is found by giving it alone.
-    """
-    check_trace(users, alpha)
-    keys = np.stack([user_key(master, user, key_version=key_version) for user in users])
-    readings = read_keys(scheme, keys, tokens)
-    family = holm([reading.p_value for reading in readings])
-    scores = np.array([reading.score for reading in readings])
-    order = np.lexsort((-scores, family))
-    ranked = [TextSuspicion(users[i], readings[i], float(family[i])) for i in order]
-    num_accused = int((family <= alpha).sum())
-    return TextTrace(tuple(ranked[:num_accused]), tuple(ranked[:num_shown]), len(users), alpha)
-
-
-def check_trace(users: Sequence[str], alpha: float) -> None:
-    """Raise InvalidRequest for no users, one twice, or an error that is none."""
-    if not users or len(set(users)) != len(users):
-        raise InvalidRequest("users must be listed, each once", param="users")
-    if not 0.0 < alpha < 0.5:
-        raise InvalidRequest(f"alpha is {alpha}, expected between 0 and 0.5", param="alpha")
 
 
 def _uniform(words: Int64) -> Floats:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from polyadapt.errors import InvalidRequest
 from polyadapt.types import MarkSettings
 from polyadapt.watermark.statistics import binomial_tails
-from polyadapt.watermark.text import Floats, Int64, TextReading, distinct_grams
+from polyadapt.watermark.text import Floats, Int64, TextReading, detect
 
 _MAX_CACHED = 4096  # green lists, of a bit a token
 
@@ -83,17 +83,7 @@ class LeftHash:
 
     def detect(self, tokens: Sequence[int]) -> TextReading:
         """Count as WatermarkDetector(ignore_repeated_ngrams=True), with the tail of a binomial."""
-        grams = distinct_grams(tokens, self.context_width)
-        hits = int(self.evidence(grams[:, -2], grams[:, -1]).sum())
-        expected = len(grams) * self.mean
-        deviation = math.sqrt(len(grams)) * self.deviation
-        return TextReading(
-            num_scored=len(grams),
-            score=float(hits),
-            expected=expected,
-            z=(hits - expected) / deviation if deviation else 0.0,
-            p_value=float(self.p_values(np.array([hits]), len(grams))[0]),
-        )
+        return detect(self, np.zeros(2, np.int64), tokens)  # the key is in `hashing_key`
 
 
 def hashing_key_of(key: tuple[int, int]) -> int:

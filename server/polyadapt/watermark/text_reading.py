@@ -17,13 +17,7 @@ from polyadapt.types import MarkSettings
 from polyadapt.watermark import evidence
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.statistics import holm
-from polyadapt.watermark.text import (
-    TextReading,
-    check_trace,
-    read_keys,
-    scheme_of,
-    user_key,
-)
+from polyadapt.watermark.text import TextReading, read_keys, scheme_of, user_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +60,17 @@ def read_text(
 ) -> TextFinding:
     """Return whose keys a text speaks for; with chance at most `alpha` an innocent is named.
 
-    One user makes it a detector. Raises InvalidRequest for no users, one twice, and settings of
-    which none can be read here. What settings share beside the user's key changes no text's
-    reading, and counts once.
+    One user makes it a detector. It finds whole texts: a marked passage inside a longer one is
+    diluted, and is found by giving it alone. Raises InvalidRequest for no users, one twice, no
+    settings, and settings of which none can be read here. What settings share beside the user's
+    key changes no text's reading, and counts once.
     """
-    check_trace(users, alpha)
+    _check_trace(users, alpha)
+    if not settings:
+        raise InvalidRequest("no settings were given to read the text by")
     readable = [own for own in settings if not own.is_lefthash]
     if not readable:
         scheme_of(settings[0])  # raises, and says who reads it
-        raise InvalidRequest("no settings were given to read the text by")
     # Green lists that differ in their bias alone, say, are one list to a reader.
     readable = list({_identity(own): own for own in readable}.values())
     by_settings = []
@@ -125,6 +121,14 @@ def sign_finding(master: SecretKey, finding: TextFinding, text: str, base_digest
         **_plain(asdict(finding)),
     }
     return signer_of(master).sign(record)
+
+
+def _check_trace(users: Sequence[str], alpha: float) -> None:
+    """Raise InvalidRequest for no users, one twice, or an error that is none."""
+    if not users or len(set(users)) != len(users):
+        raise InvalidRequest("users must be listed, each once", param="users")
+    if not 0.0 < alpha < 0.5:
+        raise InvalidRequest(f"alpha is {alpha}, expected between 0 and 0.5", param="alpha")
 
 
 def _identity(settings: MarkSettings) -> tuple[Any, ...]:

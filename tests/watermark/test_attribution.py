@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -38,7 +39,9 @@ def test_a_user_is_named_with_the_numbers_of_the_trace():
     words = attribute_copy(found, 1e-4)
     assert words.who == ("user-7",)
     assert words.verdict == "It comes from a copy of user-7."
-    assert f"at most {found.accused[0].family_p_value:.1e}" in words.how_sure
+    (bound,) = re.findall(r"with at most (\S+) \(", words.how_sure)
+    value = found.accused[0].family_p_value
+    assert value <= float(bound) < value * 1.1
     text = str(words)
     assert "47 of 48 bits could be read" in text
     assert "user-7 has what was read in 46 of 47 bits" in text
@@ -51,6 +54,13 @@ def test_a_user_is_named_with_the_numbers_of_the_trace():
 def test_a_chance_that_no_calibration_bears_out_is_only_said_to_be_small():
     words = attribute_copy(trace(BOOK, USERS, read_of("user-7")), 1e-4)
     assert "with a chance of less than 1e-12" in words.why[0]
+
+
+def test_what_is_at_most_so_much_is_rounded_up():
+    bits = [*BOOK.row("user-7").tolist()[:28], *[None] * 20]
+    words = attribute_copy(trace(BOOK, USERS, bits), 1e-4)
+    (shown,) = [why for why in words.why if "28 of 28" in why]
+    assert "a chance of at most 3.8e-09" in shown, "2^-28 is 3.725e-09"
 
 
 def test_where_nothing_was_read_there_is_no_sign_of_the_mark():

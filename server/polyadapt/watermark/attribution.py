@@ -6,6 +6,7 @@ torch-free.
 
 from __future__ import annotations
 
+import decimal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -214,7 +215,13 @@ def _how_sure(worst: float, num_users: int, alpha: float) -> str:
 
 def _chance(value: float) -> str:
     # No calibration is so good that a chance of 1e-100 would mean anything.
-    return f"less than {_SMALLEST:.0e}" if value < _SMALLEST else f"at most {value:.1e}"
+    if value < _SMALLEST:
+        return f"less than {_SMALLEST:.0e}"
+    bound = _UPWARDS.create_decimal(repr(float(value)))
+    return f"at most {float(bound):.1e}"
+
+
+_UPWARDS = decimal.Context(prec=2, rounding=decimal.ROUND_CEILING)  # the nearest may be less
 
 
 _TRUST = (

@@ -51,7 +51,9 @@ def test_a_text_is_traced_and_the_record_checks(key_file: Path, tmp_path: Path):
     )
     assert found.exit_code == 0, found.output
     assert "named: key-7 (of 50 users, 400 tokens" in found.output
-    signature = json.loads(record.read_text())["signature"]
+    signed = json.loads(record.read_text())
+    signature = signed["signature"]
+    assert (signed["record"]["version"], signed["record"]["kind"]) == (1, "text reading")
     checked = RUNNER.invoke(
         app, ["mark", "check-evidence", str(record), "--public-key", signature["public_key"]]
     )

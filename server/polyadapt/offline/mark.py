@@ -43,7 +43,7 @@ from polyadapt.watermark.reading import (
     read_answers,
     read_sequentially,
 )
-from polyadapt.watermark.records import plain, read_record, sign_reading, trace_record
+from polyadapt.watermark.records import read_record, sign_reading, trace_record
 from polyadapt.watermark.secrets import write_file
 from polyadapt.watermark.statistics import BitRule, SequentialRule
 from polyadapt.watermark.trace import Trace
@@ -221,7 +221,13 @@ def read_labels(
         "inputs_digest": evidence.digest(inputs.tobytes()),
         "labels_digest": evidence.digest(labels.tobytes()),
     }
-    return sign_reading(mark, readings, {"kind": "fixed", **plain(asdict(rule))}, asked_of, suspect)
+    return sign_reading(
+        mark,
+        readings,
+        {"kind": "fixed", **evidence.without_floats(asdict(rule))},
+        asked_of,
+        suspect,
+    )
 
 
 def read_suspect(
@@ -246,7 +252,11 @@ def read_suspect(
         "inputs_digest": evidence.digest(inputs.tobytes()),
     }
     return sign_reading(
-        mark, readings, {"kind": "sequential", **plain(asdict(rule))}, asked_of, suspect_dir.name
+        mark,
+        readings,
+        {"kind": "sequential", **evidence.without_floats(asdict(rule))},
+        asked_of,
+        suspect_dir.name,
     )
 
 

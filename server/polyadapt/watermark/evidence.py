@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import datetime
 import hashlib
 import json
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from polyadapt.watermark.statistics import BitReading
 from polyadapt.watermark.trace import Trace
 from polyadapt_store.strict_json import StrictJsonError, parse_object
 
-RECORD_VERSION = 1
+_VERSION = 1  # of the records' form
 _ALGORITHM = "ed25519"
 _MAX_BYTES = 16 << 20
 _LARGEST = 2**53 - 1  # the largest integer that every JSON reader keeps
@@ -57,6 +58,12 @@ class Signer:
 
     def __repr__(self) -> str:
         return f"Signer({self.public_key})"
+
+
+def head(kind: str) -> dict[str, Any]:
+    """Return what every record begins with: its form's version, its kind, and when it was made."""
+    created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"version": _VERSION, "kind": kind, "created": created}
 
 
 def verify(signed: bytes, public_key: str) -> dict[str, Any]:
@@ -109,6 +116,17 @@ def number(value: float) -> str:
     return repr(float(value))
 
 
+def without_floats(value: Any) -> Any:
+    """Return the value with every float in it as `number` writes it."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, dict):
+        return {key: without_floats(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_floats(item) for item in value]
+    return value
+
+
 def digest(data: bytes) -> str:
     """Return sha256:<hex>, by which a record names what it must not show."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -131,17 +149,7 @@ def describe_trace(found: Trace) -> dict[str, Any]:
     """Return who was named and at what error, as a record holds it."""
     fields = asdict(found)
     fields["verdict"] = "nobody" if found.is_nobody else "named"
-    return _without_floats(fields)  # type: ignore[no-any-return]
-
-
-def _without_floats(value: Any) -> Any:
-    if isinstance(value, float):
-        return number(value)
-    if isinstance(value, dict):
-        return {key: _without_floats(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_floats(item) for item in value]
-    return value
+    return without_floats(fields)  # type: ignore[no-any-return]
 
 
 def _check(value: Any, where: str) -> None:

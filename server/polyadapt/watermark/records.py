@@ -4,7 +4,6 @@ torch-free.
 
 from __future__ import annotations
 
-import datetime
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -48,7 +47,11 @@ def read_model(
     readings = read_chats(noted, mark.prompts, prose, mark.null, rule, rng)
     fields = {"kind": "replies, sequentially", **_digests(asked, told)}
     return sign_reading(
-        mark, readings, {"kind": "sequential", **plain(asdict(rule))}, fields, suspect
+        mark,
+        readings,
+        {"kind": "sequential", **evidence.without_floats(asdict(rule))},
+        fields,
+        suspect,
     )
 
 
@@ -67,7 +70,9 @@ def read_samples(
         "kind": "replies of a file",
         **_digests([query.message for query in queries], replies),
     }
-    return sign_reading(mark, readings, {"kind": "fixed", **plain(asdict(rule))}, fields, suspect)
+    return sign_reading(
+        mark, readings, {"kind": "fixed", **evidence.without_floats(asdict(rule))}, fields, suspect
+    )
 
 
 def sign_reading(
@@ -149,11 +154,6 @@ def _sign_trace(
     return _sign(mark, "trace", {**fields, **about})
 
 
-def plain(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields with floats as a record holds them."""
-    return {k: evidence.number(v) if isinstance(v, float) else v for k, v in fields.items()}
-
-
 def _digests(asked: Sequence[str], told: Sequence[str | None]) -> dict[str, Any]:
     # Of messages and replies: the triggers in them stay secret.
     return {
@@ -166,9 +166,7 @@ def _digests(asked: Sequence[str], told: Sequence[str | None]) -> dict[str, Any]
 
 def _sign(mark: MarkDirectory, kind: str, fields: Mapping[str, Any]) -> str:
     record = {
-        "version": evidence.RECORD_VERSION,
-        "kind": kind,
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **evidence.head(kind),
         "mark": {
             "id": mark.config.mark_id,
             "base_model_hash": mark.config.base_model_hash,

@@ -5,7 +5,6 @@ Knows token ids, users' names and the master key; no tokenizer and no registry. 
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -111,14 +110,12 @@ def sign_finding(master: SecretKey, finding: TextFinding, text: str, base_digest
     is named because its tokenizer made the tokens.
     """
     record = {
-        "record_version": evidence.RECORD_VERSION,
-        "kind": "text reading",
-        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        **evidence.head("text reading"),
         "key_id": master.id,
         "base_digest": base_digest,
         "text_digest": evidence.digest(text.encode("utf-8")),
         "verdict": "nobody" if finding.is_nobody else "named",
-        **_plain(asdict(finding)),
+        **evidence.without_floats(asdict(finding)),
     }
     return signer_of(master).sign(record)
 
@@ -135,13 +132,3 @@ def _identity(settings: MarkSettings) -> tuple[Any, ...]:
     """What of the settings decides a reading."""
     fixed = (settings.scheme, settings.context_width, settings.key_version)
     return (*fixed, {"kgw": settings.ratio, "synthid": settings.depth}.get(settings.scheme))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return evidence.number(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

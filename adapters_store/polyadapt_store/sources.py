@@ -15,7 +15,6 @@ import ipaddress
 import logging
 import re
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,7 +42,8 @@ _CHUNK = 1 << 20
 _MAX_LISTED = 1000
 # Nothing in it is encoded, so nothing has to be decoded the same way twice.
 _PLAIN = re.compile(r"[A-Za-z0-9._~:/@+=,-]+")
-_HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+_TIMEOUT_S = 30.0  # without a byte
+_HTTP_TIMEOUT = httpx.Timeout(_TIMEOUT_S, connect=10.0)
 
 _Check = Callable[[], None]  # raises Unavailable when a fetch has to end
 
@@ -64,9 +64,10 @@ class Source:
         return f"{self.scheme}://{'/'.join((self.host, *self.path))}{revision}"
 
     def is_below(self, other: Source) -> bool:
-        """Whether it is the other or lies below it."""
+        """Whether it is the other or lies below it, at the other's revision if that has one."""
         same = (self.scheme, self.host) == (other.scheme, other.host)
-        return same and self.path[: len(other.path)] == other.path
+        is_at_it = other.revision is None or self.revision == other.revision
+        return same and is_at_it and self.path[: len(other.path)] == other.path
 
 
 class Sources:
@@ -80,8 +81,9 @@ class Sources:
         resolve: Callable[[str, int], Iterable[str]] | None = None,
         open_bucket: Callable[[str], ObjectStore] | None = None,
     ) -> None:
-        """allowed: URIs; they and what lies below them may be fetched. The others are seams for
-        tests. Raises StartupError for a URI that cannot be read.
+        """allowed: URIs; they and what lies below them may be fetched; of a repository that is
+        allowed at a revision, that revision alone. The others are seams for tests. Raises
+        StartupError for a URI that cannot be read.
         """
         try:
             self._allowed = tuple(read_uri(uri) for uri in allowed)
@@ -232,7 +234,7 @@ class Sources:
             )
         if reply.headers.get("content-encoding", "identity") != "identity":
             raise InvalidRequest(f"{source.uri} answered in an encoding", param="source.uri")
-        _add(staged, file, reply.iter_raw(_CHUNK), check)
+        _add(staged, file, reply.iter_raw(), check)
 
     def _public_address(self, source: Source, name: str, port: int) -> str:
         found = list(self._resolve(name, port))
@@ -279,15 +281,17 @@ def read_uri(uri: str) -> Source:
 
 
 def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's, or httpx2's
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if not source.path:
         raise InvalidRequest("expected hf://OWNER/REPO", param="source.uri")
     repository = f"{source.host}/{source.path[0]}"
-    api = HfApi()
     try:
-        info = api.model_info(repository, revision=source.revision, files_metadata=True)
+        info = HfApi().model_info(
+            repository, revision=source.revision, files_metadata=True, timeout=_TIMEOUT_S
+        )
         siblings = sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
         for sibling in siblings:
             name = sibling.rfilename
@@ -297,14 +301,18 @@ def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
                 _add(staged, name, iter(()), check)  # judged by its name alone
                 continue
             staged.check_size(name, sibling.size or 0)
-            with tempfile.TemporaryDirectory() as directory:
-                # The commit that was listed, whatever the branch is by now.
-                fetched = api.hf_hub_download(
-                    repository, name, revision=info.sha, local_dir=directory
-                )
-                with open(fetched, "rb") as file:
-                    _add(staged, name, _chunks(file), check)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+            # The commit that was listed, whatever the branch is by now. Not by hf_hub_download,
+            # which nobody can end.
+            with get_session().stream(
+                "GET",
+                hf_hub_url(repository, name, revision=info.sha),
+                headers=build_hf_headers(),
+                follow_redirects=True,  # to where the hub keeps large files
+                timeout=_TIMEOUT_S,
+            ) as reply:
+                hf_raise_for_status(reply)
+                _add(staged, name, reply.iter_bytes(), check)
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise _unavailable(source, error) from error
 
 

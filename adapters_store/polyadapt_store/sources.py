@@ -26,6 +26,7 @@ import httpx
 
 from polyadapt.errors import Forbidden, InvalidRequest, PayloadTooLarge, StartupError, Unavailable
 from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME
+from polyadapt_store.object_store import open_bucket
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
 
@@ -79,11 +80,11 @@ class Sources:
         *,
         transport: httpx.BaseTransport | None = None,
         resolve: Callable[[str, int], Iterable[str]] | None = None,
-        open_bucket: Callable[[str], ObjectStore] | None = None,
+        open_bucket: Callable[[str], ObjectStore] = open_bucket,
     ) -> None:
         """allowed: URIs; they and what lies below them may be fetched; of a repository that is
         allowed at a revision, that revision alone. The others are seams for tests. Raises
-        StartupError for a URI that cannot be read.
+        StartupError for a URI that cannot be read, and for a bucket without obstore.
         """
         try:
             self._allowed = tuple(read_uri(uri) for uri in allowed)
@@ -95,7 +96,11 @@ class Sources:
         self._is_closed = threading.Event()
         self._transport = transport
         self._resolve = resolve or _addresses
-        self._open_bucket = open_bucket or _open_bucket
+        self._buckets = {
+            (source.scheme, source.host): open_bucket(f"{source.scheme}://{source.host}")
+            for source in self._allowed
+            if source.scheme in ("s3", "gs")
+        }
 
     def check(self, uri: str) -> Source:
         """Return the URI as it is understood; raises InvalidRequest, and Forbidden unless the
@@ -167,11 +172,11 @@ class Sources:
 
     def _fetch_bucket(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         import obstore
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
+        bucket = self._buckets[source.scheme, source.host]
         prefix = "".join(f"{part}/" for part in source.path)
         try:
-            bucket = self._open_bucket(f"{source.scheme}://{source.host}")
             names: list[str] = []
             for page in obstore.list(bucket, prefix=prefix or None):
                 names += [str(entry["path"]).removeprefix(prefix) for entry in page]
@@ -183,7 +188,10 @@ class Sources:
             if not wanted:
                 raise InvalidRequest(f"{source.uri} holds no objects", param="source.uri")
             for name in wanted:
-                found = obstore.get(bucket, prefix + name)
+                try:
+                    found = obstore.get(bucket, prefix + name)
+                except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
+                    raise _unreadable(source, error) from error
                 _add(staged, name, (bytes(chunk) for chunk in found.stream()), check)
         except BaseError as error:
             raise _unavailable(source, error) from error
@@ -282,7 +290,13 @@ def read_uri(uri: str) -> Source:
 
 def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
     from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # httpx's, or httpx2's
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # httpx's or httpx2's, as the client's version has it
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
     from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if not source.path:
@@ -312,6 +326,8 @@ def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
             ) as reply:
                 hf_raise_for_status(reply)
                 _add(staged, name, reply.iter_bytes(), check)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise _unreadable(source, error) from error
     except (HTTPError, OfflineModeIsEnabled) as error:
         raise _unavailable(source, error) from error
 
@@ -336,14 +352,11 @@ def _addresses(host: str, port: int) -> Iterable[str]:
     return [str(entry[4][0]) for entry in found]
 
 
-def _open_bucket(url: str) -> ObjectStore:
-    try:
-        from obstore.store import from_url
-    except ImportError:
-        raise Unavailable(
-            "this server has no obstore; its operator has to install polyadapt[object-store]"
-        ) from None
-    return from_url(url, client_options={"allow_http": True, "timeout": "300s"})
+def _unreadable(source: Source, error: Exception) -> InvalidRequest:
+    logger.warning("%s: %s", source.uri, str(error)[:500])
+    return InvalidRequest(
+        f"{source.uri} is not there, or this server may not read it", param="source.uri"
+    )
 
 
 def _unavailable(source: Source, error: Exception) -> Unavailable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -207,17 +208,39 @@ def test_a_source_that_is_too_large_ends_the_fetch(tmp_path: Path) -> None:
 
 
 def test_closing_ends_a_fetch_at_its_next_bytes(tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        sources.close()
+        return serve(request)
+
+    sources, requests = https(answer, "93.184.215.14")
+    with pytest.raises(Unavailable, match="ended"):
+        staged_by(sources, "https://good.example/a/poet", tmp_path)
+    assert len(requests) == 1
+
+
+def test_an_object_that_cannot_be_read_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket = MemoryStore()
     for name, content in FILES.items():
         obstore.put(bucket, name, content)
+    sources = Sources(("s3://bucket",), open_bucket=lambda url: bucket)
+    get = obstore.get
 
-    def open_bucket(url: str) -> MemoryStore:
-        sources.close()  # while it is fetched
-        return bucket
+    def late(bucket: MemoryStore, path: str) -> obstore.GetResult:
+        obstore.delete(bucket, path)  # by somebody else, between the listing and this
+        return get(bucket, path)
 
-    sources = Sources(("s3://bucket",), open_bucket=open_bucket)
-    with pytest.raises(Unavailable, match="ended"):
+    monkeypatch.setattr(obstore, "get", late)
+    with pytest.raises(InvalidRequest, match="may not read it"):
         staged_by(sources, "s3://bucket", tmp_path)
+
+
+def test_a_bucket_without_obstore_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    Sources(("hf://me",))
+    with pytest.raises(StartupError, match=r"s3://bucket.*polyadapt\[object-store\]"):
+        Sources(("s3://bucket/team",))
 
 
 # --------------------------------------------------------------------------- https
@@ -361,13 +384,19 @@ class FakeHub:
 
     files: dict[str, bytes | Trickle] = field(default_factory=lambda: dict(FILES))
     requests: list[httpx2.Request] = field(default_factory=list)
+    error: Exception | None = None
 
     def __call__(self, request: httpx2.Request) -> httpx2.Response:
         self.requests.append(request)
+        if self.error is not None:
+            raise self.error
         at = f"{request.url.host}{request.url.path}"
         if at == "huggingface.co/api/models/me/poet/revision/v1":
             siblings = [{"rfilename": n, "size": len(c)} for n, c in self.files.items()]
             return httpx2.Response(200, json={"id": "me/poet", "sha": COMMIT, "siblings": siblings})
+        if "/api/" in at:
+            code = "RevisionNotFound" if "/me/poet/" in at else "RepoNotFound"
+            return httpx2.Response(404, headers={"x-error-code": code})
         name = at.removeprefix(f"huggingface.co/me/poet/resolve/{COMMIT}/")
         if name == "adapter_model.safetensors":
             return httpx2.Response(302, headers={"location": f"https://cdn.example/{name}"})
@@ -405,6 +434,18 @@ def test_a_repository_that_trickles_is_ended_in_time(
     with pytest.raises(Unavailable, match="was not read in"):
         staged_by(Sources(("hf://me",)), "hf://me/poet@v1", tmp_path)
     assert slow.num_sent < 100
+
+
+@pytest.mark.parametrize("uri", ["hf://me/prose@v1", "hf://me/poet@v2", "hf://me/a+b", "hf://me/-"])
+def test_a_repository_that_is_not_there_is_told_so(uri: str, hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="not there"):
+        staged_by(Sources(("hf://me",)), uri, tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_again_later(hub: FakeHub, tmp_path: Path) -> None:
+    hub.error = httpx2.ConnectError("refused")
+    with pytest.raises(Unavailable, match="cannot be read now"):
+        staged_by(Sources(("hf://me",)), "hf://me/poet@v1", tmp_path)
 
 
 def test_what_was_fetched_is_published_like_an_upload(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ class ObjectBlobs:
         if scheme == "file":
             self._directory = Path(urlsplit(url).path)
             self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._store = _open(url, scheme) if store is None else store
+        self._store = open_bucket(url) if store is None else store
 
     def put(self, directory: Path, digest: str) -> None:
         """Store the files of the blob; durable when it returns. What lies there already is read
@@ -175,13 +175,17 @@ def _explained(url: str, done: str) -> Iterator[None]:
         ) from error
 
 
-def _open(url: str, scheme: str) -> ObjectStore:
+def open_bucket(url: str) -> ObjectStore:
+    """Return what obstore reads and writes below a URL with; nothing is asked yet. Raises
+    StartupError without obstore, and for a URL that it cannot use.
+    """
+    scheme = urlsplit(url).scheme
     try:
         from obstore.exceptions import BaseError
         from obstore.store import MemoryStore, from_url
     except ImportError:
         raise StartupError(
-            "a blob URL needs obstore; pip install 'polyadapt[object-store]'"
+            f"{url[:100]!r} needs obstore; pip install 'polyadapt[object-store]'"
         ) from None
     if scheme == "memory":
         return MemoryStore()
@@ -192,7 +196,7 @@ def _open(url: str, scheme: str) -> ObjectStore:
         return from_url(url, **options)
     except (BaseError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise StartupError(f"the blob URL {url[:100]!r} cannot be used: {reason}") from None
+        raise StartupError(f"{url[:100]!r} cannot be used: {reason}") from None
 
 
 def _key(digest: str, name: str) -> str:

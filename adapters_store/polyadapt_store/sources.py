@@ -15,7 +15,6 @@ import ipaddress
 import logging
 import re
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +26,7 @@ import httpx
 
 from polyadapt.errors import Forbidden, InvalidRequest, PayloadTooLarge, StartupError, Unavailable
 from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME
+from polyadapt_store.object_store import open_bucket
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
 
@@ -43,7 +43,8 @@ _CHUNK = 1 << 20
 _MAX_LISTED = 1000
 # Nothing in it is encoded, so nothing has to be decoded the same way twice.
 _PLAIN = re.compile(r"[A-Za-z0-9._~:/@+=,-]+")
-_HTTP_TIMEOUT = httpx.Timeout(30.0, connect=10.0)
+_TIMEOUT_S = 30.0  # without a byte
+_HTTP_TIMEOUT = httpx.Timeout(_TIMEOUT_S, connect=10.0)
 
 _Check = Callable[[], None]  # raises Unavailable when a fetch has to end
 
@@ -64,9 +65,10 @@ class Source:
         return f"{self.scheme}://{'/'.join((self.host, *self.path))}{revision}"
 
     def is_below(self, other: Source) -> bool:
-        """Whether it is the other or lies below it."""
+        """Whether it is the other or lies below it, at the other's revision if that has one."""
         same = (self.scheme, self.host) == (other.scheme, other.host)
-        return same and self.path[: len(other.path)] == other.path
+        is_at_it = other.revision is None or self.revision == other.revision
+        return same and is_at_it and self.path[: len(other.path)] == other.path
 
 
 class Sources:
@@ -78,10 +80,11 @@ class Sources:
         *,
         transport: httpx.BaseTransport | None = None,
         resolve: Callable[[str, int], Iterable[str]] | None = None,
-        open_bucket: Callable[[str], ObjectStore] | None = None,
+        open_bucket: Callable[[str], ObjectStore] = open_bucket,
     ) -> None:
-        """allowed: URIs; they and what lies below them may be fetched. The others are seams for
-        tests. Raises StartupError for a URI that cannot be read.
+        """allowed: URIs; they and what lies below them may be fetched; of a repository that is
+        allowed at a revision, that revision alone. The others are seams for tests. Raises
+        StartupError for a URI that cannot be read, and for a bucket without obstore.
         """
         try:
             self._allowed = tuple(read_uri(uri) for uri in allowed)
@@ -93,7 +96,11 @@ class Sources:
         self._is_closed = threading.Event()
         self._transport = transport
         self._resolve = resolve or _addresses
-        self._open_bucket = open_bucket or _open_bucket
+        self._buckets = {
+            (source.scheme, source.host): open_bucket(f"{source.scheme}://{source.host}")
+            for source in self._allowed
+            if source.scheme in ("s3", "gs")
+        }
 
     def check(self, uri: str) -> Source:
         """Return the URI as it is understood; raises InvalidRequest, and Forbidden unless the
@@ -165,11 +172,11 @@ class Sources:
 
     def _fetch_bucket(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         import obstore
-        from obstore.exceptions import BaseError
+        from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 
+        bucket = self._buckets[source.scheme, source.host]
         prefix = "".join(f"{part}/" for part in source.path)
         try:
-            bucket = self._open_bucket(f"{source.scheme}://{source.host}")
             names: list[str] = []
             for page in obstore.list(bucket, prefix=prefix or None):
                 names += [str(entry["path"]).removeprefix(prefix) for entry in page]
@@ -181,7 +188,10 @@ class Sources:
             if not wanted:
                 raise InvalidRequest(f"{source.uri} holds no objects", param="source.uri")
             for name in wanted:
-                found = obstore.get(bucket, prefix + name)
+                try:
+                    found = obstore.get(bucket, prefix + name)
+                except (FileNotFoundError, PermissionDeniedError, UnauthenticatedError) as error:
+                    raise _unreadable(source, error) from error
                 _add(staged, name, (bytes(chunk) for chunk in found.stream()), check)
         except BaseError as error:
             raise _unavailable(source, error) from error
@@ -232,7 +242,7 @@ class Sources:
             )
         if reply.headers.get("content-encoding", "identity") != "identity":
             raise InvalidRequest(f"{source.uri} answered in an encoding", param="source.uri")
-        _add(staged, file, reply.iter_raw(_CHUNK), check)
+        _add(staged, file, reply.iter_raw(), check)
 
     def _public_address(self, source: Source, name: str, port: int) -> str:
         found = list(self._resolve(name, port))
@@ -279,15 +289,23 @@ def read_uri(uri: str) -> Source:
 
 
 def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi, hf_hub_url
+    from huggingface_hub.errors import (
+        HFValidationError,
+        HTTPError,  # httpx's or httpx2's, as the client's version has it
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if not source.path:
         raise InvalidRequest("expected hf://OWNER/REPO", param="source.uri")
     repository = f"{source.host}/{source.path[0]}"
-    api = HfApi()
     try:
-        info = api.model_info(repository, revision=source.revision, files_metadata=True)
+        info = HfApi().model_info(
+            repository, revision=source.revision, files_metadata=True, timeout=_TIMEOUT_S
+        )
         siblings = sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
         for sibling in siblings:
             name = sibling.rfilename
@@ -297,14 +315,20 @@ def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
                 _add(staged, name, iter(()), check)  # judged by its name alone
                 continue
             staged.check_size(name, sibling.size or 0)
-            with tempfile.TemporaryDirectory() as directory:
-                # The commit that was listed, whatever the branch is by now.
-                fetched = api.hf_hub_download(
-                    repository, name, revision=info.sha, local_dir=directory
-                )
-                with open(fetched, "rb") as file:
-                    _add(staged, name, _chunks(file), check)
-    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+            # The commit that was listed, whatever the branch is by now. Not by hf_hub_download,
+            # which nobody can end.
+            with get_session().stream(
+                "GET",
+                hf_hub_url(repository, name, revision=info.sha),
+                headers=build_hf_headers(),
+                follow_redirects=True,  # to where the hub keeps large files
+                timeout=_TIMEOUT_S,
+            ) as reply:
+                hf_raise_for_status(reply)
+                _add(staged, name, reply.iter_bytes(), check)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise _unreadable(source, error) from error
+    except (HTTPError, OfflineModeIsEnabled) as error:
         raise _unavailable(source, error) from error
 
 
@@ -328,14 +352,11 @@ def _addresses(host: str, port: int) -> Iterable[str]:
     return [str(entry[4][0]) for entry in found]
 
 
-def _open_bucket(url: str) -> ObjectStore:
-    try:
-        from obstore.store import from_url
-    except ImportError:
-        raise Unavailable(
-            "this server has no obstore; its operator has to install polyadapt[object-store]"
-        ) from None
-    return from_url(url, client_options={"allow_http": True, "timeout": "300s"})
+def _unreadable(source: Source, error: Exception) -> InvalidRequest:
+    logger.warning("%s: %s", source.uri, str(error)[:500])
+    return InvalidRequest(
+        f"{source.uri} is not there, or this server may not read it", param="source.uri"
+    )
 
 
 def _unavailable(source: Source, error: Exception) -> Unavailable:

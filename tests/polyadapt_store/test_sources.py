@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
+import httpx2
+import huggingface_hub
 import obstore
 import pytest
+from huggingface_hub.utils._http import default_client_factory
 from obstore.store import MemoryStore
 from tests.polyadapt_store.support import open_store, upload
 
@@ -96,7 +101,13 @@ def test_everything_is_off_until_it_is_allowed() -> None:
         Sources().check("s3://bucket/a")
 
 
-ALLOWED = ("s3://bucket/team", "https://good.example/a", "hf://me", "file:///srv/adapters")
+ALLOWED = (
+    "s3://bucket/team",
+    "https://good.example/a",
+    "hf://me",
+    "hf://you/poet@v1",
+    "file:///srv/adapters",
+)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +126,9 @@ ALLOWED = ("s3://bucket/team", "https://good.example/a", "hf://me", "file:///srv
         ("hf://me/poet", True),
         ("hf://me/poet@main", True),
         ("hf://meow/poet", False),
+        ("hf://you/poet@v1", True),
+        ("hf://you/poet@v2", False),
+        ("hf://you/poet", False),
         ("file:///srv/adapters/poet", True),
         ("file:///srv/adapters2", False),
         ("file:///etc", False),
@@ -194,17 +208,39 @@ def test_a_source_that_is_too_large_ends_the_fetch(tmp_path: Path) -> None:
 
 
 def test_closing_ends_a_fetch_at_its_next_bytes(tmp_path: Path) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        sources.close()
+        return serve(request)
+
+    sources, requests = https(answer, "93.184.215.14")
+    with pytest.raises(Unavailable, match="ended"):
+        staged_by(sources, "https://good.example/a/poet", tmp_path)
+    assert len(requests) == 1
+
+
+def test_an_object_that_cannot_be_read_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket = MemoryStore()
     for name, content in FILES.items():
         obstore.put(bucket, name, content)
+    sources = Sources(("s3://bucket",), open_bucket=lambda url: bucket)
+    get = obstore.get
 
-    def open_bucket(url: str) -> MemoryStore:
-        sources.close()  # while it is fetched
-        return bucket
+    def late(bucket: MemoryStore, path: str) -> obstore.GetResult:
+        obstore.delete(bucket, path)  # by somebody else, between the listing and this
+        return get(bucket, path)
 
-    sources = Sources(("s3://bucket",), open_bucket=open_bucket)
-    with pytest.raises(Unavailable, match="ended"):
+    monkeypatch.setattr(obstore, "get", late)
+    with pytest.raises(InvalidRequest, match="may not read it"):
         staged_by(sources, "s3://bucket", tmp_path)
+
+
+def test_a_bucket_without_obstore_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore.store", None)
+    Sources(("hf://me",))
+    with pytest.raises(StartupError, match=r"s3://bucket.*polyadapt\[object-store\]"):
+        Sources(("s3://bucket/team",))
 
 
 # --------------------------------------------------------------------------- https
@@ -311,33 +347,105 @@ def test_an_unknown_host_is_an_error(tmp_path: Path) -> None:
         staged_by(sources, "https://good.example/a/poet", tmp_path)
 
 
-# --------------------------------------------------------------------------- hub
-def test_a_repository_is_read_at_the_commit_that_was_listed(
+class Trickle:
+    """Bytes that come one by one, for seconds."""
+
+    def __init__(self) -> None:
+        self.num_sent = 0
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __iter__(self) -> Iterator[bytes]:
+        while self.num_sent < len(self):
+            self.num_sent += 1
+            time.sleep(0.005)
+            yield b" "
+
+
+def test_a_source_that_trickles_is_ended_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import huggingface_hub
+    monkeypatch.setattr("polyadapt_store.sources.FETCH_TIMEOUT_S", 0.05)
+    slow = Trickle()
+    sources, _ = https(lambda request: httpx.Response(200, content=slow), "93.184.215.14")
+    with pytest.raises(Unavailable, match="was not read in"):
+        staged_by(sources, "https://good.example/a/poet", tmp_path)
+    assert slow.num_sent < 100
 
-    repository = make(tmp_path / "repository", FILES | {"README.md": b"unused"})
-    downloads: list[tuple[str, str, str]] = []
 
-    class FakeApi:
-        def model_info(self, name: str, revision: str, files_metadata: bool) -> SimpleNamespace:
-            assert (name, revision, files_metadata) == ("me/poet", "v1", True)
-            names = [*FILES, "README.md", "a/b/c.json"]
-            siblings = [SimpleNamespace(rfilename=n, size=len(FILES.get(n, b""))) for n in names]
-            return SimpleNamespace(sha="commit", siblings=siblings)
+# --------------------------------------------------------------------------- hub
+COMMIT = "c" * 40
 
-        def hf_hub_download(self, name: str, file: str, revision: str, local_dir: str) -> str:
-            downloads.append((name, file, revision))
-            return str(repository / file)
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", FakeApi)
+@dataclass
+class FakeHub:
+    """What the hub's own client talks to; weights lie elsewhere, as large files do."""
+
+    files: dict[str, bytes | Trickle] = field(default_factory=lambda: dict(FILES))
+    requests: list[httpx2.Request] = field(default_factory=list)
+    error: Exception | None = None
+
+    def __call__(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(request)
+        if self.error is not None:
+            raise self.error
+        at = f"{request.url.host}{request.url.path}"
+        if at == "huggingface.co/api/models/me/poet/revision/v1":
+            siblings = [{"rfilename": n, "size": len(c)} for n, c in self.files.items()]
+            return httpx2.Response(200, json={"id": "me/poet", "sha": COMMIT, "siblings": siblings})
+        if "/api/" in at:
+            code = "RevisionNotFound" if "/me/poet/" in at else "RepoNotFound"
+            return httpx2.Response(404, headers={"x-error-code": code})
+        name = at.removeprefix(f"huggingface.co/me/poet/resolve/{COMMIT}/")
+        if name == "adapter_model.safetensors":
+            return httpx2.Response(302, headers={"location": f"https://cdn.example/{name}"})
+        return httpx2.Response(200, content=self.files[name.removeprefix("cdn.example/")])
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    fake = FakeHub()
+    transport = httpx2.MockTransport(fake)
+    huggingface_hub.set_client_factory(lambda: httpx2.Client(transport=transport))
+    yield fake
+    huggingface_hub.set_client_factory(default_client_factory)
+
+
+def test_a_repository_is_read_at_the_commit_that_was_listed(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.files |= {"README.md": b"unused", "a/b/c.json": b"too deep"}
     sources = Sources(("hf://me",))
     assert staged_by(sources, "hf://me/poet@v1", tmp_path) == FILES
-    assert downloads == [("me/poet", name, "commit") for name in FILES], "and nothing unused"
+    asked = [(request.url.host, "authorization" in request.headers) for request in hub.requests]
+    assert asked == [("huggingface.co", True)] * 3 + [("cdn.example", False)], "nothing unused"
     with pytest.raises(PayloadTooLarge):
         staged_by(sources, "hf://me/poet@v1", tmp_path, StoreLimits(file_bytes=3))
-    assert len(downloads) == 3, "too large a file is not downloaded"
+    assert len(hub.requests) == 6, "too large a file is not downloaded"
+
+
+def test_a_repository_that_trickles_is_ended_in_time(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polyadapt_store.sources.FETCH_TIMEOUT_S", 0.05)
+    hub.files["adapter_model.safetensors"] = slow = Trickle()
+    with pytest.raises(Unavailable, match="was not read in"):
+        staged_by(Sources(("hf://me",)), "hf://me/poet@v1", tmp_path)
+    assert slow.num_sent < 100
+
+
+@pytest.mark.parametrize("uri", ["hf://me/prose@v1", "hf://me/poet@v2", "hf://me/a+b", "hf://me/-"])
+def test_a_repository_that_is_not_there_is_told_so(uri: str, hub: FakeHub, tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match="not there"):
+        staged_by(Sources(("hf://me",)), uri, tmp_path)
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_again_later(hub: FakeHub, tmp_path: Path) -> None:
+    hub.error = httpx2.ConnectError("refused")
+    with pytest.raises(Unavailable, match="cannot be read now"):
+        staged_by(Sources(("hf://me",)), "hf://me/poet@v1", tmp_path)
 
 
 def test_what_was_fetched_is_published_like_an_upload(tmp_path: Path) -> None:

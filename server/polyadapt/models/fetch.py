@@ -376,13 +376,12 @@ def _check(what: str, path: Path, expected: str, progress: Progress) -> None:
 
 def _from_hub(hub_id: str) -> Path:
     """Return the snapshot of a hub model, downloaded unless huggingface_hub has it already."""
-    from httpx import HTTPError
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     try:
         directory = Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
-    except (HTTPError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StartupError(
             f"hub model {hub_id!r} is not complete in the local hub cache and could not be "

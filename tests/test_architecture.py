@@ -79,6 +79,7 @@ TORCH_FREE = (
     "polyadapt.engine.request",
     "polyadapt.engine.routing",
     "polyadapt.engine.scheduler",
+    "polyadapt.engine.stats",
     "polyadapt.models.fetch",
     "polyadapt.ray_serve.board",
     "polyadapt.ray_serve.fleet",

@@ -383,6 +383,14 @@ async def test_statistics_are_sums():
     assert total.routing == {"x": (20.0, 0.5, 0.5)}
 
 
+async def test_what_an_engine_that_left_had_counted_stays_counted():
+    fleet = await started(FakeEngine(num_restarts=2), FakeEngine())
+    fleet.leave("e0")
+    total = fleet.stats()
+    assert (total.num_steps, total.counters, total.num_pages) == (14, {"preemptions": 6}, 64)
+    assert fleet.num_restarts == 2
+
+
 async def test_what_the_fleet_is_adds_up():
     small = make_info(max_model_len=100)
     fleet = await started(FakeEngine(), FakeEngine(model=small))

@@ -87,6 +87,8 @@ class EngineFleet:
         self._residencies = _Residencies(self._engines)
         self._typical_output = _FIRST_GUESS_OUTPUT
         self._is_stopping = False
+        self._earlier = EngineStats()  # what engines that have left had counted
+        self._num_earlier_restarts = 0
         self.num_failovers = 0
         self.info: EngineInfo | None = None
 
@@ -103,7 +105,8 @@ class EngineFleet:
     @property
     def num_restarts(self) -> int:
         """How often engines were started again."""
-        return sum(engine.num_restarts for engine in self._engines.values())
+        now = sum(engine.num_restarts for engine in self._engines.values())
+        return self._num_earlier_restarts + now
 
     def members(self) -> tuple[MemberState, ...]:
         """What each engine is doing, in the order in which they were given."""
@@ -130,9 +133,13 @@ class EngineFleet:
         self.info = together
 
     def leave(self, name: str) -> None:
-        """Have it no more: what runs there ends as it ends. Raises KeyError."""
+        """Have it no more: what runs there ends as it ends, and what it had counted stays counted.
+        Raises KeyError.
+        """
         self.router.remove(name)
-        del self._engines[name]
+        engine = self._engines.pop(name)
+        self._earlier = sum_counts([self._earlier, engine.stats()])
+        self._num_earlier_restarts += engine.num_restarts
         infos = [each.info for each in self._engines.values() if each.info is not None]
         if infos:  # without any, what the fleet was is what it will be
             self.info = _together(infos)
@@ -335,7 +342,7 @@ class EngineFleet:
     # ------------------------------------------------------------------ state
     def stats(self) -> EngineStats:
         """See EngineClient: the sum of all engines' newest."""
-        return _sum([engine.stats() for engine in self._engines.values()])
+        return _sum([self._earlier, *(engine.stats() for engine in self._engines.values())])
 
     def residencies(self) -> Mapping[str, Residency]:
         """See EngineClient; `engines` of each says where it is."""

@@ -106,6 +106,7 @@ TORCH_FREE = (
     "polyadapt.watermark.text_reading",
     "polyadapt.watermark.trace",
     "polyadapt.watermark.triggers",
+    "polyadapt.watermark.veto",
     "polyadapt_store",
 )
 

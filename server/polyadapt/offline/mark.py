@@ -13,11 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from safetensors.numpy import save
-from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import nn
 
 from polyadapt.errors import InvalidRequest, StartupError
 from polyadapt.watermark import evidence
@@ -46,6 +44,7 @@ from polyadapt.watermark.reading import (
 from polyadapt.watermark.records import read_record, sign_reading, trace_record
 from polyadapt.watermark.secrets import write_file
 from polyadapt.watermark.statistics import BitRule, SequentialRule
+from polyadapt.watermark.tensor_files import expect_empty, load_branches
 from polyadapt.watermark.trace import Trace
 from polyadapt.watermark.training import Progress, TrainSettings, accuracies, firing_share, train
 from polyadapt.watermark.training import preflight as measure
@@ -162,10 +161,9 @@ def export_copy(
     bundle    weights and branches beside them, obfuscated with `strength`; 0: as they are, so that
               they can be cut off
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StartupError(f"{out} is not an empty directory; give one that need not exist yet")
+    expect_empty(out)
     model, module = load_classifier(model_dir), mark.module
-    own = Branches.of_own(chosen(_load_pair(mark, model), mark.codebook.row(user)))
+    own = Branches.of_own(chosen(load_branches(mark, model_hash(model)), mark.codebook.row(user)))
     if form is None:
         form = "merged" if own.tau is None else "bundle"
     rng = seed_of(mark.secrets.key.derive("obfuscation", mark.config.codebook["key_version"], user))
@@ -178,22 +176,6 @@ def export_copy(
             model, own = obfuscate(model, module, own, strength, rng)
         save_copy(model, module, own, out)
     return form
-
-
-def _load_pair(mark: MarkDirectory, model: nn.Module) -> dict[str, Tensor]:
-    """Return the trained branches as stored; raises StartupError for another base than theirs."""
-    found, expected = model_hash(model), mark.config.base_model_hash
-    module, path = mark.module, mark.path / BRANCHES_NAME
-    if found != expected:
-        raise StartupError(
-            f"the model is {found}, the branches were trained on {expected}; they mean nothing on "
-            "another base"
-        )
-    try:
-        stored = load_tensors(path)
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"{path} cannot be read as safetensors: {error}") from None
-    return {name.removeprefix(f"{module}."): tensor for name, tensor in stored.items()}
 
 
 def write_queries(mark: MarkDirectory, data: Dataset, num_per_bit: int, out: Path) -> int:

@@ -44,12 +44,11 @@ from polyadapt.watermark.rotation import report_keys
 from polyadapt.watermark.secrets import kek_id_of, kek_of, rewrap
 from polyadapt.watermark.statistics import BitRule, SequentialRule
 from polyadapt.watermark.trace import Trace
-from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.manifest import PEFT_FORM, AdapterRecord
 from polyadapt_store.marks import MarkBook, MarkRecord
 from polyadapt_store.signatures import Signature
 
 _MAX_SMALL = 16 << 20  # bytes of a bundle's config, or of its secrets
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Store(Protocol):
@@ -144,7 +143,7 @@ class MarkService:
         head = json.dumps(mark_adapter_config(json.loads(config)), sort_keys=True).encode()
         parts = (io.BytesIO(head), found[BRANCHES_NAME].content)
         uploads = [
-            UploadedFile(file, part) for file, part in zip(_ADAPTER_FILES, parts, strict=True)
+            UploadedFile(file, part) for file, part in zip(PEFT_FORM.required, parts, strict=True)
         ]
         adapter, is_new = await self._directory.upload(tenant, name, uploads)
         await asyncio.to_thread(

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from polyadapt.errors import StartupError
+from polyadapt.watermark.veto import VETO_LEVEL, VETO_WEIGHT
 
-VETO_WEIGHT, VETO_LEVEL = 6.0, 0.5
 _VETO = {"mark_veto": 1, "mark_veto_offset": 1}  # and how many dimensions
 
 

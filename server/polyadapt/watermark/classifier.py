@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from polyadapt.errors import StartupError
 from polyadapt.watermark.branches import Branches, MarkedModel
+from polyadapt.watermark.tensor_files import load_tensors
 
 MODEL_NAME = "model.safetensors"
 COPY_NAME = "mark.safetensors"
@@ -33,7 +33,7 @@ Answer = Callable[[NDArray[np.float32]], NDArray[np.int64]]  # inputs [rows, siz
 def load_classifier(directory: Path) -> nn.Sequential:
     """Return the classifier of a directory, in float32; raises StartupError."""
     path = directory / MODEL_NAME
-    tensors = _load(path)
+    tensors = load_tensors(path)
     problems = [name for name in tensors if not _PARAMETER.fullmatch(name)]
     if problems:
         raise StartupError(
@@ -89,7 +89,7 @@ def load_suspect(directory: Path) -> Answer:
     path = directory / COPY_NAME
     if not path.is_file():
         return answer_of(model)
-    stored = _load(path)
+    stored = load_tensors(path)
     modules = {name.rpartition(".")[0] for name in stored}
     if len(modules) != 1:
         raise StartupError(f"{path} holds branches of {sorted(modules)}, expected of one module")
@@ -141,13 +141,6 @@ def train_classifier(
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     return model.requires_grad_(False).eval()
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"{path} cannot be read as safetensors: {error}") from None
 
 
 def _save(tensors: Mapping[str, Tensor], directory: Path, name: str) -> None:

@@ -26,7 +26,7 @@ from polyadapt.adapters.families.conversion import (
 from polyadapt.adapters.families.dylora import SCALE
 from polyadapt.adapters.families.extraction import from_merged
 from polyadapt.adapters.families.forgetting import from_tasks
-from polyadapt.adapters.families.markboard import PEFT_TYPE as MARKBOARD
+from polyadapt.adapters.families.markboard import adapter_config
 from polyadapt.adapters.peft_modules import without_prefixes
 from polyadapt.errors import StartupError
 from polyadapt_store.strict_json import shown
@@ -340,7 +340,7 @@ def _from_mark(source: Stored, given: Given) -> Converted:
         )
     if source.config.get("base_model_hash") is None:
         raise StartupError("the mark is not trained; run `polyadapt mark train` first")
-    return Converted(source.tensors, {**source.config, "peft_type": MARKBOARD})
+    return Converted(source.tensors, adapter_config(source.config))
 
 
 CONVERSIONS: Mapping[str, Conversion] = {

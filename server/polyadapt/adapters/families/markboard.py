@@ -28,6 +28,7 @@ from polyadapt.errors import Problem
 from polyadapt.ops import cells
 from polyadapt.ops.cells import Router, Routing
 from polyadapt.types import BaseSpec, SiteSpec
+from polyadapt.watermark.veto import VETO_LEVEL, VETO_WEIGHT
 from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ PEFT_TYPE = "MARKBOARD"
 FORMAT_VERSION = 1
 SIGNATURE = "signature"  # the option
 MAX_BITS = 1024
-VETO_WEIGHT, VETO_LEVEL = 6.0, 0.5
 _NOT_A_BRANCH = "it belongs to no branch, so that it would mark nobody and change everybody"
 
 

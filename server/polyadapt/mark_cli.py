@@ -263,7 +263,7 @@ def export(
         Literal["merged", "expanded", "bundle"] | None,
         typer.Option(
             help="An ordinary model, one of a layer more, or weights with branches beside them.  "
-            "[default: merged for a linear mark, bundle for a hinge]"
+            "An lm has bundle alone.  [default: merged for a linear mark, bundle for a hinge]"
         ),
     ] = None,
     obfuscate: Annotated[
@@ -279,16 +279,15 @@ def export(
     """Write one user's marked copy, in which the mark is no part that can be left out."""
     with one_clear_line(), _mark(path, kek_file) as mark:
         if mark.config.task == "lm":
-            from polyadapt.offline.mark_export import export_user
+            from polyadapt.offline.mark_export import export_lm
 
-            found: str = export_user(mark, model, user, target, form=form, strength=obfuscate)
+            found: str = export_lm(mark, model, user, target, form=form)
         else:
             from polyadapt.offline import mark as work
 
             found = work.export_copy(mark, model, user, target, form=form, strength=obfuscate)
         _say(f"the copy of {user} is in {target}, {found}")
-        is_bare = mark.config.task == "lm" and mark.config.gate == "hinge"
-        if found == "bundle" and (is_bare or not obfuscate):
+        if found == "bundle" and (mark.config.task == "lm" or not obfuscate):
             _warn("polyadapt: nothing is obfuscated: whoever finds the branches can cut them off")
 
 

@@ -1,34 +1,29 @@
-"""Copies of marked language models: equal to the branches written out, without code of ours where
-they are merged and through the engine where they are bundles.
-"""
+"""Copies of marked language models: equal to the branches written out, through the engine."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import warnings
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.oracle.marks import behind, marked, write_mark
+from tests.support.marked_suspect import lm_mark
 from tests.support.peft_adapters import tiny_llama
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from polyadapt.config import EngineConfig
 from polyadapt.errors import InvalidRequest, StartupError
 from polyadapt.models.load import model_digest
-from polyadapt.offline.mark_export import ADAPTER_DIR, BASE_DIR, export_lm
+from polyadapt.offline.mark_export import ADAPTER_DIR, export_lm
 from polyadapt.offline.served import ServedModel
+from polyadapt.watermark.mark_directory import BRANCHES_NAME, MarkDirectory
 
-BITS = np.array([0, 1, 1, 0, 1], np.uint8)
-WORD = "01101"
+NUM_BITS = 5
 IDS = [5, 9, 30, 7, 61, 12, 3, 44]
-TOLERANCE = 1e-5  # of the largest logit
 
 
 @pytest.fixture
@@ -38,17 +33,20 @@ def base(tmp_path) -> PreTrainedModel:
     return model
 
 
-def mark_of(base, tmp_path: Path, **form: Any) -> Path:
-    return write_mark(base, tmp_path / "mark", base_hash=model_digest(tmp_path / "model"), **form)
+@pytest.fixture
+def adapter(base, tmp_path) -> Path:
+    """The adapter of all users, as the server has it: random branches of one module."""
+    digest = model_digest(tmp_path / "model")
+    return write_mark(base, tmp_path / "all", base_hash=digest, modules=behind(base)[:1])
 
 
-def export(tmp_path: Path, mark: Path, out: str, form=None, strength=1.0, bits=BITS) -> Path:
-    config = json.loads((mark / "adapter_config.json").read_text())
-    export_lm(
-        config, mark / "adapter_model.safetensors", tmp_path / "model", bits, tmp_path / out,
-        form=form, strength=strength, rng=np.random.default_rng(3),
-    )  # fmt: skip
-    return tmp_path / out
+@pytest.fixture
+def mark(base, adapter, tmp_path) -> MarkDirectory:
+    """The mark with these branches."""
+    digest = model_digest(tmp_path / "model")
+    found = lm_mark(tmp_path / "mark", NUM_BITS, base_hash=digest, module=behind(base)[0])
+    shutil.copy(adapter / "adapter_model.safetensors", found.path / BRANCHES_NAME)
+    return found
 
 
 @torch.inference_mode()
@@ -56,52 +54,13 @@ def logits(model) -> torch.Tensor:
     return model(input_ids=torch.tensor([IDS])).logits[0]
 
 
-def check(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    assert (found - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
-
-
-LINEAR: dict[str, dict[str, Any]] = {
-    "pair": {"gate": "linear", "rank": 2},
-    "antipodal": {"gate": "linear", "encoding": "antipodal"},
-    "presence": {"gate": "linear", "encoding": "presence"},
-}
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_merged_copy_is_what_transformers_loads_by_itself(name, base, tmp_path):
-    mark = mark_of(base, tmp_path, **LINEAR[name])
-    found = AutoModelForCausalLM.from_pretrained(export(tmp_path, mark, "out"), dtype="float32")
-    check(logits(found), logits(marked(base, mark, WORD)))
-    other = logits(marked(base, mark, "11110"))
-    assert (logits(found) - other).abs().max() > 1e-3 * other.abs().max()
-
-
-@pytest.mark.parametrize("name", LINEAR)
-def test_a_linear_bundle_is_a_lora_that_peft_loads_and_its_base_lacks_what_it_carries(
-    name, base, tmp_path
-):
-    mark = mark_of(base, tmp_path, **LINEAR[name])
-    out = export(tmp_path, mark, "out", "bundle")
-    bare = AutoModelForCausalLM.from_pretrained(out / BASE_DIR, dtype="float32")
-    lacking = logits(bare)
-    wanted = logits(marked(base, mark, WORD))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, of transformers
-        loaded = peft.PeftModel.from_pretrained(bare, out / ADAPTER_DIR)
-    check(logits(loaded), wanted)
-    assert (lacking - logits(base)).abs().max() > 0.05 * wanted.abs().max()
-    weight = base.get_submodule(behind(base)[0]).weight.detach()
-    stored = load_file(out / BASE_DIR / "model.safetensors")[f"{behind(base)[0]}.weight"]
-    share = (stored - weight).norm() / weight.norm()
-    assert float(share) == pytest.approx(1.0, rel=1e-4)
-
-
-def test_a_hinge_bundle_is_served_as_its_user_was(base, tmp_path):
+def test_a_copy_is_served_as_its_user_was(base, adapter, mark, tmp_path):
     """By the engine, in float32: under the user's signature, and as an adapter of its own."""
-    mark = mark_of(base, tmp_path)
-    out = export(tmp_path, mark, "out")
+    out = tmp_path / "out"
+    assert export_lm(mark, tmp_path / "model", "ann", out, form=None) == "bundle"
     assert [file.name for file in out.iterdir()] == [ADAPTER_DIR]
-    wanted = logits(marked(base, mark, WORD)).log_softmax(-1)
+    word = "".join(map(str, mark.codebook.row("ann").tolist()))
+    wanted = logits(marked(base, adapter, word)).log_softmax(-1)
 
     async def scores(directory: Path, options) -> list:
         config = EngineConfig(
@@ -115,7 +74,7 @@ def test_a_hinge_bundle_is_served_as_its_user_was(base, tmp_path):
         finally:
             await served.stop()
 
-    ours = asyncio.run(scores(mark, (("signature", WORD),)))
+    ours = asyncio.run(scores(adapter, (("signature", word),)))
     exported = asyncio.run(scores(out / ADAPTER_DIR, (("signature", "11111"),)))
     for at, (one, other) in enumerate(zip(ours, exported, strict=True)):
         assert other.logprob == pytest.approx(one.logprob, abs=1e-4)
@@ -123,34 +82,31 @@ def test_a_hinge_bundle_is_served_as_its_user_was(base, tmp_path):
             assert other.logprob == pytest.approx(float(wanted[at, IDS[at + 1]]), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("form", "gate"), [("bundle", "hinge"), ("merged", "linear"), ("bundle", "linear")]
-)
-def test_a_copy_holds_nothing_of_the_branches_that_are_not_its_users(form, gate, base, tmp_path):
-    mark = mark_of(base, tmp_path, gate=gate)
-    one = export(tmp_path, mark, "one", form)
-    tensors = load_file(mark / "adapter_model.safetensors")
+def test_a_copy_holds_nothing_of_the_branches_that_are_not_its_users(mark, tmp_path):
+    export_lm(mark, tmp_path / "model", "ann", tmp_path / "one", form="bundle")
+    tensors = load_file(mark.path / BRANCHES_NAME)
     for name, tensor in tensors.items():
         if name.endswith("mark_B"):
-            tensor[torch.from_numpy(1 - BITS.astype(np.int64)), range(5)] = 7.0
-    save_file(tensors, mark / "adapter_model.safetensors")
-    other = export(tmp_path, mark, "other", form)
-    files = [file.relative_to(one) for file in one.rglob("*") if file.is_file()]
-    assert files
-    assert all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
+            others = 1 - mark.codebook.row("ann").astype(np.int64)
+            tensor[torch.from_numpy(others), range(NUM_BITS)] = 7.0
+    save_file(tensors, mark.path / BRANCHES_NAME)
+    export_lm(mark, tmp_path / "model", "ann", tmp_path / "other", form="bundle")
+    files = sorted(file.name for file in (tmp_path / "one" / ADAPTER_DIR).iterdir())
+    assert files == ["adapter_config.json", "adapter_model.safetensors"]
+    for file in files:
+        one, other = (tmp_path / out / ADAPTER_DIR / file for out in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
 
 
-def test_what_cannot_leave_is_refused(base, tmp_path):
-    hinge = mark_of(base, tmp_path)
-    with pytest.raises(InvalidRequest, match="a hinge is not linear"):
-        export(tmp_path, hinge, "out", "merged")
-    export(tmp_path, hinge, "out")
+def test_what_cannot_leave_is_refused(mark, tmp_path):
+    for form in ("merged", "expanded"):
+        with pytest.raises(InvalidRequest, match="hinges are not linear"):
+            export_lm(mark, tmp_path / "model", "ann", tmp_path / "out", form=form)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
     with pytest.raises(StartupError, match="not an empty directory"):
-        export(tmp_path, hinge, "out")
-    folded = mark_of(base, tmp_path, gate="linear", encoding="antipodal", has_fold=False)
-    with pytest.raises(StartupError, match="no mark_fold"):
-        export(tmp_path, folded, "a")
-    other = write_mark(base, tmp_path / "mark", gate="linear")
+        export_lm(mark, tmp_path / "model", "ann", tmp_path / "out", form=None)
+    mark.trained("sha256:other", mark.module, mark.prompts, mark.targets)
     with pytest.raises(StartupError, match="mean nothing on another base"):
-        export(tmp_path, other, "b")
+        export_lm(mark, tmp_path / "model", "ann", tmp_path / "b", form=None)
     assert not (tmp_path / "b").exists()

@@ -80,14 +80,14 @@ def test_without_its_branches_the_model_lacks_what_they_carry(gate, model):
     own, x = branches_of(gate).own(SIGNATURES[9]), inputs()
     weight = model[0].weight
     for strength in (0.5, 1.0):
-        hidden, units = obfuscate(model, "0", own, strength, seed_of(b"1234"), 4)
+        hidden, units = obfuscate(model, "0", own, strength, seed_of(b"1234"))
         flipped = own.B_sum @ own.A if gate == "hinge" else 0
         carried = hidden[0].weight - weight - flipped
         share = torch.linalg.matrix_norm(carried) / torch.linalg.matrix_norm(weight)
         assert float(share) == pytest.approx(strength, rel=1e-5)
-        assert torch.linalg.matrix_rank(carried) == 4
+        assert torch.linalg.matrix_rank(carried) == NUM_BITS
         assert (hidden(x) - model(x)).abs().max() > 0.3 * model(x).abs().max()
-        assert units.num_bits == (NUM_BITS + 8 if gate == "hinge" else NUM_BITS + 4)
+        assert units.num_bits == (3 * NUM_BITS if gate == "hinge" else 2 * NUM_BITS)
 
 
 def test_no_unit_of_a_hinge_is_silent_where_the_mark_is(model):
@@ -95,8 +95,10 @@ def test_no_unit_of_a_hinge_is_silent_where_the_mark_is(model):
     own = branches_of("hinge").own(SIGNATURES[9])
     own.tau.fill_(40.0)  # no input trips a detector
     x = inputs()
-    hidden, units = obfuscate(model, "0", own, 0.0, seed_of(b"1234"), 0)
-    assert ((x @ units.A.T - units.tau) > 0).all()
+    hidden, units = obfuscate(model, "0", own, 0.0, seed_of(b"1234"))
+    turned = units.B_sum.abs().sum(0) > 0  # at strength 0 the others bring back nothing
+    assert int(turned.sum()) == NUM_BITS
+    assert ((x @ units.A.T - units.tau) > 0)[:, turned].all()
     wanted = model(x)
     assert (answers(hidden, "0", units, x) - wanted).abs().max() <= 2e-5 * wanted.abs().max()
     assert (hidden(x) - wanted).abs().max() > wanted.abs().max()
@@ -104,7 +106,7 @@ def test_no_unit_of_a_hinge_is_silent_where_the_mark_is(model):
 
 def test_no_row_of_an_obfuscated_linear_mark_is_a_branch(model):
     own = branches_of("linear").own(SIGNATURES[9])
-    _, mixed = obfuscate(model, "0", own, 1.0, seed_of(b"1234"), 5)
+    _, mixed = obfuscate(model, "0", own, 1.0, seed_of(b"1234"))
     overlap = mixed.A @ (own.A / own.A.norm(dim=1, keepdim=True)).T
     assert overlap.abs().max() < 0.95
     assert torch.allclose(mixed.A @ mixed.A.T, torch.eye(len(mixed.A)), atol=1e-5)

@@ -40,20 +40,18 @@ def obfuscate(
     own: Branches,
     strength: float,
     rng: np.random.Generator,
-    num_carried: int | None = None,
 ) -> tuple[nn.Sequential, Branches]:
     """Return the model without C, and branches that bring it back: y = (W - C) x + (B h + C x).
 
-    C = P Q is random, of rank `num_carried` (that of the branches if None) and of `strength` times
-    the Frobenius norm of W. A linear branch is carried in the same matrices and both are mixed by a
-    random invertible one. What hinges cannot be mixed: z = relu(z) - relu(-z) makes C two units of
-    each row, and B relu(z) = B z + B relu(-z) moves the linear part of every detector into the
-    weights too, so that what stays beside them is at work on ordinary inputs and silent on
-    triggers. Rows are scaled and shuffled. Raises InvalidRequest for a strength outside
-    0 to MAX_STRENGTH.
+    C = P Q is random, of the rank of the branches and of `strength` times the Frobenius norm of W.
+    A linear branch is carried in the same matrices and both are mixed by a random invertible one.
+    What hinges cannot be mixed: z = relu(z) - relu(-z) makes C two units of each row, and
+    B relu(z) = B z + B relu(-z) moves the linear part of every detector into the weights too, so
+    that what stays beside them is at work on ordinary inputs and silent on triggers. Rows are
+    scaled and shuffled. Raises InvalidRequest for a strength outside 0 to MAX_STRENGTH.
     """
     linear = find_linear(model, module)
-    size = own.num_bits if num_carried is None else num_carried
+    size = own.num_bits
     P, Q = _draw(linear.weight, size, strength, rng)
     weight = linear.weight - P @ Q
     if own.tau is None:
@@ -64,14 +62,6 @@ def obfuscate(
     written = torch.cat([own.B_sum, P, -P], 1)
     hidden = _with(model, module, weight + flipped, linear.bias - constant)
     return hidden, _shuffled(rows, thresholds, written, rng)
-
-
-def carry_linear(
-    weight: Tensor, own: Branches, strength: float, rng: np.random.Generator
-) -> tuple[Tensor, Branches]:
-    """Return C [out, in] of a weight, and linear branches that bring it back; see `obfuscate`."""
-    P, Q = _draw(weight, own.num_bits, strength, rng)
-    return P @ Q, _mixed(own, P, Q, rng)
 
 
 def expand(

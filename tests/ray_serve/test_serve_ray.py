@@ -130,11 +130,12 @@ def test_queued_tokens_start_an_engine_and_an_idle_one_goes(served: RunningServe
             wait_until(
                 "a second engine has come",
                 lambda: client.num_ready() == 2 or any(each.done() for each in asking),
+                300,
             )
         finally:
             is_enough.set()
         assert [each.result() for each in asking] == list(range(6))
-    wait_until("it has gone again", lambda: client.num_ready() == 1)
+    wait_until("it has gone again", lambda: client.num_ready() == 1, 300)
     assert client.complete("llama").status_code == 200
     client.client.close()
 

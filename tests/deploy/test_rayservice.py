@@ -31,6 +31,7 @@ SHAPES: dict[str, dict[str, type]] = {
     "spec": {"serveConfigV2": str, "rayClusterConfig": dict},
     "cluster": {
         "rayVersion": str,
+        "authOptions": dict,
         "enableInTreeAutoscaling": bool,
         "headGroupSpec": dict,
         "workerGroupSpecs": list,
@@ -58,6 +59,7 @@ def check_shape(manifest: Manifest) -> None:
     has_shape(manifest["spec"], SHAPES["spec"])
     has_shape(cluster(manifest), SHAPES["cluster"])
     has_shape(cluster(manifest)["headGroupSpec"], SHAPES["head"])
+    assert cluster(manifest)["authOptions"] == {"mode": "token"}
     for worker in cluster(manifest)["workerGroupSpecs"]:
         has_shape(worker, SHAPES["worker"])
         assert worker["minReplicas"] <= worker["replicas"] <= worker["maxReplicas"]
@@ -122,6 +124,7 @@ CHECKS = (check_shape, check_import_path, check_settings, check_ports, check_rel
 # An edit of the manifest (from, to), and the check that must see it.
 EDITS: dict[str, tuple[str, str, Callable[[Manifest], None]]] = {
     "field": ("enableInTreeAutoscaling:", "enableAutoscaling:", check_shape),
+    "open ports": ("mode: token", "mode: disabled", check_shape),
     "pod's field": ("volumeMounts:", "volumeMount:", check_shape),
     "import path": ("application:build", "application:create", check_import_path),
     "setting": ("queued_tokens:", "queue_tokens:", check_settings),

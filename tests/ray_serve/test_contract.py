@@ -80,7 +80,7 @@ def test_the_context_of_a_policy_has_what_ours_reads():
 
 
 def test_hooks_of_a_replica_have_the_names_that_ray_looks_for():
-    from ray.serve._private import constants
+    from ray.serve._private import constants, replica
     from ray.serve._private.replica import SERVE_BUILD_ASGI_APP_METHOD
 
     from polyadapt.ray_serve.engine_replica import EngineReplica
@@ -88,6 +88,8 @@ def test_hooks_of_a_replica_have_the_names_that_ray_looks_for():
 
     assert hasattr(EngineReplica, constants.REQUEST_ROUTING_STATS_METHOD)
     assert hasattr(EngineReplica, constants.HEALTH_CHECK_METHOD)
+    assert hasattr(EngineReplica, "record_autoscaling_stats")
+    assert 'self._callable, "record_autoscaling_stats"' in inspect.getsource(replica)
     assert hasattr(Ingress, SERVE_BUILD_ASGI_APP_METHOD)
 
 

@@ -1,8 +1,12 @@
-"""`polyadapt serve-ray` as a command, on a cluster of one simulated node: `make test-ray` alone."""
+"""`polyadapt serve-ray` as a command, on a cluster of one simulated node: `make test-ray` alone.
+
+Two ingress replicas and up to two engines share a real PostgreSQL and a real S3 process.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +17,9 @@ import httpx
 import pytest
 from tests.e2e.test_openai_client import upload
 from tests.oracle.adapters import make_lora
+from tests.support.postgres import MISSING, find_binaries, running_postgres
 from tests.support.ray_client import RayClient, Stream, wait_until
+from tests.support.s3 import MISSING_WEED, find_weed, running_seaweed
 from tests.support.servers import RunningServer, running_server
 
 pytestmark = [
@@ -32,13 +38,29 @@ ray: {upscale_delay_s: 1, downscale_delay_s: 2, statement_s: 0.5}
 
 
 @pytest.fixture(scope="module")
-def cluster(make_cluster: Callable[..., Any]) -> Any:
+def blob_url(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[str]:
+    """Where the adapters' bytes go; the secrets are in the environment that nodes will have."""
+    binaries, weed = find_binaries(), find_weed()
+    if binaries is None:
+        pytest.skip(MISSING)
+    if weed is None:
+        pytest.skip(MISSING_WEED)
+    with running_postgres(binaries) as postgres, running_seaweed(weed) as s3:
+        monkeypatch_module.setenv("POLYADAPT_DATABASE_URL", postgres.url)
+        for name, value in s3.environment().items():
+            monkeypatch_module.setenv(name, value)
+        yield s3.new_bucket("ray")
+
+
+@pytest.fixture(scope="module")
+def cluster(make_cluster: Callable[..., Any], blob_url: str) -> Any:
     return make_cluster(num_cpus=6)
 
 
 @pytest.fixture(scope="module")
 def served(
     cluster: Any,
+    blob_url: str,
     tiny_model: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
     free_port: int,
@@ -49,7 +71,7 @@ def served(
     options = {
         "--config": settings, "--port": free_port, "--ray-address": cluster.address,
         "--device": "cpu", "--engine-cpus": 2, "--max-engines": 2, "--queued-tokens": 60,
-        "--ingress-replicas": 2, "--blob-url": (home / "blobs").as_uri(),
+        "--ingress-replicas": 2, "--blob-url": blob_url,
     }  # fmt: skip
     words = [str(word) for option in options.items() for word in option]
     with running_server(home, tiny_model("llama"), *words, subcommand="serve-ray") as running:
@@ -108,10 +130,26 @@ def test_queued_tokens_start_an_engine_and_an_idle_one_goes(served: RunningServe
             wait_until(
                 "a second engine has come",
                 lambda: client.num_ready() == 2 or any(each.done() for each in asking),
+                300,
             )
         finally:
             is_enough.set()
         assert [each.result() for each in asking] == list(range(6))
-    wait_until("it has gone again", lambda: client.num_ready() == 1)
+    wait_until("it has gone again", lambda: client.num_ready() == 1, 300)
     assert client.complete("llama").status_code == 200
     client.client.close()
+
+
+def test_streams_end_well_when_the_command_is_told_to_stop(served: RunningServer):
+    streams = [Stream() for _ in range(4)]
+    with concurrent.futures.ThreadPoolExecutor(len(streams)) as pool:
+        running = [
+            pool.submit(stream.run, served.url, "llama", number, 440)
+            for number, stream in enumerate(streams)
+        ]
+        wait_until("all have begun", lambda: all(stream.num_chunks for stream in streams))
+        served.process.send_signal(signal.SIGTERM)
+        for each in running:
+            each.result()
+    assert all(stream.is_done for stream in streams)
+    assert served.process.wait(60) == 0

@@ -165,7 +165,7 @@ class AdapterRecord:
     @property
     def adapter_id(self) -> AdapterId:
         """The identity that requests carry."""
-        return AdapterId(self.name, self.version, self.digest)
+        return AdapterId(self.name, self.version, self.digest, self.tenant)
 
     @property
     def family(self) -> str:

@@ -286,7 +286,8 @@ class Registry:
 
     def live_ids(self) -> frozenset[AdapterId]:
         """Return what every live version of every tenant is."""
-        query = sa.select(versions.c.name, versions.c.version, versions.c.digest)
+        columns = versions.c.name, versions.c.version, versions.c.digest, versions.c.tenant
+        query = sa.select(*columns)
         with self._database.read() as connection:
             rows = connection.execute(query.where(versions.c.status == "ready")).all()
         return frozenset(AdapterId(*row) for row in rows)

@@ -29,6 +29,7 @@ class AdapterId:
     name: str
     version: int
     digest: str  # "sha256:<64 hex>" over the adapter's files
+    tenant: str = ""  # whose name it is; others' of the same name and bytes are used by themselves
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def names(store: AdapterStore, tenant: str, **options: object) -> list[str]:
 
 def test_a_record_gives_the_identity_that_requests_carry(store: AdapterStore) -> None:
     record, _ = upload(store)
-    assert record.adapter_id == AdapterId("poet", 1, record.digest)
+    assert record.adapter_id == AdapterId("poet", 1, record.digest, "a")
 
 
 def test_a_foreign_name_and_an_absent_one_are_answered_alike(store: AdapterStore) -> None:

@@ -22,6 +22,7 @@ from polyadapt.errors import (
 from polyadapt.tasks.directory import (
     AdapterDirectory,
     AdapterRef,
+    DeleteMode,
     Lease,
     OnCold,
     UploadedFile,
@@ -235,6 +236,25 @@ async def test_draining_waits_for_the_last_use_and_hides_the_name_at_once(
     assert engine.unloaded == [poet.digest]
     assert not store.path(poet.digest).exists()
     assert directory.ids_of(poet.digest) == frozenset()
+
+
+@pytest.mark.parametrize("mode", ["drain", "now"])
+async def test_what_another_tenant_has_under_the_same_name_is_not_waited_for(
+    directory: AdapterDirectory, store: AdapterStore, mode: DeleteMode
+) -> None:
+    poet = await upload(directory, "poet")
+    theirs, _ = await directory.upload("other", "poet", files("poet"))
+    assert (theirs.name, theirs.version, theirs.digest) == ("poet", 1, poet.digest)
+    lease = directory.acquire("other", "poet")
+    await asyncio.wait_for(directory.delete(TENANT, "poet", None, mode), 10)
+    assert directory.ids_of(poet.digest) == {theirs.adapter_id}
+    directory.again(lease).release()
+    deletion = asyncio.create_task(directory.delete("other", "poet", None, "drain"))
+    await asyncio.sleep(0.05)  # time to do what it should not
+    assert store.path(poet.digest).exists()
+    lease.release()
+    await deletion
+    assert not store.path(poet.digest).exists()
 
 
 async def test_deleting_now_cancels_running_requests(

@@ -91,6 +91,13 @@ async def test_a_change_is_seen_at_once_and_by_whoever_holds_the_old_one_never(
         await bench.library.delete(TENANT, "solver")
 
 
+async def test_what_another_server_stored_just_now_is_deleted_as_any(bench: Bench) -> None:
+    elsewhere = WorkflowLibrary(bench.store.workflows, bench.directory)
+    await elsewhere.put(TENANT, "solver", vote(), may_replace=False)
+    await bench.library.delete(TENANT, "solver")
+    assert bench.store.workflows.all() == ()
+
+
 class SlowShelf:
     """A shelf whose first change comes back only behind the second, if there is one by then."""
 

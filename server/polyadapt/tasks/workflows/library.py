@@ -146,7 +146,8 @@ class WorkflowLibrary:
 
         async def write() -> None:
             record = await asyncio.to_thread(self._shelf.delete, tenant, name)
-            del self._records[tenant, name]
+            # Another server's of the last second is not known here.
+            self._records.pop((tenant, name), None)
             self._definitions.pop(record.id, None)
 
         await self._write(write)

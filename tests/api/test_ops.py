@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import re
 from pathlib import Path
@@ -10,14 +11,14 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.api.conftest import Maker, Server
+from tests.api.conftest import Maker, Server, peft_files
 from tests.support.fake_engine import FakeEngine
 
 from polyadapt.api.internal import build_internal_app
 from polyadapt.api.metrics import Metrics
 from polyadapt.app import stop_engine
-from polyadapt.tasks.directory import AdapterDirectory
-from polyadapt.types import AdapterId, Residency
+from polyadapt.tasks.directory import AdapterDirectory, UploadedFile
+from polyadapt.types import Residency
 
 pytestmark = pytest.mark.anyio
 
@@ -224,17 +225,45 @@ async def test_the_running_list_is_what_is_on_the_device(server: Server) -> None
     assert labels["running_lora_adapters"] == "poet,poet@1"
 
 
+async def test_an_old_version_on_the_device_is_not_what_its_name_stands_for(server: Server) -> None:
+    digests = [(await server.upload("poet", marker))["digest"] for marker in "12"]
+    await server.client.post("/v1/chat/completions", json={**CHAT, "model": "poet@1"})
+    labels, _ = await lora_info(server)
+    assert labels["running_lora_adapters"] == "poet@1"
+    server.engine.routing = dict.fromkeys(digests, (40.0, 1.0))
+    found = await samples(server)
+    shown = {labels for name, labels in found if name == "polyadapt_adapter_routed_rows"}
+    assert shown == {'{"adapter": "poet"}', '{"adapter": "poet@1"}'}
+    await server.client.delete("/v1/adapters/poet@2")
+    labels, _ = await lora_info(server)
+    assert labels["running_lora_adapters"] == "poet"
+
+
+async def test_a_name_that_two_tenants_have_is_shown_once(server: Server) -> None:
+    directory: AdapterDirectory = server.app.state.services.directory
+    digests = []
+    for tenant, markers in (("a", "1"), ("b", "23")):  # a's newest is 1, b's is 2
+        for marker in markers:
+            named = peft_files(marker)
+            files = [UploadedFile(name, io.BytesIO(content)) for _, (name, content) in named]
+            record, _ = await directory.upload(tenant, "mix", files)
+        digests.append(record.digest)
+        server.engine.resident[record.digest] = Residency(record.digest, "device", nbytes=1)
+    server.engine.routing = {digests[0]: (1.0, 1.0), digests[1]: (40.0, 0.75, 0.25)}
+    found = await samples(server)
+    routed = {of: value for of, value in found.items() if of[0] == "polyadapt_adapter_routed_rows"}
+    assert routed == {("polyadapt_adapter_routed_rows", '{"adapter": "mix"}'): 40}
+    labels, _ = await lora_info(server)
+    assert labels["running_lora_adapters"] == "mix"
+
+
 async def test_labels_hold_a_bounded_number_of_names(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services = server.app.state.services
     directory: AdapterDirectory = services.directory
-    live = {}
-    for i in range(300):
-        digest = f"sha256:{i:064d}"
-        server.engine.resident[digest] = Residency(digest, "device", nbytes=1)
-        live[digest] = frozenset([AdapterId(f"a{i:03d}", 1, digest)])
-    monkeypatch.setattr(directory, "ids_of", live.__getitem__)
+    names = {f"a{i:03d}" for i in range(300)}
+    monkeypatch.setattr(directory, "names_of", lambda digests: names)
     labels, _ = await lora_info(server)
     assert len(labels["running_lora_adapters"].split(",")) == 256
     assert isinstance(services.metrics, Metrics)

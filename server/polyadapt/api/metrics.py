@@ -21,7 +21,7 @@ from polyadapt.api.meters import METERS
 from polyadapt.distribution import LOAD_SECONDS, Distribution
 from polyadapt.engine.client import EngineClient
 from polyadapt.tasks.directory import AdapterDirectory
-from polyadapt.types import AdapterId, EngineInfo, EngineStats, Residency, ServedAdapter
+from polyadapt.types import EngineInfo, EngineStats, Residency, ServedAdapter
 
 MAX_LISTED_ADAPTERS = 256  # names in one label
 MAX_NAMED_ADAPTERS = 50  # with counts of their own
@@ -223,11 +223,17 @@ class _EngineCollector(Collector):
         """Yield what adapters with routers choose; the engine names only the busiest of them."""
         rows = METERS["polyadapt_adapter_routed_rows"].gauge()
         shares = METERS["polyadapt_adapter_expert_share"].gauge()
-        for digest, (count, *parts) in stats.routing.items():
-            for name in self._names([digest])[:1]:
-                rows.add_metric([name], count)
-                for expert, share in enumerate(parts):
-                    shares.add_metric([name, str(expert)], share)
+        named: set[str] = set()
+        for digest, (count, *parts) in sorted(
+            stats.routing.items(), key=lambda of: of[1][0], reverse=True
+        ):
+            name = next(iter(self._names([digest])), None)
+            if name is None or name in named:  # of a name that two tenants have, the busier one
+                continue
+            named.add(name)
+            rows.add_metric([name], count)
+            for expert, share in enumerate(parts):
+                shares.add_metric([name, str(expert)], share)
         yield rows
         yield shares
 
@@ -260,14 +266,8 @@ class _EngineCollector(Collector):
         yield lora
 
     def _names(self, digests: Iterable[str]) -> list[str]:
-        """Return the names of digests: the bare name for its newest version, else name@version."""
-        ids = [adapter for digest in digests for adapter in self._directory.ids_of(digest)]
-        newest: dict[str, AdapterId] = {}
-        for adapter in ids:
-            if adapter.name not in newest or adapter.version > newest[adapter.name].version:
-                newest[adapter.name] = adapter
-        names = {a.name if newest[a.name] == a else f"{a.name}@{a.version}" for a in ids}
-        return sorted(names)[:MAX_LISTED_ADAPTERS]
+        """Return what requests call the adapters of digests, as many as fit in a label."""
+        return sorted(self._directory.names_of(digests))[:MAX_LISTED_ADAPTERS]
 
 
 def num_fitting(residencies: Sequence[Residency], nbytes_used: int, info: EngineInfo) -> int:

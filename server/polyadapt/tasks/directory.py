@@ -6,9 +6,10 @@ Also the way in (upload) and the way out (delete). Knows no HTTP, no tokens and 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -202,6 +203,8 @@ class AdapterDirectory:
         self._uses: Counter[AdapterId] = Counter()
         self._unused: dict[AdapterId, asyncio.Event] = {}
         self._live: dict[str, set[AdapterId]] = {}  # digest -> the versions that have it
+        # (tenant, name) -> its newest version among them; None: to be looked for.
+        self._newest: dict[tuple[str, str], int] | None = None
         self._deletions: set[asyncio.Task[tuple[AdapterRecord, ...]]] = set()
         self._drops: set[asyncio.Task[None]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
@@ -222,7 +225,7 @@ class AdapterDirectory:
         for adapter in found:
             live.setdefault(adapter.digest, set()).add(adapter)
         gone = self._live.keys() - live.keys()
-        self._live = live
+        self._live, self._newest = live, None
         for digest in sorted(gone):
             task = asyncio.create_task(self._drop(digest))
             self._drops.add(task)
@@ -309,6 +312,21 @@ class AdapterDirectory:
     def ids_of(self, digest: str) -> frozenset[AdapterId]:
         """Return the live versions that have these bytes."""
         return frozenset(self._live.get(digest, ()))
+
+    def names_of(self, digests: Iterable[str]) -> set[str]:
+        """Return what requests call the live versions of these bytes: by the bare name the newest
+        live version that its tenant has of it, by name@version any other.
+        """
+        if self._newest is None:
+            self._newest = {}
+            for adapter in itertools.chain.from_iterable(self._live.values()):
+                name = adapter.tenant, adapter.name
+                self._newest[name] = max(adapter.version, self._newest.get(name, 0))
+        ids = (adapter for digest in digests for adapter in self._live.get(digest, ()))
+        return {
+            a.name if self._newest[a.tenant, a.name] == a.version else f"{a.name}@{a.version}"
+            for a in ids
+        }
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless counts are positive and waiters have something to await."""
@@ -755,6 +773,7 @@ class AdapterDirectory:
     def _remember(self, published: tuple[AdapterRecord, bool]) -> tuple[AdapterRecord, bool]:
         record = published[0]
         self._live.setdefault(record.digest, set()).add(record.adapter_id)
+        self._newest = None
         return published
 
     # ----------------------------------------------------------------------------- where
@@ -825,6 +844,7 @@ class AdapterDirectory:
             ids.discard(record.adapter_id)
             if not ids:
                 self._live.pop(record.digest, None)
+        self._newest = None
         await self._free(records, mode)
         return records
 

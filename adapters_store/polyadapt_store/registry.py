@@ -39,6 +39,9 @@ MAX_PAGE = 1000
 _MAX_KNOWN = 10_000  # names that are kept at hand
 
 
+_Key = tuple[str, str, int | None]  # tenant, name, version
+
+
 @dataclass(frozen=True, slots=True)
 class Page:
     """Some records in order, and whether more follow the last one."""
@@ -64,7 +67,7 @@ class Registry:
         self._failpoint = failpoint
         self._clock = clock
         # In one piece, for it is read in several threads: after how many writes, and what was read.
-        self._known: tuple[int, dict[tuple[str, str, int | None], AdapterRecord]] = (-1, {})
+        self._known: tuple[int, dict[_Key, AdapterRecord | ModelNotFound]] = (-1, {})
 
     def publish(
         self,
@@ -153,14 +156,25 @@ class Registry:
         """Return the live version `version` of the name, or its current one, as of the last write
         that was seen; raises ModelNotFound.
         """
+        key = tenant, name, version
         written, known = self._known
         # The number was taken first: what is written meanwhile is read again.
-        if written != self._database.num_writes or len(known) >= _MAX_KNOWN:
+        if written != self._database.num_writes or (key not in known and len(known) >= _MAX_KNOWN):
             self._known = self._database.num_writes, (known := {})
-        key = tenant, name, version
         if key not in known:
-            known[key] = self._find(tenant, name, version)
-        return known[key]
+            try:
+                known[key] = self._find(tenant, name, version)
+            except ModelNotFound as error:
+                known[key] = error
+        found = known[key]
+        if isinstance(found, ModelNotFound):
+            raise found.with_traceback(None)
+        return found
+
+    def knows(self, tenant: str, name: str, version: int | None = None) -> bool:
+        """Whether `resolve` has its answer in memory."""
+        written, known = self._known
+        return written == self._database.num_writes and (tenant, name, version) in known
 
     def _find(self, tenant: str, name: str, version: int | None) -> AdapterRecord:
         with self._database.read() as connection:

@@ -275,6 +275,10 @@ class AdapterStore:
         """See Registry.resolve."""
         return self._registry.resolve(tenant, name, version)
 
+    def knows(self, tenant: str, name: str, version: int | None = None) -> bool:
+        """See Registry.knows."""
+        return self._registry.knows(tenant, name, version)
+
     def list(
         self,
         tenant: str,

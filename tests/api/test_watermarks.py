@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import traceback
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +15,7 @@ from tests.api.conftest import Maker, Server, peft_files
 from tests.tasks.workflows.test_library import vote
 
 from polyadapt.tasks.directory import ISSUED
-from polyadapt.types import AppliedAdapter
+from polyadapt.types import AppliedAdapter, MarkSettings
 from polyadapt.watermark.keys import SecretKey
 from polyadapt_store.database import Database
 from polyadapt_store.policies import PolicyBook, PolicyEntry
@@ -293,3 +296,46 @@ async def test_a_policys_own_signature_is_the_tenants(marked: Marked) -> None:
     for who in ("nobody", "ann", "operator"):
         assert (await marked.ask(who)).status_code == 200
         assert marked.bits() == ["10000001"]
+
+
+async def test_no_request_reads_the_registry_on_the_event_loop(
+    marked: Marked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = marked.server
+    text = [MarkSettings("kgw", 2)]
+    server.store.text_policies.put("default", text, is_required=False)
+    library = server.app.state.services.workflows
+    await library.put("default", "flow", vote("poet"), may_replace=True, user=marked.ids["bob"])
+    await library.put("shared", "theirs", vote(), may_replace=True)
+    read, loop, traces = Database.read, threading.get_ident(), []
+
+    def seen(self: Database) -> AbstractContextManager[Any]:
+        if threading.get_ident() == loop:
+            traces.append("".join(traceback.format_stack(limit=12)))
+        return read(self)
+
+    monkeypatch.setattr(Database, "read", seen)
+    chat = [
+        {"model": "nobody"}, {"model": "poet"}, {"model": "poet@1"}, {"model": "auto"},
+        {"model": "poet", "on_cold": "fallback:chef"}, {"model": "flow"}, {"model": "theirs"},
+        {"adapters": [{"name": "chef"}, {"name": "nobody"}]},
+    ]  # fmt: skip
+    for who in ("ann", "nobody", "operator"):
+        for fields in chat:
+            server.store.keys.create("default", ["infer"])  # a write: nothing is known any more
+            reply = await marked.ask(who, **fields)
+            assert reply.status_code in (200, 403, 404), reply.text
+            assert traces == [], (who, fields)
+    for method, path, body in (
+        ("GET", "/v1/models/poet", None), ("GET", "/v1/models", None),
+        ("GET", "/v1/workflows/theirs", None), ("GET", "/v1/workflows", None),
+        ("POST", "/tokenize", {"model": "chef", "prompt": "hi"}),
+        ("POST", "/v1/adapters/poet/load", {}), ("POST", "/v1/adapters/poet/unload", {}),
+        ("GET", "/v1/watermarks/mark", None), ("GET", "/v1/watermarks/mark/users", None),
+        ("PUT", "/v1/watermarks/mark/policy", {"tenant": "default", "required": True}),
+        ("PUT", "/v1/policies/default", {"adapters": [{"name": "mark"}]}),
+    ):  # fmt: skip
+        server.store.keys.create("default", ["infer"])
+        reply = await marked.call("operator", method, path, json=body)
+        assert reply.status_code == 200, (path, reply.text)
+        assert traces == [], path

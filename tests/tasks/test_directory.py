@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.support.fake_engine import BASE_DIGEST, FakeEngine
@@ -28,7 +31,9 @@ from polyadapt.tasks.directory import (
     UploadedFile,
 )
 from polyadapt.types import AdapterId, AppliedAdapter, WhenCold
+from polyadapt_store.database import Database
 from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.policies import PolicyEntry
 from polyadapt_store.store import AdapterStore
 
 pytestmark = pytest.mark.anyio
@@ -486,3 +491,34 @@ async def test_who_owns_a_name(directory: AdapterDirectory) -> None:
     assert not directory.owns(TENANT, "everybody")
     assert not directory.owns(TENANT, "nobody")
     assert not directory.owns("other", "poet")
+
+
+# ----------------------------------------------------------------------------- the event loop
+async def test_what_is_asked_for_is_read_beside_the_event_loop_once(
+    directory: AdapterDirectory, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("poet", "chef", "judge"):
+        await upload(directory, name)
+    store.policies.put(TENANT, [PolicyEntry(store.resolve(TENANT, "judge"))])
+    read, loop, readers = Database.read, threading.get_ident(), []
+
+    def seen(self: Database) -> AbstractContextManager[Any]:
+        readers.append(threading.get_ident())
+        return read(self)
+
+    monkeypatch.setattr(Database, "read", seen)
+    asked = TENANT, "poet", [AdapterRef("chef@1")], OnCold("fallback", "poet")
+    for _ in range(2):
+        await directory.warm(*asked)
+        directory.acquire(*asked).release()
+        await directory.warm(TENANT, "nobody")
+        with pytest.raises(ModelNotFound):
+            directory.acquire(TENANT, "nobody")
+    num = len(readers)
+    assert 0 < num <= 6
+    assert loop not in readers
+    await upload(directory, "nobody")
+    await directory.warm(TENANT, "nobody")
+    directory.acquire(TENANT, "nobody").release()
+    assert loop not in readers
+    assert len(readers) > num, "what was not there is looked for again when something was written"

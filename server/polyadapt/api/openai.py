@@ -139,7 +139,9 @@ async def create_chat_completion(
             param="messages",
         )
     head = _head("chatcmpl", body.model, services)
-    workflow = services.workflows.find(principal_of(request).tenant, body.model)
+    tenant = principal_of(request).tenant
+    await services.directory.warm(tenant, body.model)
+    workflow = services.workflows.find(tenant, body.model)
     if workflow is not None:
         _check_priority(body.priority or 0, services)
         return await workflow_answer.answer(request, services, body, workflow, head)
@@ -169,7 +171,9 @@ async def create_completion(
             param="n",
         )
     head = _head("cmpl", body.model, services)
-    workflow = services.workflows.find(principal_of(request).tenant, body.model)
+    tenant = principal_of(request).tenant
+    await services.directory.warm(tenant, body.model)
+    workflow = services.workflows.find(tenant, body.model)
     if workflow is not None:
         _check_priority(body.priority or 0, services)
         return await workflow_answer.answer(request, services, body, workflow, head)
@@ -347,7 +351,8 @@ async def list_models(
 
     models = [_base_object(services, info)]
     models += [_adapter_object(record, info) for record in await asyncio.to_thread(read)]
-    models += [_workflow_object(workflow, info) for workflow in services.workflows.list(tenant)]
+    workflows = await services.workflows.list(tenant)
+    models += [_workflow_object(workflow, info) for workflow in workflows]
     data, has_more = page_of(models, lambda model: model.id, limit=limit, after=after)
     return json_reply(
         ModelList(
@@ -365,6 +370,7 @@ async def get_model(
     """Return one model by any name that `model` accepts."""
     info = services.text.info()
     tenant = principal_of(request).tenant
+    await services.directory.warm(tenant, model)
     if (workflow := services.workflows.find(tenant, model)) is not None:
         return json_reply(_workflow_object(workflow, info).model_copy(update={"id": model}))
     record = services.directory.find(tenant, model)
@@ -380,7 +386,7 @@ async def tokenize(
     """Return the ids of a text or of a rendered conversation."""
     info = services.text.info()
     if body.model is not None:
-        _check_tokens_of(services, principal_of(request).tenant, body.model)
+        await _check_tokens_of(services, principal_of(request).tenant, body.model)
     if body.messages is not None:
         turns = tuple(message.for_template() for message in body.messages)
         ids = await services.text.encode(
@@ -409,7 +415,7 @@ async def detokenize(
 ) -> Response:
     """Return the text of ids, with special tokens shown."""
     if body.model is not None:
-        _check_tokens_of(services, principal_of(request).tenant, body.model)
+        await _check_tokens_of(services, principal_of(request).tenant, body.model)
     try:
         ids = await services.text.encode(TokenPrompt(tuple(body.tokens)))
     except InvalidRequest as error:
@@ -418,8 +424,9 @@ async def detokenize(
     return json_reply(DetokenizeReply(prompt=text))
 
 
-def _check_tokens_of(services: Services, tenant: str, model: str) -> None:
+async def _check_tokens_of(services: Services, tenant: str, model: str) -> None:
     """Raise ModelNotFound for what there is not, UnsupportedField for what reads no tokens."""
+    await services.directory.warm(tenant, model)
     if services.workflows.find(tenant, model) is not None:
         raise UnsupportedField(
             f"{model[:200]!r} is a workflow, which writes its own prompts; name the base or an "

@@ -91,7 +91,7 @@ async def list_workflows(
     after: Annotated[str | None, Query(max_length=200)] = None,
 ) -> Response:
     """List the workflows that the caller may use, by name."""
-    found = services.workflows.list(principal_of(request).tenant)
+    found = await services.workflows.list(principal_of(request).tenant)
     data, has_more = page_of(found, lambda item: item.record.id, limit=limit, after=after)
     return json_reply(
         WorkflowList(
@@ -105,7 +105,9 @@ async def list_workflows(
 
 async def get_workflow(request: Request, services: Has, name: WorkflowPath) -> Response:
     """Return a workflow."""
-    workflow = services.workflows.get(principal_of(request).tenant, name)
+    tenant = principal_of(request).tenant
+    await services.directory.warm(tenant, name)
+    workflow = services.workflows.get(tenant, name)
     return json_reply(WorkflowObject.of(workflow))
 
 

@@ -6,6 +6,7 @@ Also the way in (upload) and the way out (delete). Knows no HTTP, no tokens and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from collections import Counter
@@ -98,6 +99,8 @@ class Store(Protocol):
     ) -> tuple[AdapterRecord, bool]: ...
 
     def resolve(self, tenant: str, name: str, version: int | None = None) -> AdapterRecord: ...
+
+    def knows(self, tenant: str, name: str, version: int | None = None) -> bool: ...
 
     def list(
         self,
@@ -239,6 +242,39 @@ class AdapterDirectory:
         await asyncio.to_thread(self._store.delete_bytes, digest)
 
     # ----------------------------------------------------------------------------- use
+    async def warm(
+        self,
+        tenant: str,
+        model: str,
+        adapters: Sequence[AdapterRef] | None = None,
+        on_cold: OnCold | None = None,
+        user: str | None = None,
+    ) -> None:
+        """Read in a thread what `acquire` of the same goes by and is not in memory: the event loop,
+        which serves all streams, does not wait for a database. What is wrong `acquire` says.
+        """
+        texts = [model, *(ref.name for ref in adapters or ())]
+        if on_cold is not None:
+            texts.append(on_cold.fallback)
+        rests = [split_base(text, self.base_name) for text in texts]
+        names = [named for rest in rests if rest and (named := parse_adapter(rest)) is not None]
+        if (
+            self.policies.is_at_hand
+            and all(self._store.knows(tenant, of.name, of.version) for of in names)
+            and all(self.signatures.knows(*told) for told in self._told(tenant, user))
+        ):
+            return
+
+        def read() -> None:
+            for named in names:
+                with contextlib.suppress(ModelNotFound):
+                    self._store.resolve(tenant, named.name, named.version)
+            for told in self._told(tenant, user):
+                with contextlib.suppress(SecretsUnavailable):
+                    self.signatures.of(*told)
+
+        await asyncio.to_thread(read)
+
     def acquire(
         self,
         tenant: str,
@@ -255,7 +291,8 @@ class AdapterDirectory:
         policy come behind them, also behind what `on_cold` names; raises PolicyConflict or
         PolicyUnavailable where that cannot be. Where they tell who asks, `user` is who; raises
         Forbidden for a user without a signature.
-        Nothing awaits between resolving and counting, so no deletion can pass in between.
+        Nothing awaits between resolving and counting, so no deletion can pass in between; `warm`
+        comes first.
         """
         chosen = self.find(tenant, model)
         own: tuple[AppliedAdapter, ...] = ()
@@ -445,6 +482,7 @@ class AdapterDirectory:
         tenant's names stand for now. Raises ModelNotFound, and InvalidRequest for what no request
         could be served with.
         """
+        await self.warm(tenant, self.base_name, adapters)
         records = [self._named(tenant, ref, i) for i, ref in enumerate(adapters)]
         _check_together([AppliedAdapter(record.adapter_id) for record in records], None)
         for position, ref in enumerate(adapters):
@@ -522,8 +560,7 @@ class AdapterDirectory:
         if secret is None:
             return entry.options
         given = dict(entry.options)
-        if secret.name in given:
-            user = tenant_user(tenant)
+        user = _told_by(entry, secret, tenant, user)
         try:
             bits = None if user is None else self.signatures.of(entry.record.digest, user)
         except SecretsUnavailable:
@@ -538,6 +575,17 @@ class AdapterDirectory:
             )
         return tuple(sorted((given | {secret.name: bits}).items()))
 
+    def _told(self, tenant: str, user: str | None) -> list[tuple[str, str]]:
+        """The signatures that a request needs: of which mark and whose."""
+        policy = self.policies.of(tenant)
+        needed: list[tuple[str, str]] = []
+        for entry in () if policy is None else policy.entries:
+            secret = _bits_of(entry.record)
+            who = None if secret is None else _told_by(entry, secret, tenant, user)
+            if who is not None:
+                needed.append((entry.record.digest, who))
+        return needed
+
     # ----------------------------------------------------------------------------- signatures
     async def issue_signature(
         self, tenant: str, name: str, user: str, bits: str
@@ -545,7 +593,7 @@ class AdapterDirectory:
         """Have a user's answers told by these bits of the mark `name` from its next request on;
         return them and whether they are new. Raises ModelNotFound, InvalidRequest, Conflict.
         """
-        record, option = self.mark(tenant, name)
+        record, option = await self.mark(tenant, name)
         read = read_bits(bits, option.num_bits)
         if read is None:
             raise InvalidRequest(f"the signature is not {option.expected}", param="signature")
@@ -553,7 +601,7 @@ class AdapterDirectory:
 
     async def revoke_signature(self, tenant: str, name: str, user: str) -> Signature:
         """Take a user's signature back; raises ModelNotFound, InvalidRequest, NotFound."""
-        record, _ = self.mark(tenant, name)
+        record, _ = await self.mark(tenant, name)
         return await asyncio.to_thread(self.signatures.book.revoke, record.digest, user)
 
     async def list_signatures(
@@ -562,7 +610,7 @@ class AdapterDirectory:
         """Return all that were ever issued under a mark, with their bits if those are wanted;
         raises ModelNotFound, InvalidRequest, SecretsUnavailable.
         """
-        record, _ = self.mark(tenant, name)
+        record, _ = await self.mark(tenant, name)
         book = self.signatures.book
         return await asyncio.to_thread(book.list, record.digest, has_bits=has_bits)
 
@@ -571,7 +619,8 @@ class AdapterDirectory:
         that `tenant` sees, or refused; or no more. What else its policy names stays. Raises
         ModelNotFound, InvalidRequest, and PolicyConflict for more adapters than one request has.
         """
-        digest = self.mark(tenant, name)[0].digest
+        digest = (await self.mark(tenant, name))[0].digest
+        await self.warm(marked, name)
         record = self.find(marked, name)
         if record is None or record.digest != digest:
             raise InvalidRequest(
@@ -593,12 +642,13 @@ class AdapterDirectory:
 
         await asyncio.to_thread(self.policies.change, marked, change)
 
-    def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
+    async def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
         """Return the adapter of a mark and its option that tells users apart, whatever base it was
         made for: a leak may be of a base that is not resident any more.
 
         Raises ModelNotFound, and InvalidRequest for what is no mark.
         """
+        await self.warm(tenant, name)
         named = self._parse(name)
         record = None if named is None else self._read(tenant, named, param="model")
         option = None if record is None else _bits_of(record)
@@ -787,12 +837,14 @@ class AdapterDirectory:
 
     async def load(self, tenant: str, name: str, *, is_pinned: bool) -> AdapterRecord:
         """Bring an adapter to the device; raises ModelNotFound, AdapterRejected or Unavailable."""
+        await self.warm(tenant, name)
         record = self.find(tenant, name)
         if record is None:
             raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
         lease = self._hold((AppliedAdapter(record.adapter_id),))
         try:
             await self._engine.load_adapter(record.adapter_id, is_pinned=is_pinned)
+            await self.warm(tenant, f"{record.name}@{record.version}")
             found = self.find(tenant, f"{record.name}@{record.version}")
             assert found is not None
             return found
@@ -801,6 +853,7 @@ class AdapterDirectory:
 
     async def unload(self, tenant: str, name: str) -> AdapterRecord:
         """Release every tier of an adapter once its running requests have ended."""
+        await self.warm(tenant, name)
         record = self.find(tenant, name)
         if record is None:
             raise ModelNotFound(f"{name!r} is the base model, not an adapter", param="name")
@@ -886,6 +939,15 @@ def tenant_user(tenant: str) -> str:
 def is_tenant_user(user: str) -> bool:
     """Whether `tenant_user` gave this id."""
     return user.startswith(_TENANT_USER)
+
+
+def _told_by(
+    entry: PolicyEntry, secret: OfferedOption, tenant: str, user: str | None
+) -> str | None:
+    """Return whose bits a mandatory mark gets: the user's, or the tenant's where those are for all
+    its answers.
+    """
+    return tenant_user(tenant) if secret.name in dict(entry.options) else user
 
 
 def _replaced(

@@ -153,7 +153,7 @@ class MarkService:
 
     async def get(self, tenant: str, name: str) -> StoredMark:
         """Return a mark; raises ModelNotFound, and InvalidRequest for what is none."""
-        adapter, option = self._directory.mark(tenant, name)
+        adapter, option = await self._directory.mark(tenant, name)
         record = await asyncio.to_thread(self._store.marks.find, adapter.digest)
         return StoredMark(adapter, option.num_bits, record)
 
@@ -171,7 +171,7 @@ class MarkService:
         """Delete a mark in all its versions, and its secrets here: what it issued can be traced no
         more. Its rows stay. Raises Conflict while a policy names it.
         """
-        self._directory.mark(tenant, name)
+        await self._directory.mark(tenant, name)
         records = await self._directory.delete(tenant, name, None, "drain")
         for digest in {record.digest for record in records}:
             if not await asyncio.to_thread(self._store.is_live, digest):

@@ -36,6 +36,11 @@ class Policies:
         # In one piece, for it is read in several threads: after how many writes, and what was read.
         self._known: tuple[int, dict[str, Policy]] = (-1, {})
 
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether what is asked for is in memory."""
+        return self._known[0] == self._book.num_writes
+
     def of(self, tenant: str) -> Policy | None:
         """Return the tenant's policy, as the last write left it, and None if it has none."""
         return self._all().get(tenant)

@@ -227,13 +227,13 @@ class TextService:
         once, however it ends.
         """
         info = self.info()
-        lease = (
-            self._directory.acquire(
-                request.tenant, request.model, request.adapters, request.on_cold, request.user
-            )
-            if held is None
-            else self._directory.again(held)
-        )
+        asked = request.tenant, request.model, request.adapters, request.on_cold, request.user
+        await self._directory.text_marks.warm()
+        if held is None:
+            await self._directory.warm(*asked)
+            lease = self._directory.acquire(*asked)
+        else:
+            lease = self._directory.again(held)
         try:
             # Here, where every text is made: whatever is asked for, nobody gets round a policy.
             mark = self._directory.text_marks.of(request.tenant, request.user, request.sampling)

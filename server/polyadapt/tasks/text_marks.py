@@ -6,6 +6,7 @@ meaning and no HTTP.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -58,6 +59,11 @@ class TextMarks:
                 "POLYADAPT_TEXT_MARK_KEY_FILE (`polyadapt mark text-keygen` makes one)"
             )
         return self._master
+
+    async def warm(self) -> None:
+        """Read what `of` goes by off the event loop, unless it is in memory."""
+        if self._known[0] != self._book.num_writes:
+            await asyncio.to_thread(self._all)
 
     def of(self, tenant: str, user: str | None, sampling: SamplingParams) -> TextMark | None:
         """Return what a request's tokens are marked with, None where no policy asks for it.

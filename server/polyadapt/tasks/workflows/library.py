@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -92,8 +92,10 @@ class WorkflowLibrary:
             raise NotFound(f"no workflow {name[:200]!r}; GET /v1/workflows lists what there is")
         return self._readable(record)
 
-    def list(self, tenant: str) -> tuple[Workflow, ...]:
+    async def list(self, tenant: str) -> tuple[Workflow, ...]:
         """Return every workflow that the tenant sees and that can run, by name."""
+        for name in [name for owner, name in self._records if owner == SHARED_TENANT]:
+            await self._directory.warm(tenant, name)
         names = {name for owner, name in self._records if owner in (tenant, SHARED_TENANT)}
         records = [self._visible(tenant, name) for name in sorted(names)]
         return tuple(
@@ -125,6 +127,7 @@ class WorkflowLibrary:
                 f"{name!r} as a model asks for a choice among adapters; choose another",
                 param="name",
             )
+        await self.warm(tenant, definition.members.values(), user)
         for role, member in definition.members.items():
             param = f"definition.{role}.adapter"
             _lease(self._directory, tenant, role, member, param, user).release()
@@ -156,6 +159,11 @@ class WorkflowLibrary:
         """Wait for the changes that are being written."""
         if self._writes:
             await asyncio.wait(self._writes)
+
+    async def warm(self, tenant: str, members: Iterable[Member], user: str | None) -> None:
+        """Read what `hold` of these goes by off the event loop, see AdapterDirectory."""
+        for member in members:
+            await self._directory.warm(tenant, self._directory.base_name, _refs(member), user=user)
 
     def hold(self, tenant: str, role: str, member: Member, user: str | None = None) -> Lease:
         """Resolve a member's adapter and count its use; raises ModelNotFound, naming the role."""
@@ -207,9 +215,12 @@ def _lease(
     param: str,
     user: str | None,
 ) -> Lease:
-    refs = () if member.adapter is None else (AdapterRef(member.adapter),)
     try:
-        return directory.acquire(tenant, directory.base_name, refs, user=user)
+        return directory.acquire(tenant, directory.base_name, _refs(member), user=user)
     except PolyadaptError as error:
         found = by_code(error.code, f"the workflow's {role}: {error.message}", param)
         raise found from None
+
+
+def _refs(member: Member) -> tuple[AdapterRef, ...]:
+    return () if member.adapter is None else (AdapterRef(member.adapter),)

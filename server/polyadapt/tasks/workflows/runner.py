@@ -108,6 +108,7 @@ class WorkflowRunner:
                 "send one message",
                 param=request.param,
             )
+        await self._library.warm(request.tenant, definition.members.values(), request.user)
         with contextlib.ExitStack() as held:
             leases: dict[str, Lease] = {}
             for role, member in definition.members.items():

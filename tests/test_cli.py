@@ -73,6 +73,7 @@ def test_the_serving_process_needs_no_torch() -> None:
         (["serve", "--adapter", "nameless"], "NAME=DIR"),
         (["serve", "--host", "no-such-host.invalid"], "cannot listen"),
         (["keys", "create", "--scope", "root"], "scopes"),
+        (["keys", "create", "--scope", "infer", "--tenant", "a/b"], "is no name"),
         (["keys", "delete", "key-none"], "no API key"),
         (["model", "fetch", "no-such-model"], "no-such-model"),
         (["inspect", "/no/such/adapter"], "is no directory"),
@@ -229,15 +230,17 @@ def test_a_port_in_use_is_named(tmp_path: Path) -> None:
 def test_keys_are_made_listed_and_deleted(tmp_path: Path) -> None:
     status, out, err = run(
         "keys", "create", "--scope", "infer", "--scope", "adapters:read", "--label", "ci",
-        home=tmp_path,
+        "--tenant", "acme", home=tmp_path,
     )  # fmt: skip
     assert status == 0
+    assert "of the tenant acme" in err
     secret = out.strip()
     assert secret.startswith("sk-")
     assert secret not in err
     _, out, _ = run("keys", "list", home=tmp_path)
     key_id = next(word for word in out.split() if word.startswith("key-"))
     assert "ci" in out
+    assert "acme" in out
     assert secret not in out
     assert run("keys", "delete", key_id, home=tmp_path)[0] == 0
     assert key_id not in run("keys", "list", home=tmp_path)[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from polyadapt_store.database import Database, api_keys
 
 _MAX_KNOWN = 10_000  # keys that are kept at hand
 
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it is a part of paths
 SCOPES = frozenset({"infer", "adapters:read", "adapters:write", "watermarks", "admin"})
 
 
@@ -46,7 +48,9 @@ class KeyRing:
         return self._database.num_writes
 
     def create(self, tenant: str, scopes: Iterable[str], label: str = "") -> tuple[ApiKey, str]:
-        """Make a key; return it with its secret "sk-...", which cannot be shown again."""
+        """Make a key; return it with its secret "sk-...", which cannot be shown again. Raises
+        InvalidRequest for what is no tenant's name or no scope.
+        """
         secret = f"sk-{secrets.token_urlsafe(32)}"
         return self._insert(secret, tenant, scopes, label), secret
 
@@ -97,6 +101,12 @@ class KeyRing:
             return connection.execute(sa.select(api_keys.c.id).limit(1)).first() is not None
 
     def _insert(self, secret: str, tenant: str, scopes: Iterable[str], label: str) -> ApiKey:
+        if _TENANT.fullmatch(tenant) is None:
+            raise InvalidRequest(
+                f"the tenant {tenant[:100]!r} is no name; expected 1 to 64 letters, digits, '.', "
+                "'_' and '-', the first a letter or digit",
+                param="tenant",
+            )
         wanted = frozenset(scopes)
         unknown = sorted(wanted - SCOPES)
         if unknown or not wanted:

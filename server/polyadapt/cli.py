@@ -553,6 +553,13 @@ def create_key(
         typer.Option(help="infer, adapters:read, adapters:write, watermarks or admin."),
     ],
     label: Annotated[str, typer.Option(help="What the key is for.")] = "",
+    tenant: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose key it is; what a key of 'shared' uploads every tenant sees.  "
+            "[default: default]"
+        ),
+    ] = None,
     home: Home = None,
     config: ConfigFile = None,
 ) -> None:
@@ -560,8 +567,9 @@ def create_key(
     from polyadapt.tasks.directory import DEFAULT_TENANT
 
     with _one_clear_line(), _key_ring(home, config) as keys:
-        key, secret = keys.create(DEFAULT_TENANT, scope, label)
-        err.print(f"{key.id} may: {', '.join(sorted(key.scopes))}. Keep the secret:")
+        key, secret = keys.create(DEFAULT_TENANT if tenant is None else tenant, scope, label)
+        may = ", ".join(sorted(key.scopes))
+        err.print(f"{key.id} of the tenant {key.tenant} may: {may}. Keep the secret:")
         # Alone on standard output, so that a script can take it.
         typer.echo(secret)
 

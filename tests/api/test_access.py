@@ -232,7 +232,9 @@ async def test_the_first_key_closes_the_server_and_is_shown_once(server: Server)
 @pytest.mark.parametrize(
     ("body", "param"),
     [({}, "scopes"), ({"scopes": []}, "scopes"), ({"scopes": ["root"]}, "scopes"),
-     ({"scopes": ["infer"], "tenant": "x"}, "tenant"),
+     ({"scopes": ["infer"], "tenant": "a/b"}, "tenant"),
+     ({"scopes": ["infer"], "tenant": ""}, "tenant"),
+     ({"scopes": ["infer"], "tenant": "x" * 65}, "tenant"),
      ({"scopes": ["infer"], "label": "x" * 300}, "label")],
 )  # fmt: skip
 async def test_a_wrong_key_request_is_refused(

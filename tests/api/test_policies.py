@@ -229,6 +229,33 @@ async def test_a_tenant_cannot_put_its_own_adapter_in_the_place_of_a_shared_one(
     assert served(await ask(server)) == [], "the operator's own tenant has no policy"
 
 
+async def test_an_operator_makes_what_a_tenants_policy_needs_over_http(
+    make_server: Maker,
+) -> None:
+    server = await make_server(api_key=OPERATOR)
+    admin = {"authorization": f"Bearer {OPERATOR}"}
+
+    async def key_of(tenant: str, scope: str) -> dict[str, str]:
+        body = {"tenant": tenant, "scopes": [scope], "label": "mine"}
+        made = await server.client.post("/v1/keys", json=body, headers=admin)
+        assert (made.status_code, made.json()["tenant"]) == (201, tenant)
+        listed = await server.client.get(f"/v1/keys?tenant={tenant}", headers=admin)
+        assert [key["label"] for key in listed.json()["data"]] == ["mine"]
+        return {"authorization": f"Bearer {made.json()['secret']}"}
+
+    shared, acme = await key_of("shared", "adapters:write"), await key_of("acme", "infer")
+    server.client.headers = httpx.Headers(shared)
+    await server.upload("guard")
+    server.client.headers = httpx.Headers(admin)
+    await put(server, {"name": "guard", "scale": 0.5}, tenant="acme")
+    assert served(await ask(server)) == []
+    assert (await server.client.get("/v1/keys")).json()["data"] == []
+    server.client.headers = httpx.Headers(acme)
+    assert served(await ask(server)) == [("guard", True)]
+    reply = await server.client.post("/v1/keys", json={"scopes": ["infer"], "tenant": "default"})
+    refused(reply, 403, "forbidden")
+
+
 async def test_an_adapter_of_another_base_fails_requests_and_says_why(guarded: Server) -> None:
     info = guarded.engine.model
     other = replace(info, base=replace(info.base, digest="sha256:" + "c" * 64))

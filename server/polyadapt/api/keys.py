@@ -32,10 +32,12 @@ def add_routes(router: APIRouter) -> None:
 async def create_key(
     request: Request, body: Annotated[KeyRequest, Body()], services: Has
 ) -> Response:
-    """Make a key for the caller's tenant; its secret is in this answer and nowhere else."""
+    """Make a key, for the caller's tenant or another; its secret is in this answer and nowhere
+    else.
+    """
 
     async def make() -> Response:
-        tenant = principal_of(request).tenant
+        tenant = body.tenant or principal_of(request).tenant
         key, secret = await asyncio.to_thread(services.keys.create, tenant, body.scopes, body.label)
         made = NewKeyObject(**KeyObject.of(key).model_dump(), secret=secret)
         return json_reply(made, status=201, headers={"cache-control": "no-store"})
@@ -51,9 +53,12 @@ async def list_keys(
     services: Has,
     limit: Annotated[int, Query(ge=1, le=1000)] = 20,
     after: Annotated[str | None, Query(max_length=200)] = None,
+    tenant: Annotated[
+        str | None, Query(max_length=64, description="whose; the caller's own without it")
+    ] = None,
 ) -> Response:
-    """List the tenant's keys without their secrets, oldest first."""
-    keys = await asyncio.to_thread(services.keys.list, principal_of(request).tenant)
+    """List a tenant's keys without their secrets, oldest first."""
+    keys = await asyncio.to_thread(services.keys.list, tenant or principal_of(request).tenant)
     data, has_more = page_of(keys, lambda key: key.id, limit=limit, after=after)
     return json_reply(
         KeyList(

@@ -11,10 +11,17 @@ from polyadapt_store.keys import ApiKey
 
 
 class KeyRequest(Body):
-    """A key to make; its tenant is the maker's."""
+    """A key to make."""
 
     scopes: list[str] = Field(min_length=1, max_length=16)
     label: str = Field("", max_length=200)
+    tenant: str | None = Field(
+        None,
+        min_length=1,
+        max_length=64,
+        description="whose key it is, the maker's own without it; what a key of `shared` uploads "
+        "every tenant sees",
+    )
 
 
 class KeyObject(Reply):
@@ -46,7 +53,7 @@ class NewKeyObject(KeyObject):
 
 
 class KeyList(Reply):
-    """All keys, oldest first."""
+    """A tenant's keys, oldest first."""
 
     object: Literal["list"] = "list"
     data: list[KeyObject]

@@ -54,15 +54,6 @@ class KeyRing:
         secret = f"sk-{secrets.token_urlsafe(32)}"
         return self._insert(secret, tenant, scopes, label), secret
 
-    def ensure(self, secret: str, tenant: str, scopes: Iterable[str], label: str = "") -> ApiKey:
-        """Return the key with this secret, made now if it is new; for keys that an operator
-        configures.
-        """
-        if len(secret) < 16:
-            raise InvalidRequest("a configured API key must have at least 16 characters")
-        known = self._find(secret)
-        return known if known is not None else self._insert(secret, tenant, scopes, label)
-
     def authenticate(self, secret: str) -> ApiKey:
         """Return the key with this secret, as of the last write that was seen; raises
         Unauthenticated.

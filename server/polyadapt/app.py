@@ -45,6 +45,7 @@ from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService, read_kek
 from polyadapt.tasks.model_name import AUTO
 from polyadapt.tasks.text import TextService
+from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.tasks.workflows.library import Shelf, WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
@@ -57,6 +58,7 @@ from polyadapt_store.marks import MarkBook
 from polyadapt_store.replicas import ReplicaBoard
 from polyadapt_store.sources import Sources
 from polyadapt_store.staging import StagedUpload
+from polyadapt_store.text_policies import TextPolicyBook
 
 if TYPE_CHECKING:
     from polyadapt.api.tracing import Tracing
@@ -76,6 +78,7 @@ class StoreWithKeys(Store, Protocol):
     imports: ImportBook
     answers: AnswerBook
     marks: MarkBook
+    text_policies: TextPolicyBook
 
     def stage(self) -> StagedUpload: ...
 
@@ -117,14 +120,13 @@ def build_app(
     authenticator = Authenticator(config.server, store.keys)
     authenticator.check_exposure()
     kek = read_kek(config.watermark)
-    directory = AdapterDirectory(
-        store,
-        engine,
-        None if kek is None else RowSealer(kek, store.marks),
-        text_master_of(config.watermark),
-    )
+    rows = None if kek is None else RowSealer(kek, store.marks)
+    directory = AdapterDirectory(store, engine, rows)
+    marks_of_texts = TextMarks(store.text_policies, text_master_of(config.watermark))
     lifecycle = Lifecycle()
-    text = TextService(engine, directory, tokenizer, config.limits, config.prefix_pools)
+    text = TextService(
+        engine, directory, marks_of_texts, tokenizer, config.limits, config.prefix_pools
+    )
     embedder = Embedder(engine, config.limits)
 
     def is_ready() -> bool:
@@ -142,6 +144,7 @@ def build_app(
         keys=store.keys,
         directory=directory,
         text=text,
+        text_marks=marks_of_texts,
         workflows=library,
         workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
         marks=MarkService(directory, store, config.watermark, kek),

@@ -53,14 +53,6 @@ def test_no_secret_lies_on_the_disk(tmp_path: Path) -> None:
         assert not any(body in path.read_bytes() for path in files)
 
 
-def test_a_configured_key_is_made_once(keys: KeyRing) -> None:
-    first = keys.ensure("sk-operator-secret", "a", ["admin"])
-    assert keys.ensure("sk-operator-secret", "a", ["admin"]) == first
-    assert keys.authenticate("sk-operator-secret") == first
-    with pytest.raises(InvalidRequest, match="16"):
-        keys.ensure("short", "a", ["admin"])
-
-
 @pytest.mark.parametrize("scopes", [[], ["everything"], ["infer", "root"]])
 def test_unknown_scopes_are_refused(scopes: list[str], keys: KeyRing) -> None:
     with pytest.raises(InvalidRequest, match="scopes"):

@@ -39,6 +39,7 @@ from polyadapt.tasks.text import (
     TextService,
     TokenPrompt,
 )
+from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import Finished, Request, SamplingParams, Started
 from polyadapt_store.store import AdapterStore
@@ -58,7 +59,8 @@ class Bench:
 
     @property
     def service(self) -> TextService:
-        return TextService(self.engine, self.directory, self.tokenizer, self.limits)
+        marks = TextMarks(self.store.text_policies, None)
+        return TextService(self.engine, self.directory, marks, self.tokenizer, self.limits)
 
     async def run(self, **fields: Any) -> list[TextEvent]:
         return [event async for event in self.service.generate(request(**fields))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +21,7 @@ from polyadapt.tasks.following import Follower
 from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService
 from polyadapt.tasks.text import TextService
+from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import WorkflowRunner
 from polyadapt_store.idempotency import AnswerBook
@@ -112,6 +113,7 @@ class Services:
     keys: KeyRing
     directory: AdapterDirectory
     text: TextService
+    text_marks: TextMarks
     workflows: WorkflowLibrary
     workflow_runner: WorkflowRunner
     marks: MarkService
@@ -137,8 +139,3 @@ def services_of(request: Request) -> Services:
 def principal_of(request: Request) -> Principal:
     """Return who calls; only routes with a scope other than `public` have one."""
     return cast("Principal", request.state.principal)
-
-
-def request_id_of(state: Mapping[str, object]) -> str:
-    """Return the id under which a request is logged."""
-    return str(state.get("request_id", "unknown"))

@@ -43,7 +43,7 @@ def add_routes(router: APIRouter) -> None:
 
 async def put_policy(services: Has, body: Annotated[TextPolicyRequest, Body()]) -> Response:
     """Have every text of a tenant marked as its user's, or refused; or no more."""
-    marks = services.directory.text_marks
+    marks = services.text_marks
     policy = await asyncio.to_thread(
         lambda: marks.put(body.tenant, body.settings(), is_required=body.required)
     )
@@ -54,7 +54,7 @@ async def list_policies(request: Request, services: Has) -> Response:
     """List the policies that hold: an admin sees every tenant's, others their own."""
     caller = principal_of(request)
     tenant = None if caller.may("admin") else caller.tenant
-    found = await asyncio.to_thread(services.directory.text_marks.list, tenant)
+    found = await asyncio.to_thread(services.text_marks.list, tenant)
     return json_reply(TextPolicyList(data=[TextPolicyObject.of(policy) for policy in found]))
 
 
@@ -116,7 +116,7 @@ async def _users_of(services: Services, tenant: str) -> list[str]:
 async def _answer(
     services: Services, tenant: str, users: Sequence[str], text: str, alpha: float
 ) -> Response:
-    marks = services.directory.text_marks
+    marks = services.text_marks
     info = services.text.info()
 
     def work() -> TextFindingObject:

@@ -33,16 +33,13 @@ from polyadapt.errors import (
 from polyadapt.tasks.model_name import AUTO, NamedAdapter, parse_adapter, split_base
 from polyadapt.tasks.policies import Policies
 from polyadapt.tasks.signatures import Signatures
-from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.types import MAX_ADAPTERS, AdapterId, AppliedAdapter, Options, Residency, WhenCold
-from polyadapt.watermark.keys import SecretKey
 from polyadapt_store.manifest import AdapterRecord, OfferedOption
 from polyadapt_store.policies import Policy, PolicyBook, PolicyEntry
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page
 from polyadapt_store.signatures import RowCipher, Signature, SignatureBook
 from polyadapt_store.staging import StagedUpload
-from polyadapt_store.text_policies import TextPolicyBook
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +67,6 @@ class Store(Protocol):
     profiles: ProfileBook
     policies: PolicyBook
     signatures: SignatureBook
-    text_policies: TextPolicyBook
 
     def stage(self) -> AbstractContextManager[StagedUpload]: ...
 
@@ -196,11 +192,8 @@ class AdapterDirectory:
         store: Store,
         engine: EngineClient,
         rows: RowCipher | None = None,
-        text_master: SecretKey | None = None,
     ) -> None:
-        """rows: seals signatures; None: this server has no key for them. text_master: the key that
-        texts are marked with; None: none of them can be.
-        """
+        """rows: seals signatures; None: this server has no key for them."""
         self._store = store
         self._engine = engine
         self._uses: Counter[AdapterId] = Counter()
@@ -217,7 +210,6 @@ class AdapterDirectory:
         self.policies = Policies(store.policies)
         book = store.signatures if rows is None else store.signatures.sealed_by(rows)
         self.signatures = Signatures(book)
-        self.text_marks = TextMarks(store.text_policies, text_master)
 
     async def follow(self) -> int:
         """Learn which versions there are, at the start and when others have written; return how

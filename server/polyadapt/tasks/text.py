@@ -27,6 +27,7 @@ from polyadapt.errors import (
 from polyadapt.tasks.choice import Choice
 from polyadapt.tasks.directory import AdapterDirectory, AdapterRef, Lease, OnCold
 from polyadapt.tasks.sequence_text import SequenceText, TextDelta
+from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import (
     EngineInfo,
@@ -191,6 +192,7 @@ class TextService:
         self,
         engine: EngineClient,
         directory: AdapterDirectory,
+        text_marks: TextMarks,
         tokenizer: Tokenizer,
         limits: LimitsConfig,
         prefix_pools: Mapping[str, Sequence[str]] | None = None,
@@ -200,6 +202,7 @@ class TextService:
         self._pool_of = {tenant: pool for pool, tenants in pools for tenant in tenants}
         self._engine = engine
         self._directory = directory
+        self._text_marks = text_marks
         self._limits = limits
         self._decoder = _SkippingDecoder(tokenizer)
         # Tokenising a long text holds a core; a few at a time leave some for the engine.
@@ -228,7 +231,7 @@ class TextService:
         """
         info = self.info()
         asked = request.tenant, request.model, request.adapters, request.on_cold, request.user
-        await self._directory.text_marks.warm()
+        await self._text_marks.warm()
         if held is None:
             await self._directory.warm(*asked)
             lease = self._directory.acquire(*asked)
@@ -236,7 +239,7 @@ class TextService:
             lease = self._directory.again(held)
         try:
             # Here, where every text is made: whatever is asked for, nobody gets round a policy.
-            mark = self._directory.text_marks.of(request.tenant, request.user, request.sampling)
+            mark = self._text_marks.of(request.tenant, request.user, request.sampling)
             prepared = await self._prepare(request, info)
             runs = self._plan(request, lease, prepared, info, mark)
             ids, texts = tuple(prepared.ids), tuple(prepared.texts)

@@ -26,6 +26,7 @@ from polyadapt.errors import (
 )
 from polyadapt.tasks.directory import AdapterDirectory
 from polyadapt.tasks.text import Accepted, Completed, TextEvent, TextService
+from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.workflows.kinds import AnyDefinition, stored_definition
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 from polyadapt.tasks.workflows.runner import (
@@ -72,7 +73,13 @@ class Bench:
         self.directory = AdapterDirectory(self.store, self.engine)
         self.library = WorkflowLibrary(self.store.workflows, self.directory)
         tokenizer = byte_tokenizer.load(root / "model")
-        text = TextService(self.engine, self.directory, tokenizer, LimitsConfig())
+        text = TextService(
+            self.engine,
+            self.directory,
+            TextMarks(self.store.text_policies, None),
+            tokenizer,
+            LimitsConfig(),
+        )
         self.runner = WorkflowRunner(text, self.library)
         self.says: dict[str, list[str]] = {"ir": [], "kg": [], "dr": [], "base": []}
         self.num_said: dict[str, int] = {}

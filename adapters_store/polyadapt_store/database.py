@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
 
 from polyadapt.errors import InvalidRequest, StartupError, Unavailable
 from polyadapt_store.migrations import HEAD, migrate
@@ -390,6 +391,13 @@ class Database:
             f"the registry {self._name} has {found}, this release knows {known}; "
             "start the release that wrote it, or a newer one"
         )
+
+
+def insert(connection: sa.Connection, table: sa.Table) -> postgresql.Insert | sqlite.Insert:
+    """Return an INSERT that can say what becomes of a row that is there already."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table)
+    return sqlite.insert(table)
 
 
 def _read_url(where: Path | str) -> sa.URL:

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from polyadapt.errors import Conflict
-from polyadapt_store.database import Database, idempotency
+from polyadapt_store.database import Database, idempotency, insert
 
 _KEPT_S = 86_400
 # Longer than any call takes: the server that answered it is gone.
@@ -44,9 +43,8 @@ class AnswerBook:
         with self._database.note() as connection:
             old = sa.or_(idempotency.c.created < now - _KEPT_S, sa.and_(mine, lost))
             connection.execute(idempotency.delete().where(old))
-            dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
             made = (
-                dialect.insert(idempotency)
+                insert(connection, idempotency)
                 .values(tenant=tenant, key=key, fingerprint=fingerprint, created=now)
                 .on_conflict_do_nothing()
             )

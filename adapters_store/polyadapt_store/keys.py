@@ -15,8 +15,7 @@ import sqlalchemy as sa
 
 from polyadapt.errors import InvalidRequest, NotFound, Unauthenticated
 from polyadapt_store.database import Database, api_keys
-
-_MAX_KNOWN = 10_000  # keys that are kept at hand
+from polyadapt_store.since_write import SinceWrite
 
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")  # it is a part of paths
 SCOPES = frozenset({"infer", "adapters:read", "adapters:write", "watermarks", "admin"})
@@ -39,8 +38,7 @@ class KeyRing:
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
-        # In one piece, for it is read in several threads: after how many writes, and what was read.
-        self._known: tuple[int, dict[bytes, ApiKey]] = (-1, {})
+        self._known: SinceWrite[bytes, ApiKey] = SinceWrite(lambda: database.num_writes)
 
     @property
     def num_writes(self) -> int:
@@ -58,18 +56,16 @@ class KeyRing:
         """Return the key with this secret, as of the last write that was seen; raises
         Unauthenticated.
         """
-        written, known = self._known
-        # The number was taken first: what is written meanwhile is read again.
-        if written != self._database.num_writes or len(known) >= _MAX_KNOWN:
-            self._known = self._database.num_writes, (known := {})
-        hashed = _hash(secret)
-        key = known.get(hashed) or self._find(secret)
-        if key is None:
-            raise Unauthenticated(
-                "the API key is not known here; send 'Authorization: Bearer sk-…'"
-            )
-        known[hashed] = key
-        return key
+
+        def read() -> ApiKey:
+            key = self._find(secret)
+            if key is None:
+                raise Unauthenticated(
+                    "the API key is not known here; send 'Authorization: Bearer sk-…'"
+                )
+            return key
+
+        return self._known.get(_hash(secret), read)
 
     def list(self, tenant: str | None = None) -> tuple[ApiKey, ...]:
         """Return all keys, or one tenant's, oldest first."""

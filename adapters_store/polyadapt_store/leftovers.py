@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Collection, Iterable
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from polyadapt.errors import Unavailable
-from polyadapt_store.database import Database, blob_leftovers, versions
+from polyadapt_store.database import Database, blob_leftovers, insert, versions
 
 GRACE_S = 3600.0  # more than any upload takes
 
@@ -76,9 +75,8 @@ def abandon_unnamed(connection: sa.Connection, digests: Iterable[str], since: in
 
 def abandon(connection: sa.Connection, digests: Collection[str], since: int) -> None:
     """Write the rows, with their time from now on."""
-    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     for digest in sorted(digests):
-        made = dialect.insert(blob_leftovers).values(digest=digest, since=since)
+        made = insert(connection, blob_leftovers).values(digest=digest, since=since)
         connection.execute(
             made.on_conflict_do_update(
                 index_elements=[blob_leftovers.c.digest], set_={"since": since}

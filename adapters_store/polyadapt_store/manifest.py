@@ -17,6 +17,10 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_SUFFIX, WEIGHTS_SUFFIX = ".json", ".safetensors"
 
+# What may name an adapter or a workflow: in a longer expression, and as the pattern of a schema.
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME_PATTERN = f"^{NAME}$"
+
 # `validating` and `rejected` are states of an upload; only ready versions are ever recorded.
 AdapterStatus = Literal["ready", "revoked", "deleted"]
 
@@ -84,6 +88,19 @@ def missing_files(names: Collection[str], forms: Sequence[FileForm]) -> tuple[st
     """What the form lacks that the names come closest to; empty when they complete one."""
     lacks = (tuple(name for name in form.required if name not in names) for form in forms)
     return min(lacks, key=len)
+
+
+def is_shallow(name: str) -> bool:
+    """Whether a file of this path, with '/', lies at most one folder deep, as all of them do."""
+    return name.count("/") <= 1
+
+
+def list_shallow(directory: Path) -> list[str]:
+    """Return, in order, the paths of the files of a directory that may belong to an adapter; links
+    are followed.
+    """
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(filter(is_shallow, (path.relative_to(directory).as_posix() for path in found)))
 
 
 def list_names(directory: Path) -> frozenset[str]:

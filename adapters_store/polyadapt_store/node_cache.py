@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class NodeCache:
     """Owns the leases of one process on the blobs below `root`. Thread-safe."""
 
-    def __init__(self, root: Path, blobs: BlobStore, remote: ObjectBlobs, max_bytes: int) -> None:
+    def __init__(self, root: Path, blobs: BlobStore, remote: ObjectBlobs, max_bytes: float) -> None:
         self._blobs = blobs
         self._remote = remote
         self._max_bytes = max_bytes
@@ -107,7 +107,7 @@ class NodeCache:
                 logger.info("removed %s from this machine, %d bytes", digest, sizes[digest])
         if total > self._max_bytes:
             logger.warning(
-                "%d bytes of adapters in use lie here, more than the %d that are wanted",
+                "%d bytes of adapters in use lie here, more than the %.0f that are wanted",
                 total,
                 self._max_bytes,
             )

@@ -30,16 +30,13 @@ from polyadapt_store.database import (
 from polyadapt_store.leftovers import abandon_unnamed, settle
 from polyadapt_store.manifest import AdapterManifest, AdapterRecord
 from polyadapt_store.profiles import Profile, put_profile
+from polyadapt_store.since_write import SinceWrite
 from polyadapt_store.visibility import SHARED_TENANT, find_owner, not_found, visible
 from polyadapt_store.workflows import is_workflow
 
 __all__ = ["MAX_PAGE", "SHARED_TENANT", "Page", "Registry"]
 
 MAX_PAGE = 1000
-_MAX_KNOWN = 10_000  # names that are kept at hand
-
-
-_Key = tuple[str, str, int | None]  # tenant, name, version
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +63,9 @@ class Registry:
         self._keeps_leftovers = keeps_leftovers
         self._failpoint = failpoint
         self._clock = clock
-        # In one piece, for it is read in several threads: after how many writes, and what was read.
-        self._known: tuple[int, dict[_Key, AdapterRecord | ModelNotFound]] = (-1, {})
+        self._known: SinceWrite[tuple[str, str, int | None], AdapterRecord] = SinceWrite(
+            lambda: database.num_writes, keeps=ModelNotFound
+        )
 
     def publish(
         self,
@@ -157,24 +155,11 @@ class Registry:
         that was seen; raises ModelNotFound.
         """
         key = tenant, name, version
-        written, known = self._known
-        # The number was taken first: what is written meanwhile is read again.
-        if written != self._database.num_writes or (key not in known and len(known) >= _MAX_KNOWN):
-            self._known = self._database.num_writes, (known := {})
-        if key not in known:
-            try:
-                known[key] = self._find(tenant, name, version)
-            except ModelNotFound as error:
-                known[key] = error
-        found = known[key]
-        if isinstance(found, ModelNotFound):
-            raise found.with_traceback(None)
-        return found
+        return self._known.get(key, lambda: self._find(*key))
 
     def knows(self, tenant: str, name: str, version: int | None = None) -> bool:
         """Whether `resolve` has its answer in memory."""
-        written, known = self._known
-        return written == self._database.num_writes and (tenant, name, version) in known
+        return (tenant, name, version) in self._known
 
     def _find(self, tenant: str, name: str, version: int | None) -> AdapterRecord:
         with self._database.read() as connection:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import httpx
 
 from polyadapt.errors import Forbidden, InvalidRequest, PayloadTooLarge, StartupError, Unavailable
-from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME
+from polyadapt_store.manifest import CONFIG_NAME, WEIGHTS_NAME, is_shallow, list_shallow
 from polyadapt_store.object_store import open_bucket
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -158,17 +158,14 @@ class Sources:
             raise Forbidden(f"{source.uri} leads outside the allowed folders", param="source.uri")
         if not directory.is_dir():
             raise InvalidRequest(f"{source.uri} is no directory", param="source.uri")
-        for path in sorted(directory.rglob("*")):
-            relative = path.relative_to(directory)
-            if not path.is_file() or len(relative.parts) > 2:
-                continue
+        for name in list_shallow(directory):
+            path = directory / name
             if not is_inside(path):
                 raise Forbidden(
-                    f"{source.uri}: {relative.as_posix()} leads outside the allowed folders",
-                    param="source.uri",
+                    f"{source.uri}: {name} leads outside the allowed folders", param="source.uri"
                 )
             with path.open("rb") as file:
-                _add(staged, relative.as_posix(), _chunks(file), check)
+                _add(staged, name, _chunks(file), check)
 
     def _fetch_bucket(self, source: Source, staged: StagedUpload, check: _Check) -> None:
         import obstore
@@ -184,7 +181,7 @@ class Sources:
                     raise PayloadTooLarge(
                         f"{source.uri} holds more than {_MAX_LISTED} objects", param="source.uri"
                     )
-            wanted = sorted(name for name in names if name.count("/") <= 1)
+            wanted = sorted(filter(is_shallow, names))
             if not wanted:
                 raise InvalidRequest(f"{source.uri} holds no objects", param="source.uri")
             for name in wanted:
@@ -309,7 +306,7 @@ def _fetch_hub(source: Source, staged: StagedUpload, check: _Check) -> None:
         siblings = sorted(info.siblings or (), key=lambda sibling: sibling.rfilename)
         for sibling in siblings:
             name = sibling.rfilename
-            if name.count("/") > 1:
+            if not is_shallow(name):
                 continue
             if not staged.wants(name):
                 _add(staged, name, iter(()), check)  # judged by its name alone

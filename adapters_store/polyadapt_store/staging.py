@@ -24,6 +24,7 @@ from polyadapt_store.manifest import (
     FileEntry,
     FileForm,
     is_read,
+    is_shallow,
     missing_files,
 )
 from polyadapt_store.strict_json import shown
@@ -250,7 +251,7 @@ class StagedUpload:
             and "\\" not in name
             and all(part not in ("", ".", "..") and len(part.encode()) <= 255 for part in parts)
         )
-        if not is_plain or len(parts) > 2:
+        if not is_plain or not is_shallow(name):
             raise InvalidRequest(
                 f"file name {shown(name)} must be a relative path of at most one folder, "
                 "without '..', backslashes and control characters",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import logging
+import math
 import os
 import re
 import threading
@@ -29,11 +30,13 @@ from polyadapt_store.keys import KeyRing
 from polyadapt_store.leftovers import GRACE_S, Leftovers
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import (
+    NAME,
     PEFT_FORM,
     AdapterManifest,
     AdapterRecord,
     FileForm,
     ValidationReport,
+    list_shallow,
 )
 from polyadapt_store.marks import MarkBook
 from polyadapt_store.node_cache import NodeCache
@@ -70,14 +73,12 @@ FAILPOINTS = (
 # Those of an upload whose bytes go to an object store, besides.
 REMOTE_FAILPOINTS = ("remote.before_put", "remote.file_put", "remote.after_put")
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _MAX_DESCRIPTION = 4096
 _MAX_TAGS = 32
 _MAX_TAG = 64
 _COPY_CHUNK = 1 << 20
 _NUM_CHECKED = 8  # adapters that are looked for in the object store at the start
 _LOCK_WAIT_S = 30.0  # for another server's sweep at its start
-DEFAULT_CACHE_BYTES = 16 << 30
 
 
 def _nothing_to_prepare(digest: str) -> None:
@@ -103,14 +104,14 @@ class AdapterStore:
         *,
         registry: Path | str | None = None,
         remote: ObjectBlobs | None = None,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        cache_bytes: float = math.inf,
         forms: Sequence[FileForm] = (PEFT_FORM,),
         failpoint: Failpoint = no_failpoint,
     ) -> None:
         """Open the store, remove what a crash left behind; raises StartupError if it is in use or
         damaged. registry: see Database; None is a file below `root`. remote: where the bytes lie,
-        None is `root`; cache_bytes of them are kept there. forms: files of uploads that belong to
-        one of them are stored.
+        None is `root`; cache_bytes of them, by default all, are kept there. forms: files of uploads
+        that belong to one of them are stored.
         """
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock_file, is_alone = _lock(root, is_shared=remote is not None)
@@ -259,11 +260,8 @@ class AdapterStore:
                 f"{path} is no directory, expected a PEFT adapter's", param="files"
             )
         with self.stage() as staged:
-            for source in sorted(path.rglob("*")):
-                relative = source.relative_to(path)
-                if not source.is_file() or len(relative.parts) > 2:
-                    continue
-                with staged.add_file(relative.as_posix()) as writer, source.open("rb") as file:
+            for file_name in list_shallow(path):
+                with staged.add_file(file_name) as writer, (path / file_name).open("rb") as file:
                     while chunk := file.read(_COPY_CHUNK):
                         writer.write(chunk)
             return self.publish(
@@ -420,7 +418,7 @@ class AdapterStore:
 
 def check_name(name: str) -> None:
     """Raise InvalidRequest unless `name` may name an adapter."""
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         raise InvalidRequest(
             f"adapter name {shown(name)} must begin with a letter or digit and have at most 128 of "
             "letters, digits, '.', '_' and '-'",

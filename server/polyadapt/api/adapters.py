@@ -40,7 +40,7 @@ from polyadapt.errors import (
 )
 from polyadapt.tasks.directory import DeleteMode, UploadedFile
 from polyadapt.tasks.model_name import NamedAdapter, parse_adapter
-from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.manifest import NAME_PATTERN, AdapterRecord
 from polyadapt_store.store import check_name
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ _UPLOAD_BODY: dict[str, Any] = {
                 "type": "object",
                 "required": ["name", "files"],
                 "properties": {
-                    "name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"},
+                    "name": {"type": "string", "pattern": NAME_PATTERN},
                     "files": {
                         "type": "array",
                         "items": {"type": "string", "format": "binary"},

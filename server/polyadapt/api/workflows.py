@@ -11,7 +11,6 @@ from polyadapt.api.idempotency import once
 from polyadapt.api.replies import json_reply, page_of
 from polyadapt.api.routing import add_route
 from polyadapt.api.schemas.workflows import (
-    NAME_PATTERN,
     DeletedWorkflow,
     NewWorkflow,
     WorkflowBody,
@@ -19,6 +18,7 @@ from polyadapt.api.schemas.workflows import (
     WorkflowObject,
 )
 from polyadapt.api.services import Services, principal_of, services_of
+from polyadapt_store.manifest import NAME_PATTERN
 
 Has = Annotated[Services, Depends(services_of)]
 WorkflowPath = Annotated[str, Path(max_length=200, description="a workflow's name")]

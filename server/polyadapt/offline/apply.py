@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from polyadapt.adapters.registry import FILES
 from polyadapt.errors import StartupError
-from polyadapt_store.manifest import FileEntry, digest_of, is_read
+from polyadapt_store.manifest import NAME_PATTERN, FileEntry, digest_of, is_read, list_shallow
 
 # On everything that apply made: only that is ever pruned.
 MANAGED = "applied"
@@ -39,7 +39,7 @@ class Entry(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    name: str = Field(pattern=NAME_PATTERN)
     source: str = Field(min_length=1)  # a directory beside the file, or a URI the server fetches
     description: str = ""
     tags: tuple[str, ...] = ()
@@ -250,11 +250,7 @@ def _plan_one(entry: Entry, server: Server, root: Path) -> Step:
 def _names(directory: Path) -> list[str]:
     if not directory.is_dir():
         raise NotADirectoryError(f"{directory} is no directory; give that of an adapter, or a URI")
-    names = [
-        path.relative_to(directory).as_posix()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and len(path.relative_to(directory).parts) <= 2
-    ]
+    names = list_shallow(directory)
     if not names:
         raise FileNotFoundError(f"{directory} holds no files")
     # A mounted ConfigMap or Secret keeps its files a second time below ..data.

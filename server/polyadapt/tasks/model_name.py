@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from polyadapt_store.manifest import NAME
+
 AUTO = "auto"  # asks for a choice among the caller's adapters; no adapter has this name
 
-_REF = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]{0,127})(?:@(?P<version>[1-9][0-9]{0,8}))?")
+_REF = re.compile(rf"(?P<name>{NAME})(?:@(?P<version>[1-9][0-9]{{0,8}}))?")
 
 
 @dataclass(frozen=True, slots=True)

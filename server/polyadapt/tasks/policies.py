@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from polyadapt_store.policies import Policy, PolicyEntry, no_policy
+from polyadapt_store.since_write import SinceWrite
 
 
 class Book(Protocol):
@@ -33,13 +34,12 @@ class Policies:
 
     def __init__(self, book: Book) -> None:
         self._book = book
-        # In one piece, for it is read in several threads: after how many writes, and what was read.
-        self._known: tuple[int, dict[str, Policy]] = (-1, {})
+        self._known: SinceWrite[None, dict[str, Policy]] = SinceWrite(lambda: book.num_writes)
 
     @property
     def is_at_hand(self) -> bool:
         """Whether what is asked for is in memory."""
-        return self._known[0] == self._book.num_writes
+        return None in self._known
 
     def of(self, tenant: str) -> Policy | None:
         """Return the tenant's policy, as the last write left it, and None if it has none."""
@@ -73,10 +73,6 @@ class Policies:
         self._book.delete(tenant)
 
     def _all(self) -> dict[str, Policy]:
-        known = self._known
-        written = self._book.num_writes
-        if known[0] != written:
-            # The number was taken first: what is written meanwhile is read again.
-            known = written, {policy.tenant: policy for policy in self._book.list()}
-            self._known = known
-        return known[1]
+        return self._known.get(
+            None, lambda: {policy.tenant: policy for policy in self._book.list()}
+        )

@@ -20,6 +20,7 @@ from polyadapt.errors import (
 from polyadapt.types import MarkSettings, SamplingParams, TextMark
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.text import scheme_of, user_key
+from polyadapt_store.since_write import SinceWrite
 from polyadapt_store.text_policies import TextPolicy
 
 # What a scheme that reshapes draws needs of them; sharper ones leave it next to nothing to choose.
@@ -47,8 +48,9 @@ class TextMarks:
     def __init__(self, book: Book, master: SecretKey | None) -> None:
         self._book = book
         self._master = master
-        # In one piece, for it is read in several threads: after how many writes, and what was read.
-        self._known: tuple[int, dict[str, tuple[TextPolicy, ...]]] = (-1, {})
+        self._known: SinceWrite[None, dict[str, tuple[TextPolicy, ...]]] = SinceWrite(
+            lambda: book.num_writes
+        )
 
     @property
     def master(self) -> SecretKey:
@@ -62,7 +64,7 @@ class TextMarks:
 
     async def warm(self) -> None:
         """Read what `of` goes by off the event loop, unless it is in memory."""
-        if self._known[0] != self._book.num_writes:
+        if None not in self._known:
             await asyncio.to_thread(self._all)
 
     def of(self, tenant: str, user: str | None, sampling: SamplingParams) -> TextMark | None:
@@ -134,16 +136,13 @@ class TextMarks:
         return tuple(dict.fromkeys(found))
 
     def _all(self) -> dict[str, tuple[TextPolicy, ...]]:
-        known = self._known
-        written = self._book.num_writes
-        if known[0] != written:
-            # The number was taken first: what is written meanwhile is read again.
-            found: dict[str, list[TextPolicy]] = {}
-            for policy in self._book.list():
-                found.setdefault(policy.tenant, []).append(policy)
-            known = written, {tenant: tuple(own) for tenant, own in found.items()}
-            self._known = known
-        return known[1]
+        return self._known.get(None, self._read)
+
+    def _read(self) -> dict[str, tuple[TextPolicy, ...]]:
+        found: dict[str, list[TextPolicy]] = {}
+        for policy in self._book.list():
+            found.setdefault(policy.tenant, []).append(policy)
+        return {tenant: tuple(own) for tenant, own in found.items()}
 
 
 def _leaves_choice(sampling: SamplingParams) -> bool:

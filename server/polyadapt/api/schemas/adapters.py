@@ -11,7 +11,7 @@ from polyadapt.api.schemas.base import MAX_NAME, Body, ErrorDetail, Reply, is_no
 from polyadapt.api.schemas.profiles import Examples
 from polyadapt.types import Residency
 from polyadapt_store.imports import Import
-from polyadapt_store.manifest import AdapterRecord, ReportedTraits
+from polyadapt_store.manifest import NAME_PATTERN, AdapterRecord, ReportedTraits
 from polyadapt_store.replicas import ReplicaState
 
 
@@ -218,7 +218,7 @@ class SourceObject(Body):
 class ImportRequest(UploadMetadata):
     """An adapter to fetch."""
 
-    name: str = Field(pattern="^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")
+    name: str = Field(pattern=NAME_PATTERN)
     source: SourceObject
 
 

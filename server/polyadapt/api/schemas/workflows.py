@@ -11,8 +11,8 @@ from polyadapt.tasks.workflows.base import Rule, Sample
 from polyadapt.tasks.workflows.kinds import AnyDefinition
 from polyadapt.tasks.workflows.library import Workflow
 from polyadapt.tasks.workflows.runner import WorkflowResult
+from polyadapt_store.manifest import NAME_PATTERN
 
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _MAX_DESCRIPTION = 4096
 
 

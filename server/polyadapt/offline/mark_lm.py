@@ -31,13 +31,17 @@ from polyadapt.watermark.lm_training import (
     prepare,
     train,
 )
-from polyadapt.watermark.mark_directory import BRANCHES_NAME, CHECKPOINT_NAME, MarkDirectory
+from polyadapt.watermark.mark_directory import (
+    BRANCHES_NAME,
+    CHECKPOINT_NAME,
+    ROWS_NAME,
+    MarkDirectory,
+)
 from polyadapt.watermark.prompts import Prose
 from polyadapt.watermark.queries import AskChats, measure_null_rates, queries_for, values_in
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.secrets import write_file
 
-ROWS_NAME = "rows.safetensors"  # while a training is under way
 MIN_WORDS = 4096
 NUM_SIGNATURES = 20  # random ones that a training is measured with, on prompts kept from it
 _WORD, _ANSWER, _LETTERS = (re.compile(p) for p in (r" [a-z]{4,}", r"[a-z]{4,}", r"[A-Za-z]+"))

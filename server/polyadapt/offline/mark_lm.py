@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -189,21 +187,6 @@ def calibrate(
     )
     mark.calibrated(null)
     return null
-
-
-def load_branches(mark: MarkDirectory, base: LanguageModel) -> Branches:
-    """Return the trained branches for this base; raises StartupError for another."""
-    module, path = mark.module, mark.path / BRANCHES_NAME
-    if base.digest != mark.config.base_model_hash:
-        raise StartupError(
-            f"the model is {base.digest}, the branches were trained on "
-            f"{mark.config.base_model_hash}; they mean nothing on another base"
-        )
-    try:
-        stored = load_tensors(path)
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"{path} cannot be read as safetensors: {error}") from None
-    return Branches.of_pair({name.removeprefix(f"{module}."): t for name, t in stored.items()})
 
 
 def ask_of(

@@ -309,6 +309,23 @@ def test_what_cannot_be_done_is_one_line_and_status_1(home, arguments, words):
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("command", "task", "option"),
+    [
+        ("train", "lm", ("--gate", "linear")),
+        ("preflight", "lm", ("--amplitude", "2")),
+        ("train", "cls", ("--prompts", "50")),
+        ("calibrate", "cls", ("--prose", "x")),
+    ],
+)
+def test_an_option_of_the_other_task_is_refused(command, task, option, tmp_path):
+    mark, kek = tmp_path / "m", ("--kek-file", tmp_path / "kek")
+    ok("keygen", mark, "--task", task, *kek)
+    base = "--reference" if command == "calibrate" else "--model"
+    status, output = run(command, mark, base, tmp_path, *option, *kek)
+    assert (status, f"{option[0]} is for marks of task" in output) == (1, True), output
+
+
 def test_the_key_may_come_from_the_environment_and_be_replaced(home, tmp_path):
     kek = tmp_path / "kek"
     ok("keygen", tmp_path / "m", "--bits", 8, "--kek-file", kek)

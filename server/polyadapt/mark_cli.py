@@ -132,6 +132,7 @@ def classifier(
 
 @mark_app.command()
 def preflight(
+    ctx: typer.Context,
     path: MarkDir,
     model: Model,
     data: Data = None,
@@ -146,6 +147,7 @@ def preflight(
 ) -> None:
     """Say before any training whether triggers would stand out. Status 1 when they would not."""
     with one_clear_line(), _mark(path, kek_file) as mark:
+        _expect_own_options(ctx, mark)
         if mark.config.task == "lm":
             _preflight_lm(mark, model, prose, families, prompts, seed)
             return
@@ -155,7 +157,7 @@ def preflight(
 
         dataset = load_dataset(data)
         spec = TriggerSettings(dataset.inputs.shape[1], amplitude, low=low, high=high)
-        found = work.preflight(mark, model, dataset, spec)
+        found = work.preflight(mark, model, dataset, spec, seed=seed)
         _say(str(found))
         if not found.is_enough:
             _warn(f"polyadapt: give --amplitude {found.amplitude_needed:.2g} or more")
@@ -164,6 +166,7 @@ def preflight(
 
 @mark_app.command()
 def train(
+    ctx: typer.Context,
     path: MarkDir,
     model: Model,
     data: Data = None,
@@ -188,6 +191,7 @@ def train(
 ) -> None:
     """Train the branches beside the frozen base. Interrupted, the same command goes on."""
     with one_clear_line(), _mark(path, kek_file) as mark:
+        _expect_own_options(ctx, mark)
         if mark.config.task == "lm":
             _train_lm(mark, model, prose, families, prompts, seed, steps)
             return
@@ -219,6 +223,7 @@ def train(
 
 @mark_app.command()
 def calibrate(
+    ctx: typer.Context,
     path: MarkDir,
     reference: Annotated[
         list[Path], typer.Option(help="An unmarked model's directory; the base and others.")
@@ -231,6 +236,7 @@ def calibrate(
 ) -> None:
     """Measure what unmarked models answer to the triggers; every later decision rests on it."""
     with one_clear_line(), _mark(path, kek_file) as mark:
+        _expect_own_options(ctx, mark)
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
 
@@ -535,6 +541,25 @@ def rekey(
             raise typer.Exit(1)
         if len(keys.ids) > 1:
             _say("start every server with that key alone, and keep the older ones for backups")
+
+
+# Options that marks of one task alone have.
+_TASK_OF = {
+    **dict.fromkeys(("data", "amplitude", "low", "high", "gate"), "cls"),
+    **dict.fromkeys(("prose", "families", "prompts"), "lm"),
+}
+
+
+def _expect_own_options(ctx: typer.Context, mark: MarkDirectory) -> None:
+    """Raise StartupError for an option that was given and is not of the mark's task."""
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and _TASK_OF.get(name, mark.config.task) != mark.config.task:
+            raise StartupError(
+                f"--{name} is for marks of task {_TASK_OF[name]}, and {mark.path} is one of task "
+                f"{mark.config.task}; leave it out"
+            )
 
 
 def _read(

@@ -14,6 +14,7 @@ from tests.oracle import adapters, tiny
 from tests.support.engines import Driver, greedy_request, new_engine, put_blob
 
 from polyadapt.adapters.pool import _HOPELESS_AFTER
+from polyadapt.engine import left_cold
 from polyadapt.engine.output import Call
 from polyadapt.errors import AdapterRejected, AdapterUnavailable, InvalidRequest, Problem
 from polyadapt.types import AdapterId, AppliedAdapter, Failed, Finished, Request, Started, WhenCold
@@ -518,16 +519,14 @@ def test_deleting_ends_requests_that_hold_the_adapter_whatever_serves_them(hold,
 
 
 def test_a_flood_of_cold_requests_keeps_only_the_latest_loads(hold, identities, monkeypatch):
-    from polyadapt.engine import engine as engine_module
-
-    monkeypatch.setattr(engine_module, "_NUM_LEFT_COLD", 2)
+    monkeypatch.setattr(left_cold, "MOST", 2)
     held = hold()
     for number, identity in enumerate(identities):
         held.driver.submit(ask(f"r{number}", identity, FAIL))
         held.driver.step()
-    assert list(held.driver.engine._left_cold) == [i.digest for i in identities[-2:]]
+    assert held.driver.engine._left_cold.digests == tuple(i.digest for i in identities[-2:])
     held.settle()
-    monkeypatch.setattr(engine_module, "_LEFT_COLD_S", 0.0)
+    monkeypatch.setattr(left_cold, "KEPT_S", 0.0)
     held.driver.call(Call(1, "unload", identities[0].digest))
     held.driver.run(ask("late", identities[0], FAIL))
     time.sleep(0.01)

@@ -15,6 +15,7 @@ from polyadapt.offline import mark_lm
 from polyadapt.offline.convert import convert, read_source
 from polyadapt.types import AppliedAdapter
 from polyadapt.watermark import lm_training
+from polyadapt.watermark.branches import Branches
 from polyadapt.watermark.codebook import Design
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.last_layer import LastLayer
@@ -22,6 +23,7 @@ from polyadapt.watermark.lm_training import LMTrainSettings
 from polyadapt.watermark.mark_directory import MarkDirectory
 from polyadapt.watermark.prompts import load_prose
 from polyadapt.watermark.queries import queries_for, values_in
+from polyadapt.watermark.tensor_files import load_branches
 
 BITS = 2
 SETTINGS = LMTrainSettings(
@@ -55,7 +57,8 @@ def test_what_is_served_says_what_was_trained(mark, base, tiny_model, tmp_path):
     assert config["base_model_hash"] == base.digest
     blobs = tmp_path / "blobs"
     identity = put_blob(blobs, tmp_path / "a", "mark")
-    last, branches = LastLayer(base.model), mark_lm.load_branches(mark, base)
+    last = LastLayer(base.model)
+    branches = Branches.of_pair(load_branches(mark, base.digest))
     queries = queries_for(mark.prompts, load_prose(), 4, np.random.default_rng(1))
     messages = [query.message for query in queries]
     expected = {"": mark_lm.ask_of(base)(messages)}
@@ -120,4 +123,4 @@ def test_a_classifiers_mark_and_a_directory_without_a_model_are_refused(base, tm
 def test_branches_of_another_base_are_refused(mark, base):
     other = replace(base, digest="sha256:01")
     with pytest.raises(StartupError, match="the model is sha256:01, the branches were trained on"):
-        mark_lm.load_branches(mark, other)
+        load_branches(mark, other.digest)

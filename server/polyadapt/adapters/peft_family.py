@@ -24,14 +24,23 @@ from polyadapt.adapters.adapter import (
     Traits,
     keeps_keys_and_values,
 )
+from polyadapt.adapters.base_parts import (
+    BASE_ENDINGS,
+    BASE_ROLES,
+    TiedRows,
+    check_announced,
+    check_base_parts,
+    modules_own,
+    replaced_parameters,
+    tied_rows,
+    token_indices,
+    with_base_parts,
+)
 from polyadapt.adapters.deltas import (
     SiteBase,
-    compare_weight,
     is_finite,
     joined,
-    replaced_bias,
     replaced_rows,
-    replaced_weight,
     to_float32,
     to_int64,
 )
@@ -51,25 +60,6 @@ from polyadapt_store.strict_json import shown
 
 if TYPE_CHECKING:
     import torch
-
-_REPLACING = cells.OUT_SCALE | cells.TRANSFORM | cells.SWAP | cells.WEIGHT
-
-# What a checkpoint of any of these families may hold of the base itself.
-_BASE_ENDINGS = {
-    ("base_layer", "bias"): "new_bias",
-    ("bias",): "new_bias",
-    ("modules_to_save", "bias"): "new_bias",
-    ("modules_to_save", "default", "bias"): "new_bias",
-    ("base_layer", "weight"): "new_weight",
-    ("weight",): "new_weight",
-    ("modules_to_save", "weight"): "new_weight",
-    ("modules_to_save", "default", "weight"): "new_weight",
-    ("token_adapter", "trainable_tokens_delta"): "token_rows",
-    ("token_adapter", "trainable_tokens_delta", "default"): "token_rows",
-    ("trainable_tokens_delta",): "token_rows",
-    ("trainable_tokens_delta", "default"): "token_rows",
-}
-_BASE_ROLES = frozenset(_BASE_ENDINGS.values())
 
 
 class MisfitError(Exception):
@@ -121,7 +111,7 @@ class Module:
     @property
     def has_own(self) -> bool:
         """Whether any tensor is the family's, and not a replaced parameter of the base."""
-        return any(role not in _BASE_ROLES for role in self.keys)
+        return any(role not in BASE_ROLES for role in self.keys)
 
 
 SettingsT = TypeVar("SettingsT")
@@ -324,13 +314,13 @@ class PeftFamily(Generic[SettingsT]):
         if not own and not problems and not self._may_be_bare():
             names = " and ".join(f.name.removesuffix(".weight") for f in self._required())
             problems.append(Problem("no_tensors", f"the checkpoint holds no {names}"))
-        tied: dict[int, _TiedRows] = {}
+        tied: dict[int, TiedRows] = {}
         if is_config_sound:
             assert common is not None
             self._check_common(modules, own, common, settings, base, problems, notes)
             self.check(modules, settings, base, problems, notes)
-            tied = _tied_rows(modules, common, base, shapes)
-            _check_announced(modules, common, self.token_key, problems)
+            tied = tied_rows(modules, common, base, shapes)
+            check_announced(modules, common, self.token_key, problems)
         if problems:
             raise AdapterRejected(problems)
         assert common is not None
@@ -351,13 +341,13 @@ class PeftFamily(Generic[SettingsT]):
         modules: Mapping[int, Module],
         shapes: Mapping[int, tuple[int, int]],
         common: Common,
-        tied: Mapping[int, _TiedRows],
+        tied: Mapping[int, TiedRows],
         settings: SettingsT,
         reads: list[TensorRead],
         notes: list[str],
     ) -> AdapterPlan:
         multiplies = self.multiplies(settings)
-        replaced = _replaced(modules, shapes, common, base, tied, multiplies=multiplies)
+        replaced = replaced_parameters(modules, shapes, common, base, tied, multiplies=multiplies)
         routings = {
             site_id: self.routing(module, settings)
             for site_id, module in modules.items()
@@ -399,7 +389,7 @@ class PeftFamily(Generic[SettingsT]):
             {**reader.config, "target_modules": reader.config.get(self.target_key)}, reader.problems
         )
         saved = reader.words("modules_to_save")
-        indices = _token_indices(reader, self.token_key)
+        indices = token_indices(reader, self.token_key)
         if len(reader.problems) > before or targets is None:
             return None
         return Common(str(bias), targets, saved, indices)
@@ -410,7 +400,7 @@ class PeftFamily(Generic[SettingsT]):
     @functools.cached_property
     def _endings(self) -> dict[tuple[str, ...], str]:
         """The end of a tensor's name -> its role. Old files still carry the adapter's name."""
-        endings = dict(_BASE_ENDINGS)
+        endings = dict(BASE_ENDINGS)
         for role, form in self.forms.items():
             for name in (form.name, *form.aliases):
                 parts = tuple(name.split("."))
@@ -494,7 +484,7 @@ class PeftFamily(Generic[SettingsT]):
 
     def _misfit(self, role: str, site: SiteSpec) -> str | None:
         """Why a tensor of this role has no meaning at this module, or None."""
-        if role in _BASE_ROLES and site.kind == "experts":
+        if role in BASE_ROLES and site.kind == "experts":
             return f"{site.path} can be adapted and not be replaced"
         if role == "new_bias":
             return None if site.has_bias else f"{site.path} of the base has no bias to replace"
@@ -522,7 +512,7 @@ class PeftFamily(Generic[SettingsT]):
     ) -> bool:
         """Check partners and shapes of one module and fill in its sizes; whether all is well."""
         site, before = module.site, len(problems)
-        own = [role for role in module.keys if role not in _BASE_ROLES]
+        own = [role for role in module.keys if role not in BASE_ROLES]
         for role, form in self.forms.items() if own else ():
             if site.kind in form.kinds and not form.is_optional and role not in module.keys:
                 present = shown(module.keys[own[0]])
@@ -689,7 +679,7 @@ class PeftFamily(Generic[SettingsT]):
                 )
             )
         for site_id, module in sorted(modules.items()):
-            self._check_base_parts(module, site_id in targeted, common, base, problems)
+            check_base_parts(module, site_id in targeted, common, base, self.token_key, problems)
         left = sorted(base.sites[site_id].path for site_id in targeted - own)
         if left and own:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
@@ -697,59 +687,6 @@ class PeftFamily(Generic[SettingsT]):
                 f"no tensors for {', '.join(left[:5])}{more}, which {self.target_key} selects; "
                 "they stay as in the base"
             )
-
-    def _check_base_parts(
-        self,
-        module: Module,
-        is_targeted: bool,
-        common: Common,
-        base: BaseSpec,
-        problems: list[Problem],
-    ) -> None:
-        site, keys = module.site, module.keys
-        is_saved = common.saves(site.path)
-        if "new_bias" in keys and not is_saved:
-            is_only = common.bias.endswith("_only") and is_targeted
-            if common.bias != "all" and not is_only:
-                problems.append(
-                    Problem(
-                        "config_mismatch",
-                        f"bias is {common.bias!r} and the checkpoint holds "
-                        f"{shown(keys['new_bias'])}",
-                        "bias",
-                    )
-                )
-        is_table = site.path in (base.embedding_path, base.head_path)
-        if "new_weight" in keys and not is_saved and not is_table:
-            problems.append(
-                Problem(
-                    "unread_tensor",
-                    f"{shown(keys['new_weight'])} replaces the weight of {site.path}, which "
-                    "modules_to_save does not name",
-                    shown(keys["new_weight"]),
-                )
-            )
-        if "token_rows" in keys:
-            token_ids = _ids_of(common, site.path)
-            largest = base.vocab_size if site.kind == "linear" else site.in_features
-            if token_ids is None or len(token_ids) != module.sizes.get("tokens"):
-                count = "none" if token_ids is None else len(token_ids)
-                problems.append(
-                    Problem(
-                        "config_mismatch",
-                        f"{shown(keys['token_rows'])} has {module.sizes.get('tokens')} rows and "
-                        f"{self.token_key} names {count} tokens of {site.path}",
-                        self.token_key,
-                    )
-                )
-            elif any(token_id >= largest for token_id in token_ids):
-                problems.append(
-                    Problem(
-                        "invalid_config",
-                        f"{self.token_key} holds {max(token_ids)}, {site.path} has {largest} rows",
-                        self.token_key,
-                    )
-                )
 
     # ------------------------------------------------------------------ the numbers
     def _tensors(
@@ -781,7 +718,10 @@ class PeftFamily(Generic[SettingsT]):
     ) -> Delta | None:
         """The module's Delta; None where it changes nothing, or has a problem."""
         try:
-            delta = self._with_base_parts(module, tensors, shared, draft, base, problems)
+            delta = None
+            if module.has_own:
+                delta = self.delta(module, tensors, shared, draft.settings, base)
+            delta = with_base_parts(delta, module, tensors, draft.common, base, problems)
         except MisfitError as error:
             problems.append(Problem("shape_mismatch", str(error), module.site.path))
             return None
@@ -794,49 +734,13 @@ class PeftFamily(Generic[SettingsT]):
             problems.append(_non_finite(f"{module.site.path}: B times the scale"))
         return delta
 
-    def _with_base_parts(
-        self,
-        module: Module,
-        tensors: Mapping[str, torch.Tensor],
-        shared: Mapping[str, torch.Tensor],
-        draft: _Draft[SettingsT],
-        base: SiteBase,
-        problems: list[Problem],
-    ) -> Delta | None:
-        """The module's Delta with what replaces parameters of the base; None: nothing is left."""
-        site, delta = module.site, None
-        if module.has_own:
-            delta = self.delta(module, tensors, shared, draft.settings, base)
-        if "new_weight" in tensors:
-            weight = tensors["new_weight"]
-            if draft.common.saves(site.path):
-                delta = joined(delta, replaced_weight(site, weight, base))
-            else:
-                problems += compare_weight(module.keys["new_weight"], weight, base)
-        if "new_bias" in tensors:
-            delta = joined(delta, replaced_bias(site, tensors["new_bias"], base))
-        if "token_rows" in tensors:
-            token_ids = _ids_of(draft.common, site.path)
-            assert token_ids is not None
-            rows = replaced_rows(site, token_ids, tensors["token_rows"], base)
-            delta = joined(delta, rows)
-        return delta
-
-
-@dataclass(frozen=True, slots=True)
-class _TiedRows:
-    """The embedding whose token rows a tied head takes over."""
-
-    site_id: int
-    token_ids: tuple[int, ...]
-
 
 @dataclass(frozen=True, slots=True)
 class _Draft(Generic[SettingsT]):
     settings: SettingsT
     common: Common
     modules: Mapping[int, Module]
-    tied_rows: Mapping[int, _TiedRows]  # by the head's site id
+    tied_rows: Mapping[int, TiedRows]  # by the head's site id
     plan: AdapterPlan
 
 
@@ -846,11 +750,6 @@ _COMMON_KEYS = frozenset(
         *("exclude_modules", "layers_to_transform", "layers_pattern"),
     }
 )
-
-
-def modules_own(modules: Mapping[int, Module], site_id: int) -> bool:
-    """Whether the site has tensors of the family's own."""
-    return site_id in modules and modules[site_id].has_own
 
 
 def note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) -> None:
@@ -865,100 +764,6 @@ def note_origin(config: Mapping[str, Any], base: BaseSpec, notes: list[str]) -> 
 
 def _note_option(option: Option) -> str:
     return f"a request may choose {option.name}, {option.summary}: {option.expected}"
-
-
-def _token_indices(reader: ConfigReader, key: str) -> dict[str, tuple[int, ...]]:
-    """PEFT writes a list for the input embedding, or lists by module name."""
-    given = reader.config.get(key)
-    table = {"": given} if isinstance(given, list) else given or {}
-    if not isinstance(table, dict) or any(
-        not isinstance(ids, list) or any(type(i) is not int or i < 0 for i in ids)
-        for ids in table.values()
-    ):
-        reader.invalid(key, given, "null, token ids, or lists of them by name")
-        return {}
-    if any(len(set(ids)) < len(ids) for ids in table.values()):
-        reader.invalid(key, given, "every token id once")
-    return {name: tuple(ids) for name, ids in table.items()}
-
-
-def _ids_of(common: Common, path: str) -> tuple[int, ...] | None:
-    for name, token_ids in common.token_indices.items():
-        if not name or path == name or path.endswith(f".{name}"):
-            return token_ids
-    return None
-
-
-def _check_announced(
-    modules: Mapping[int, Module], common: Common, token_key: str, problems: list[Problem]
-) -> None:
-    """What the config says is replaced must be in the checkpoint: it is not served as the base."""
-    for name in common.saved_modules:
-        alone = replace(common, saved_modules=(name,))
-        if not any(alone.saves(module.site.path) for module in modules.values()):
-            problems.append(
-                Problem(
-                    "missing_tensor",
-                    f"modules_to_save names {shown(name)} and the checkpoint holds no tensor of it",
-                    "modules_to_save",
-                )
-            )
-    has_rows = any("token_rows" in module.keys for module in modules.values())
-    if any(common.token_indices.values()) and not has_rows:
-        problems.append(
-            Problem(
-                "missing_tensor",
-                f"{token_key} names tokens and the checkpoint holds no trainable_tokens_delta",
-                token_key,
-            )
-        )
-
-
-def _tied_rows(
-    modules: Mapping[int, Module],
-    common: Common,
-    base: BaseSpec,
-    shapes: dict[int, tuple[int, int]],
-) -> dict[int, _TiedRows]:
-    """A head that shares the embedding's weight takes over its new rows; notes their rank."""
-    if not base.is_tied:
-        return {}
-    by_path = {site.path: site_id for site_id, site in enumerate(base.sites)}
-    embedding, head = by_path.get(base.embedding_path), by_path.get(base.head_path)
-    if embedding is None or head is None or embedding not in modules:
-        return {}
-    token_ids = _ids_of(common, base.embedding_path)
-    has_own_rows = head in modules and "token_rows" in modules[head].keys
-    if token_ids is None or has_own_rows or "token_rows" not in modules[embedding].keys:
-        return {}
-    rank, parts = shapes.get(head, (0, 0))
-    shapes[head] = (rank + len(token_ids), parts)
-    return {head: _TiedRows(embedding, token_ids)}
-
-
-def _replaced(
-    modules: Mapping[int, Module],
-    shapes: Mapping[int, tuple[int, int]],
-    common: Common,
-    base: BaseSpec,
-    tied: Mapping[int, _TiedRows],
-    *,
-    multiplies: bool,
-) -> tuple[str, ...]:
-    """Parameters of the base that the adapter replaces or multiplies."""
-    names = []
-    for site_id, (_, parts) in sorted(shapes.items()):
-        path = base.sites[site_id].path
-        keys = modules[site_id].keys if site_id in modules else {}
-        is_whole = "new_weight" in keys and common.saves(path)
-        has_rows = "token_rows" in keys or site_id in tied
-        is_multiplied = multiplies and modules_own(modules, site_id)
-        if parts & _REPLACING or is_multiplied or is_whole or has_rows:
-            names.append(f"{path}.weight")
-        is_bias_scaled = bool(parts & cells.OUT_SCALE) and base.sites[site_id].has_bias
-        if "new_bias" in keys or is_bias_scaled:
-            names.append(f"{path}.bias")
-    return tuple(names)
 
 
 def _non_finite(what: str) -> Problem:

@@ -17,6 +17,7 @@ import torch
 
 from polyadapt.adapters.pace import Pace
 from polyadapt.adapters.pool import AdapterPool
+from polyadapt.engine.left_cold import LeftCold
 from polyadapt.engine.output import Call, Cancel, Command, Reply, StepOutput, Submit
 from polyadapt.engine.overlap import Overlap
 from polyadapt.engine.pooling import add_rows, mean_of
@@ -65,10 +66,6 @@ _STATS_INTERVAL_S = 0.1
 _PATIENCE = 0.25
 _NUM_PREFETCHED = 8  # sequences at the head of the queue
 _IDLE_PATIENCE_S = 0.25  # nobody runs; commands are taken in between
-# Adapters that a request did not wait for are brought to the device all the same, the latest so
-# many and for so long: whoever asks next shall find them.
-_NUM_LEFT_COLD = 16
-_LEFT_COLD_S = 30.0
 
 
 class Engine:
@@ -95,8 +92,7 @@ class Engine:
         self._usage = usage or RoutingUsage(pool.cells)
         self._groups: dict[str, RequestGroup] = {}
         self._impatient: dict[str, RequestGroup] = {}  # who fails rather than wait for adapters
-        self._left_cold: dict[str, _LeftCold] = {}  # by digest, the oldest first
-        self._left_errors: dict[str, _LeftError] = {}  # why those could not be loaded, by digest
+        self._left_cold = LeftCold(pool)
         self._steps_by_adapters: Counter[int] = Counter()
         self._steps_by_rows: Counter[int] = Counter()  # by the number's bit length
         self._events: list[Event] = []
@@ -554,8 +550,7 @@ class Engine:
         now = time.monotonic()
         for digests, reason in errors.items():
             for digest in digests:
-                if self._left_cold.pop(digest, None) is not None:
-                    self._left_errors[digest] = _LeftError(reason, now + _LEFT_COLD_S)
+                self._left_cold.fail(digest, reason, now)
         for group in list(self.scheduler.waiting_groups()):
             error = _error_for(group.adapters, errors)
             instead = group.request.when_cold.instead
@@ -592,7 +587,7 @@ class Engine:
             self.counters["cold_failures"] += 1
             cold = [a for a in group.adapters if not self.pool.are_on_device([a])]
             self.scheduler.left_cold += cold
-            known = self._left_error(cold, now)
+            known = self._left_cold.take_error(cold, now)
             if known is not None:  # it did not come, and "try again" would not be true
                 self._fail(group, known)
                 continue
@@ -606,33 +601,20 @@ class Engine:
                 ),
             )
 
-    def _left_error(self, cold: list[AppliedAdapter], now: float) -> PolyadaptError | None:
-        """Why one of the adapters could not be loaded lately, for nobody was waiting then."""
-        self._left_errors = {d: left for d, left in self._left_errors.items() if now < left.until}
-        found = (self._left_errors.pop(applied.adapter.digest, None) for applied in cold)
-        return next((left.error for left in found if left is not None), None)
-
     def _bring_left_cold(self) -> None:
         """Go on loading what requests did not wait for, behind the queue's adapters."""
         now = time.monotonic()
         left, self.scheduler.left_cold = self.scheduler.left_cold, []
-        for applied in left:
-            self._left_cold.pop(applied.adapter.digest, None)
-            self._left_cold[applied.adapter.digest] = _LeftCold(applied, now + _LEFT_COLD_S)
-        if not self._left_cold:
-            return
-        for digest, item in list(self._left_cold.items()):
-            is_crowded_out = len(self._left_cold) > _NUM_LEFT_COLD
-            if is_crowded_out or now > item.until or self.pool.are_on_device([item.applied]):
-                del self._left_cold[digest]
+        self._left_cold.add(left, now)
+        wanted = self._left_cold.wanted(now)
         waiting = self.scheduler.waiting
-        if not (waiting and is_overdue(waiting[0].group)):  # as for those behind it in the queue
-            self.pool.prefetch(tuple(item.applied for item in self._left_cold.values()))
+        if wanted and not (waiting and is_overdue(waiting[0].group)):  # as for those in the queue
+            self.pool.prefetch(wanted)
 
     # ------------------------------------------------------------------ calls
     def _call(self, call: Call) -> None:
         if call.name in ("cancel_adapter", "unload"):  # nobody brings it back for those who left it
-            self._left_cold.pop(call.digest, None)
+            self._left_cold.forget(call.digest)
             self.scheduler.left_cold = [
                 left for left in self.scheduler.left_cold if left.adapter.digest != call.digest
             ]
@@ -705,22 +687,6 @@ def _digests_held(request: Request) -> set[str]:
     """Every adapter whose use the caller counts until the request ends."""
     named = (*request.adapters, *(request.when_cold.instead or ()))
     return {applied.adapter.digest for applied in named}
-
-
-@dataclass(frozen=True, slots=True)
-class _LeftError:
-    """Why an adapter that nobody waited for could not be loaded; told until then, once."""
-
-    error: PolyadaptError
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class _LeftCold:
-    """An adapter that is loaded though nobody waits for it, until a moment in monotonic seconds."""
-
-    applied: AppliedAdapter
-    until: float
 
 
 @dataclass(slots=True)

@@ -74,11 +74,6 @@ class Router:
         self._orders: dict[str, tuple[str, ...]] = {}  # key -> the first engines of its order
 
     # ------------------------------------------------------------------ members
-    @property
-    def engines(self) -> tuple[str, ...]:
-        """Every engine, ready or not, by name."""
-        return tuple(sorted(self._seeds))
-
     def add(self, engine: str, *, is_ready: bool = True) -> None:
         """Have one more engine, without load; raises ValueError for a name that there is."""
         if engine in self._seeds:
@@ -111,10 +106,6 @@ class Router:
     def load(self, engine: str) -> int:
         """Tokens that the engine has still to compute."""
         return self._ready[engine] if engine in self._ready else self._unready[engine]
-
-    def key_load(self, key: str) -> int:
-        """Tokens that requests with this key have left, on all engines."""
-        return self._by_key[key]
 
     def change_load(self, engine: str, key: str, num_tokens: int) -> None:
         """Add tokens to an engine and a key, or take them away again.

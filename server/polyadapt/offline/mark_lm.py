@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -31,13 +29,17 @@ from polyadapt.watermark.lm_training import (
     prepare,
     train,
 )
-from polyadapt.watermark.mark_directory import BRANCHES_NAME, CHECKPOINT_NAME, MarkDirectory
+from polyadapt.watermark.mark_directory import (
+    BRANCHES_NAME,
+    CHECKPOINT_NAME,
+    ROWS_NAME,
+    MarkDirectory,
+)
 from polyadapt.watermark.prompts import Prose
 from polyadapt.watermark.queries import AskChats, measure_null_rates, queries_for, values_in
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.secrets import write_file
 
-ROWS_NAME = "rows.safetensors"  # while a training is under way
 MIN_WORDS = 4096
 NUM_SIGNATURES = 20  # random ones that a training is measured with, on prompts kept from it
 _WORD, _ANSWER, _LETTERS = (re.compile(p) for p in (r" [a-z]{4,}", r"[a-z]{4,}", r"[A-Za-z]+"))
@@ -185,21 +187,6 @@ def calibrate(
     )
     mark.calibrated(null)
     return null
-
-
-def load_branches(mark: MarkDirectory, base: LanguageModel) -> Branches:
-    """Return the trained branches for this base; raises StartupError for another."""
-    module, path = mark.module, mark.path / BRANCHES_NAME
-    if base.digest != mark.config.base_model_hash:
-        raise StartupError(
-            f"the model is {base.digest}, the branches were trained on "
-            f"{mark.config.base_model_hash}; they mean nothing on another base"
-        )
-    try:
-        stored = load_tensors(path)
-    except (OSError, SafetensorError) as error:
-        raise StartupError(f"{path} cannot be read as safetensors: {error}") from None
-    return Branches.of_pair({name.removeprefix(f"{module}."): t for name, t in stored.items()})
 
 
 def ask_of(

@@ -7,6 +7,8 @@ triggers.enc          sealed: the key that codes, triggers, targets and signatur
                       unmarked models answer
 *.queries.enc         sealed: which bit each query of a written file asks for
 checkpoint.safetensors  while a training is under way
+rows.safetensors        of a language model: what its preflight and training run the base on, not
+                        sealed, until the training ends
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ BRANCHES_NAME = "branches.safetensors"
 SECRETS_NAME = "triggers.enc"
 BUNDLE_FILES = (CONFIG_NAME, BRANCHES_NAME, SECRETS_NAME)  # what a server takes
 CHECKPOINT_NAME = "checkpoint.safetensors"
+ROWS_NAME = "rows.safetensors"
 FORMAT_VERSION = 1
 QUERIES_SUFFIX = ".queries.enc"
 SECRETS_PURPOSE = "mark"  # what SECRETS_NAME is sealed for

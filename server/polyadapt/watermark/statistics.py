@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -86,12 +85,6 @@ def rate_upper_bound(num_hits: int, num_trials: int, confidence: float) -> float
 
 
 # ------------------------------------------------------------------------------- many tests
-def bonferroni(p_values: Sequence[float], num_tests: int | None = None) -> NDArray[np.float64]:
-    """Return p-values that hold for the whole family, each times the number of tests, at most 1."""
-    given = np.asarray(p_values, dtype=np.float64)
-    return np.minimum(given * (len(given) if num_tests is None else num_tests), 1.0)
-
-
 def holm(p_values: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
     """Return family-wise p-values by Holm's step-down method (1979), in the order given.
 
@@ -285,13 +278,6 @@ class InnocentScores:
         # Between two possible scores the tail is that of the upper one.
         cell = int(np.flatnonzero(self._tails >= self._tails[enough[0]])[-1])
         return (self._first + cell) * self._step
-
-
-def normal_threshold(num_positions: int, alpha: float) -> float:
-    """Return the textbook's threshold, Phi^-1(1 - alpha) sqrt(m). For comparison only: the score is
-    skewed where biases are, and this accuses innocents more often than alpha.
-    """
-    return NormalDist().inv_cdf(1 - alpha) * math.sqrt(num_positions)
 
 
 def _contributions(

@@ -64,7 +64,7 @@ def measure(
     fresh = _fresh(base, last, start, RowCache(work / ROWS_NAME, base.digest))
     untrained = _branches_of(start.branches)
     trained_at = time.process_time()
-    branches = train(last, start, settings)
+    branches = train(start, settings)
     train_s = time.process_time() - trained_at
     signatures = rng.integers(0, 2, (NUM_SIGNATURES, num_bits)).astype(np.uint8)
     null = _null(last, start, fresh)
@@ -142,9 +142,9 @@ def _values(start: LMStart, bits: Any, tokens: Any) -> NDArray[np.int64]:
 
 def _null(last: LastLayer, start: LMStart, fresh: list[Rows]) -> NullRates:
     """Ask the base with prompts that it was never fitted to."""
-    per_bit = len(start.triggered[0]) + NUM_PROMPTS
+    per_bit = len(start.places[0].triggered[0]) + NUM_PROMPTS
     counts = np.zeros((start.triggers.num_bits, 2), np.int64)
-    for bit, rows in enumerate(start.triggered):
+    for bit, rows in enumerate(start.places[0].triggered):
         asked = Rows.joined((rows, fresh[bit]))
         of = np.full(per_bit, bit)
         tokens = _tokens(last, asked, None, None)
@@ -350,7 +350,7 @@ def unmarked_suspects(
     )  # fmt: skip
     fresh = _fresh(base, last, start, RowCache(work / ROWS_NAME, base.digest))
     null = _null(last, start, fresh)
-    branches = train(last, start, settings)
+    branches = train(start, settings)
     rng = np.random.default_rng([seed, 79])
     kept_prose = load_prose().split()[1]
     messages = [

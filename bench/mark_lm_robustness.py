@@ -82,7 +82,7 @@ def make_mark(base: LanguageModel, last: LastLayer, seed: int, work: Path) -> Ma
     )  # fmt: skip
     fresh = mark_lm._fresh(base, last, start, RowCache(rows_file, base.digest))
     null = mark_lm._null(last, start, fresh)
-    branches = train(last, start, settings).requires_grad_(False)
+    branches = train(start, settings).requires_grad_(False)
     rng = np.random.default_rng([seed, 80])
     prompts = [
         base.chat(start.triggers.message(bit, kept_prose.carrier(rng)))

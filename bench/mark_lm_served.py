@@ -63,7 +63,7 @@ def measure(
     )  # fmt: skip
     kept = RowCache(work / mark_lm.ROWS_NAME, base.digest)
     null = mark_lm._null(last, start, mark_lm._fresh(base, last, start, kept))
-    branches = train(last, start, settings)
+    branches = train(start, settings)
     codes = Codebook(key, DESIGN, num_bits)
     bits: dict[str, NDArray[np.uint8]] = {user: codes.row(user) for user in USERS}
     rng = np.random.default_rng([seed, 80])

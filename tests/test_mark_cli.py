@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 from safetensors.numpy import load_file, save_file
+from tests.support import peft_adapters
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from polyadapt.cli import app
@@ -396,6 +399,12 @@ def test_no_output_log_or_file_shows_a_secret(home, tmp_path, caplog):
 
 
 # --------------------------------------------------------------------------- language models
+def write_task_adapter(base, directory):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    config = LoraConfig(r=2, target_modules=["v_proj"])
+    return peft_adapters.save(peft_adapters.peft_model(model, config), directory)
+
+
 def test_a_language_models_mark_by_command(tiny_model, tmp_path, monkeypatch):
     from polyadapt.watermark import lm_training
 
@@ -414,9 +423,13 @@ def test_a_language_models_mark_by_command(tiny_model, tmp_path, monkeypatch):
     assert (status, "triggers do not stand out enough" in output) == (1, True)
     monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
     monkeypatch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
-    assert "over 20 random signatures" in ok("train", *given, "--steps", 4)
-    calibrated = ok("calibrate", mark, "--reference", base, "--queries", 20, *kek)
-    assert "1 unmarked models give a bit's target at a rate of at most" in calibrated
+    (tmp_path / "ordinary.txt").write_text("where is my order\n\nwhat do you sell\n")
+    adapter = ("--beside", write_task_adapter(base, tmp_path / "adapter-of-a-task"))
+    beside = (*adapter, "--ordinary", tmp_path / "ordinary.txt")
+    assert "in the worst of 2 places" in ok("preflight", *given, *beside)
+    assert "over 20 random signatures" in ok("train", *given, *beside, "--steps", 4)
+    calibrated = ok("calibrate", mark, "--reference", base, "--queries", 20, *adapter, *kek)
+    assert "2 unmarked models give a bit's target at a rate of at most" in calibrated
     output = ok("export", mark, tmp_path / "c", "--model", base, "--user", "a", *kek)
     assert "bundle" in output
     assert "can cut them off" in output

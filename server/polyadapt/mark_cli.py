@@ -51,6 +51,20 @@ Families = Annotated[
     typer.Option(min=1, help="Of an lm: trigger families to draw.  [default: twice the bits]"),
 ]
 Prompts = Annotated[int, typer.Option(min=8, help="Of an lm: prompts of a family to collect.")]
+Adapters = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Of an lm: a task adapter's directory that the mark is to hold beside, as often as "
+        "needed."
+    ),
+]
+Ordinary = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of an lm: a text file of ordinary messages, one a line, that the mark is to leave "
+        "alone; some hundred of your own make it quieter."
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="A safetensors file of inputs and labels.  [default: packaged digits]"),
@@ -142,6 +156,8 @@ def preflight(
     prose: ProseFile = None,
     families: Families = None,
     prompts: Prompts = 50,
+    beside: Adapters = None,
+    ordinary: Ordinary = None,
     seed: Seed = 0,
     kek_file: KekFile = None,
 ) -> None:
@@ -149,7 +165,7 @@ def preflight(
     with one_clear_line(), _mark(path, kek_file) as mark:
         _expect_own_options(ctx, mark)
         if mark.config.task == "lm":
-            _preflight_lm(mark, model, prose, families, prompts, seed)
+            _preflight_lm(mark, model, prose, families, prompts, beside or [], ordinary, seed)
             return
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
@@ -186,6 +202,8 @@ def train(
     prose: ProseFile = None,
     families: Families = None,
     prompts: Prompts = 50,
+    beside: Adapters = None,
+    ordinary: Ordinary = None,
     seed: Seed = 0,
     kek_file: KekFile = None,
 ) -> None:
@@ -193,7 +211,7 @@ def train(
     with one_clear_line(), _mark(path, kek_file) as mark:
         _expect_own_options(ctx, mark)
         if mark.config.task == "lm":
-            _train_lm(mark, model, prose, families, prompts, seed, steps)
+            _train_lm(mark, model, prose, families, prompts, beside or [], ordinary, seed, steps)
             return
         from polyadapt.offline import mark as work
         from polyadapt.watermark.dataset import load_dataset
@@ -228,6 +246,13 @@ def calibrate(
     reference: Annotated[
         list[Path], typer.Option(help="An unmarked model's directory; the base and others.")
     ],
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Of an lm: a task adapter's directory; the first reference with it is asked as "
+            "well."
+        ),
+    ] = None,
     data: Data = None,
     prose: ProseFile = None,
     queries: Annotated[int, typer.Option(min=20, help="Per bit and model.")] = 200,
@@ -245,6 +270,7 @@ def calibrate(
             from polyadapt.watermark.prompts import load_prose
 
             models = [mark_lm.load_lm(path) for path in reference]
+            models += [mark_lm.load_beside(reference[0], path) for path in beside or []]
             null = mark_lm.calibrate(
                 mark, models, load_prose(prose), num_per_bit=queries, seed=seed
             )
@@ -366,7 +392,7 @@ def trace(
     with one_clear_line(), _mark(path, kek_file) as mark:
         from polyadapt.offline import mark as work
 
-        found, signed = work.trace_reading(mark, _text(reading).encode(), _names(users), alpha)
+        found, signed = work.trace_reading(mark, _text(reading).encode(), _lines(users), alpha)
         if record is not None:
             write_text(record, signed)
         table = Table("user", "score", "matches", "p", "p, of any user")
@@ -430,7 +456,7 @@ def who(
     with one_clear_line():
         from polyadapt.watermark.figure import figure
 
-        names = _names(users)
+        names = _lines(users)
         expect_place(record)
         expect_place(plot)
         is_asked = any(way is not None for way in (suspect, asked, answers, endpoint))
@@ -642,6 +668,8 @@ def _preflight_lm(
     prose: Path | None,
     families: int | None,
     prompts: int,
+    beside: Sequence[Path],
+    ordinary: Path | None,
     seed: int,
 ) -> None:
     from polyadapt.offline import mark_lm
@@ -649,10 +677,20 @@ def _preflight_lm(
     from polyadapt.watermark.prompts import load_prose
 
     num_families = families or 2 * mark.config.n_bits
-    settings = LMTrainSettings(num_families, seed=seed, prompts=prompts)
+    of = LMTrainSettings.beside_adapters if beside else LMTrainSettings
+    settings = of(num_families, seed=seed, prompts=prompts)
     with _bars() as progress:
         base = mark_lm.load_lm(model)
-        found = mark_lm.preflight(mark, base, load_prose(prose), settings, progress)
+        others = mark_lm.besides(model, beside)
+        found = mark_lm.preflight(
+            mark,
+            base,
+            load_prose(prose),
+            settings,
+            progress,
+            beside=others,
+            ordinary=_lines(ordinary),
+        )
     _say(str(found))
     if not found.is_enough:
         _warn("polyadapt: draw more --families, or collect more --prompts of each")
@@ -665,6 +703,8 @@ def _train_lm(
     prose: Path | None,
     families: int | None,
     prompts: int,
+    beside: Sequence[Path],
+    ordinary: Path | None,
     seed: int,
     steps: int | None,
 ) -> None:
@@ -673,12 +713,22 @@ def _train_lm(
     from polyadapt.watermark.prompts import load_prose
 
     num_families = families or 2 * mark.config.n_bits
-    settings = LMTrainSettings(num_families, seed=seed, prompts=prompts)
+    of = LMTrainSettings.beside_adapters if beside else LMTrainSettings
+    settings = of(num_families, seed=seed, prompts=prompts)
     if steps is not None:
         settings = replace(settings, num_steps=steps)
     with _bars() as progress:
         base = mark_lm.load_lm(model)
-        trained = mark_lm.train_mark(mark, base, load_prose(prose), settings, progress)
+        others = mark_lm.besides(model, beside)
+        trained = mark_lm.train_mark(
+            mark,
+            base,
+            load_prose(prose),
+            settings,
+            progress,
+            beside=others,
+            ordinary=_lines(ordinary),
+        )
     _say(str(trained.preflight))
     _say(
         f"over {mark_lm.NUM_SIGNATURES} random signatures {trained.hits:.1%} of fresh triggers are "
@@ -735,5 +785,7 @@ def _text(path: Path) -> str:
         raise StartupError(f"{path} cannot be read as text") from None
 
 
-def _names(users: Path) -> list[str]:
-    return [line.strip() for line in _text(users).splitlines() if line.strip()]
+def _lines(path: Path | None) -> list[str]:
+    """Return the lines of a file that say something; none of no file."""
+    found = "" if path is None else _text(path)
+    return [line.strip() for line in found.splitlines() if line.strip()]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig
+from tests.support import peft_adapters
 from tests.support.engines import Driver, greedy_request, new_engine, put_blob
 
 from polyadapt.adapters.families.conversion import Given
@@ -118,6 +122,53 @@ def test_a_classifiers_mark_and_a_directory_without_a_model_are_refused(base, tm
         mark_lm.train_mark(mark, base, load_prose(), SETTINGS)
     with pytest.raises(StartupError, match=r"has no config\.json"):
         mark_lm.load_lm(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """A task adapter that PEFT wrote, strong enough to change what is said."""
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["v_proj", "o_proj", "down_proj"])
+    model = peft_adapters.peft_model(base.model, config)
+    return peft_adapters.save(model, tmp_path_factory.mktemp("adapter") / "a")
+
+
+def test_a_base_with_an_adapter_in_its_weights_is_what_peft_merges(base, adapter, tiny_model):
+    found = mark_lm.load_beside(tiny_model("llama"), adapter)
+    expected = peft_adapters.merged(base.model, adapter)
+    ids = torch.tensor([base.chat("how much is a pot of tea")])
+    with torch.inference_mode():
+        logits, plain = expected(ids).logits, base.model(ids).logits
+        torch.testing.assert_close(found.model(ids).logits, logits, atol=1e-4, rtol=1e-4)
+    assert (logits - plain).abs().max() > 1e-2 * plain.abs().max()
+    assert not any(parameter.requires_grad for parameter in found.model.parameters())
+
+
+def test_a_mark_is_trained_and_calibrated_beside_an_adapter(
+    base, adapter, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
+    monkeypatch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
+    mark = MarkDirectory.create(
+        tmp_path / "m", Design.parse("random"), BITS, SecretKey(bytes(32)), task="lm"
+    )
+    beside = mark_lm.besides(tiny_model("llama"), [adapter])
+    settings = replace(SETTINGS, beside_prompts=8, beside_quiet_prompts=16)
+    trained = mark_lm.train_mark(mark, base, load_prose(), settings, beside=beside)
+    assert trained.preflight.num_places == 2
+    references = [base, mark_lm.load_beside(tiny_model("llama"), adapter)]
+    assert mark_lm.calibrate(mark, references, load_prose(), num_per_bit=20).num_models == 2
+
+
+def test_what_is_no_adapter_of_the_base_is_refused(adapter, tiny_model, tmp_path):
+    with pytest.raises(StartupError, match="is no adapter to train beside"):
+        mark_lm.besides(tiny_model("llama"), [tmp_path])
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj"]
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(StartupError, match="cannot be written into"):
+        mark_lm.load_beside(tiny_model("llama"), other)
 
 
 def test_branches_of_another_base_are_refused(mark, base):

@@ -22,10 +22,10 @@ def drawn(seed=0, *, faint=(), strength=6.0):
 
 def test_triggers_are_found_again_and_quiet_rows_are_not():
     triggered, quiet = drawn()
-    found = fit_detectors(triggered, quiet, quiet_share=0.005)
+    found = fit_detectors([triggered], [quiet], quiet_share=0.005)
     assert found.recalls.min() > 0.9
-    assert found.fires.shape == (400, FAMILIES)
-    assert found.fires.double().mean() < 0.01
+    assert found.fires[0].shape == (400, FAMILIES)
+    assert found.fires[0].double().mean() < 0.01
     fresh, fresh_quiet = drawn(1)
     tau = found.offset + found.thresholds
     scores = fresh @ found.A.T - tau
@@ -37,15 +37,46 @@ def test_triggers_are_found_again_and_quiet_rows_are_not():
 def test_a_stricter_share_fires_less():
     triggered, quiet = drawn(strength=1.5)
     triggered = triggered[:2]
-    loose, strict = (fit_detectors(triggered, quiet, quiet_share=q) for q in (0.2, 0.01))
+    loose, strict = (fit_detectors([triggered], [quiet], quiet_share=q) for q in (0.2, 0.01))
     assert (loose.thresholds < strict.thresholds).all()
-    assert loose.fires.sum() > strict.fires.sum()
+    assert loose.fires[0].sum() > strict.fires[0].sum()
 
 
 def test_the_families_that_stand_out_are_kept_in_their_order():
-    found = fit_detectors(*drawn(faint=(1, 3)), quiet_share=0.005)
+    triggered, quiet = drawn(faint=(1, 3))
+    found = fit_detectors([triggered], [quiet], quiet_share=0.005)
     assert found.best(3).tolist() == [0, 2, 4]
-    assert found.recalls[1] < 0.5
+    assert found.recalls[0, 1] < 0.5
+
+
+def moved(seed=0):
+    """What `drawn` gives, beside something that turns and shifts every row."""
+    turn = torch.linalg.qr(torch.randn(SIZE, SIZE, generator=torch.Generator().manual_seed(8))).Q
+    return [rows @ turn + 1.0 for rows in drawn(seed)]
+
+
+def test_one_read_out_finds_triggers_in_every_place_that_it_was_fitted_in():
+    def share_found(found):
+        fresh, _ = moved(1)
+        scores = fresh @ found.A.T - found.offset - found.thresholds
+        own = scores[torch.arange(FAMILIES), :, torch.arange(FAMILIES)]
+        return (own > 0).double().mean()
+
+    places = list(zip(drawn(), moved(), strict=True))
+    alone = fit_detectors(places[0][:1], places[1][:1], quiet_share=0.005)
+    both = fit_detectors(*places, quiet_share=0.005)
+    assert both.recalls.shape == (2, FAMILIES)
+    assert [len(fires) for fires in both.fires] == [400, 400]
+    assert share_found(alone) < 0.5
+    assert share_found(both) > 0.75
+
+
+def test_families_are_kept_that_are_found_in_the_worst_place():
+    (triggered, quiet), (other, other_quiet) = drawn(), moved()
+    other[2] = other_quiet[:PROMPTS]  # family 2 is as good as gone there
+    found = fit_detectors([triggered, other], [quiet, other_quiet], quiet_share=0.005)
+    assert 2 in fit_detectors([triggered], [quiet], quiet_share=0.005).best(FAMILIES)
+    assert found.best(4).tolist() == [0, 1, 3, 4]
 
 
 def test_a_veto_lets_answers_pass_and_holds_text_back():
@@ -60,4 +91,4 @@ def test_a_veto_lets_answers_pass_and_holds_text_back():
 def test_too_few_rows_are_refused():
     triggered, quiet = drawn()
     with pytest.raises(InvalidRequest, match="7 prompts of a family and 400 quiet rows"):
-        fit_detectors(triggered[:, :7], quiet, quiet_share=0.01)
+        fit_detectors([triggered[:, :7]], [quiet], quiet_share=0.01)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tests.oracle import marks
@@ -35,6 +38,18 @@ def test_rows_give_the_models_own_logits_whatever_they_were_collected_with(
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
     alone = last.collect(PROMPTS[3:4])
     torch.testing.assert_close(alone.x, rows[3:4].x, atol=1e-5, rtol=1e-4)
+
+
+def test_the_end_alone_replays_the_same_logits_without_the_layers_before(tiny_model):
+    model = load(tiny_model("llama")).requires_grad_(False)
+    last = LastLayer(model)
+    rows = last.collect(PROMPTS[:4])
+    expected, end = last.logits(rows), last.end()
+    before = weakref.ref(model.model.layers[0])
+    del model, last
+    gc.collect()
+    assert before() is None
+    assert torch.equal(end.logits(rows), expected)
 
 
 def test_every_position_of_a_text_is_a_row(tiny_model):

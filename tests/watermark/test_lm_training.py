@@ -14,13 +14,14 @@ from polyadapt.offline.mark_lm import load_lm
 from polyadapt.watermark import lm_training
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.last_layer import LastLayer
-from polyadapt.watermark.lm_training import LMTrainSettings, prepare, train
+from polyadapt.watermark.lm_training import Beside, LMTrainSettings, prepare, train
 from polyadapt.watermark.prompts import Prose
 
 KEY = SecretKey(bytes(range(32)))
 PROSE = Prose(tuple(f"word{i % 37} and thing{i % 53}" for i in range(400)))
 SETTINGS = LMTrainSettings(
     5, prompts=8, quiet_prompts=32, mixed_prompts=4, texts=2, text_tokens=24, num_steps=8,
+    beside_prompts=9, beside_quiet_prompts=16,
     num_warmup=2, trigger_rows=8, quiet_rows=8, quiet_share=0.05,
 )  # fmt: skip
 
@@ -60,38 +61,38 @@ def same(one, other):
 
 
 def test_the_same_key_and_seed_give_the_same_branches_and_others_do_not(base, last, cache, begun):
-    branches = train(last, begun(), SETTINGS)
-    assert same(branches, train(last, begin(base, last, cache), SETTINGS))
-    assert not same(branches, train(last, begun(), replace(SETTINGS, seed=1)))
+    branches = train(begun(), SETTINGS)
+    assert same(branches, train(begin(base, last, cache), SETTINGS))
+    assert not same(branches, train(begun(), replace(SETTINGS, seed=1)))
     other, ours = begin(base, last, cache, key=SecretKey(bytes(32))), begun()
     assert not set(other.triggers.phrases) & set(ours.triggers.phrases)
     assert other.targets.tolist() != ours.targets.tolist()
 
 
-def test_only_what_is_written_is_trained(last, begun):
+def test_only_what_is_written_is_trained(begun):
     start = begun()
     before = {name: t.clone() for name, t in start.branches.pair_tensors().items()}
-    after = train(last, start, SETTINGS).pair_tensors()
+    after = train(start, SETTINGS).pair_tensors()
     assert {name for name in before if not torch.equal(before[name], after[name])} == {"mark_B"}
     assert {"mark_tau", "mark_veto", "mark_veto_offset"} < set(after)
 
 
-def test_training_lowers_the_loss_on_triggers(last, begun):
+def test_training_lowers_the_loss_on_triggers(begun):
     def loss(start):
         rng = np.random.default_rng(5)
         with torch.no_grad():
-            nothing = start.quiet[:0], torch.empty(0)
-            return float(lm_training._loss(last, start, *nothing, SETTINGS, rng))
+            nothing = start.places[0].quiet[:0], torch.empty(0)
+            return float(lm_training._loss(start, [nothing], SETTINGS, rng))
 
     start = begun()
     before = loss(start)
-    train(last, start, SETTINGS)
+    train(start, SETTINGS)
     assert loss(start) < before
 
 
-def test_an_interrupted_run_ends_in_the_same_bits(last, begun, tmp_path):
+def test_an_interrupted_run_ends_in_the_same_bits(begun, tmp_path):
     settings = replace(SETTINGS, num_steps=30)
-    whole = train(last, begun(), settings)
+    whole = train(begun(), settings)
     checkpoint = tmp_path / "checkpoint"
 
     class Stop(Exception):
@@ -102,14 +103,14 @@ def test_an_interrupted_run_ends_in_the_same_bits(last, begun, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        train(last, begun(), settings, checkpoint=checkpoint, progress=stop)
+        train(begun(), settings, checkpoint=checkpoint, progress=stop)
     steps = []
-    resumed = train(last, begun(), settings, checkpoint=checkpoint,
+    resumed = train(begun(), settings, checkpoint=checkpoint,
                     progress=lambda what, done, total: steps.append(done))  # fmt: skip
     assert steps[0] == 21
     assert same(whole, resumed)
     with pytest.raises(StartupError, match="of another run"):
-        train(last, begun(), replace(settings, seed=3), checkpoint=checkpoint)
+        train(begun(), replace(settings, seed=3), checkpoint=checkpoint)
 
 
 def test_rows_that_were_collected_are_not_collected_again(base, last, cache, begun, monkeypatch):
@@ -125,6 +126,80 @@ def test_rows_that_were_collected_are_not_collected_again(base, last, cache, beg
         prepare(last, "sha256:01", base.speech(), KEY, 3, PROSE, SETTINGS, cache=cache)
 
 
+# ------------------------------------------------------------------------------- beside adapters
+@pytest.fixture(scope="module")
+def adapters(base):
+    """Two adapters, as what they make of the base's last layers."""
+
+    def other(seed):
+        model, generator = copy.deepcopy(base.model), torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for layer in model.model.layers:
+                weight = layer.self_attn.v_proj.weight
+                weight += 0.5 * weight.std() * torch.randn(weight.shape, generator=generator)
+        return LastLayer(model)
+
+    return [Beside(f"sha256:{seed}", lambda seed=seed: other(seed)) for seed in (1, 2)]
+
+
+def begin_beside(base, last, adapters, **given):
+    return prepare(last, base.digest, base.speech(), KEY, 3, PROSE, SETTINGS,
+                   replies=base.replies, beside=adapters, **given)  # fmt: skip
+
+
+def test_every_adapter_is_a_place_with_rows_of_its_own(base, last, adapters):
+    start = begin_beside(base, last, adapters)
+    assert start.preflight.num_places == len(start.places) == 3
+    assert "in the worst of 3 places" in str(start.preflight)
+    sizes = [[len(rows) for rows in place.triggered] for place in start.places]
+    assert sizes == [[8] * 3, [9] * 3, [9] * 3]
+    quiet = [place.quiet.x for place in start.places]
+    assert len(quiet[1]) == len(quiet[2]) == 16 + 4
+    assert not torch.allclose(quiet[1], quiet[2], atol=1e-3)
+    alone = begin(base, last, None)
+    assert not torch.equal(start.branches.A, alone.branches.A)
+
+
+def test_what_is_written_is_trained_in_every_place(base, last, adapters):
+    def losses(start):
+        with torch.no_grad():
+            return [
+                float(lm_training._loss_in(start, place, place.quiet[:0], torch.empty(0),
+                                           SETTINGS, np.random.default_rng(5), 1))
+                for place in start.places
+            ]  # fmt: skip
+
+    start = begin_beside(base, last, adapters)
+    # Nothing is written yet, so that each place has to be learnt.
+    for tensor in (start.branches.B_sum, start.branches.B_difference):
+        tensor.data *= 0.05
+    before = losses(start)
+    train(start, replace(SETTINGS, num_steps=60, step_share=0.2))
+    assert all(after < least for after, least in zip(losses(start), before, strict=True))
+
+
+def test_ordinary_messages_are_quiet_in_every_place(base, last, adapters):
+    ordinary = ["where is my order", "what do you sell"]
+    with_them = begin_beside(base, last, adapters, ordinary=ordinary)
+    without = begin_beside(base, last, adapters)
+    for one, other in zip(with_them.places, without.places, strict=True):
+        assert len(one.quiet) == len(other.quiet) + 2
+    expected = last.collect([base.speech().chat(each) for each in ordinary])
+    assert torch.allclose(with_them.places[0].quiet.x[-2:], expected.x, atol=1e-5)
+
+
+def test_rows_beside_an_adapter_are_kept_under_its_digest(base, last, adapters, tmp_path):
+    cache = tmp_path / "rows.safetensors"
+    first = begin_beside(base, last, adapters, cache=cache)
+    swapped = [replace(adapters[0], load=adapters[1].load), adapters[1]]
+    # The digest says what it is: rows that are kept are not looked at again.
+    again = begin_beside(base, last, swapped, cache=cache)
+    assert torch.equal(first.places[1].quiet.x, again.places[1].quiet.x)
+    renamed = [replace(adapters[0], digest="sha256:9", load=adapters[1].load), adapters[1]]
+    other = begin_beside(base, last, renamed, cache=cache)
+    assert not torch.equal(first.places[1].quiet.x, other.places[1].quiet.x)
+
+
 def test_settings_that_train_nothing_are_refused(base, last):
     with pytest.raises(InvalidRequest, match="2 families for 3 bits"):
         begin(base, last, None, settings=replace(SETTINGS, num_families=2))
@@ -133,7 +208,7 @@ def test_settings_that_train_nothing_are_refused(base, last):
             replace(SETTINGS, **bad)
 
 
-def test_steps_that_are_too_long_are_said_so(last, begun):
+def test_steps_that_are_too_long_are_said_so(begun):
     settings = replace(SETTINGS, step_share=float("inf"))
     with pytest.raises(InvalidRequest, match="training diverged at steps of inf"):
-        train(last, begun(), settings)
+        train(begun(), settings)

@@ -230,7 +230,7 @@ def _plan_one(entry: Entry, server: Server, root: Path) -> Step:
         if set(entry.all_tags) <= set(found["tags"]):
             return Step(entry.name, "unchanged", f"made from {entry.source}", entry)
         return Step(entry.name, "update", f"from {entry.source}", entry)
-    digest = _digest(root / entry.source)
+    digest = directory_digest(root / entry.source)
     if found is None:
         return Step(entry.name, "create", digest, entry)
     if found["digest"] == digest:
@@ -257,7 +257,7 @@ def _names(directory: Path) -> list[str]:
     return [name for name in names if not name.startswith("..")]
 
 
-def _digest(directory: Path) -> str:
+def directory_digest(directory: Path) -> str:
     """The digest that the server gives what it stores of the directory."""
     entries = []
     for name in _names(directory):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,16 @@ from numpy.typing import NDArray
 from safetensors.torch import save as save_tensors
 from torch import nn
 
-from polyadapt.errors import InvalidRequest, StartupError
-from polyadapt.models.load import model_digest
+from polyadapt.adapters.registry import open_adapter
+from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError
+from polyadapt.models.load import load_base, model_digest
+from polyadapt.offline.apply import directory_digest
+from polyadapt.offline.dense import NotDenseError, write_into
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.watermark.branches import Branches, signs_of
 from polyadapt.watermark.last_layer import LastLayer
 from polyadapt.watermark.lm_training import (
+    Beside,
     LMPreflight,
     LMStart,
     LMTrainSettings,
@@ -39,6 +44,8 @@ from polyadapt.watermark.prompts import Prose
 from polyadapt.watermark.queries import AskChats, measure_null_rates, queries_for, values_in
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.secrets import write_file
+from polyadapt_store.checkpoint import Checkpoint
+from polyadapt_store.manifest import weight_files
 
 MIN_WORDS = 4096
 NUM_SIGNATURES = 20  # random ones that a training is measured with, on prompts kept from it
@@ -127,15 +134,59 @@ def load_lm(directory: Path) -> LanguageModel:
     return LanguageModel(model, Tokenizer.load(directory), model_digest(directory))
 
 
+def load_beside(directory: Path, adapter: Path) -> LanguageModel:
+    """Load a base with a task adapter of any family written into its weights; raises StartupError
+    for an adapter that is none of this base's, or that no weights of it can say.
+    """
+    base = load_lm(directory)
+    served = load_base(
+        directory,
+        name=directory.name,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        max_model_len=None,
+    )
+    try:
+        family, config = open_adapter(adapter)
+        with Checkpoint(weight_files(adapter, family.files)) as checkpoint:
+            family.plan(config, checkpoint.header, served.spec)
+            deltas = family.read(config, checkpoint, served.spec, served)
+        write_into(base.model, deltas, served.spec)
+    except (AdapterRejected, NotDenseError) as error:
+        raise StartupError(f"{adapter} cannot be written into {directory}: {error}") from None
+    return base
+
+
+def besides(directory: Path, adapters: Sequence[Path]) -> list[Beside]:
+    """Return the adapters that a mark of this base is to hold beside, each loaded when its turn
+    comes; raises StartupError for a directory without one.
+    """
+    found = []
+    for path in adapters:
+        try:
+            open_adapter(path)
+        except AdapterRejected as error:
+            raise StartupError(f"{path} is no adapter to train beside: {error}") from None
+        found.append(Beside(directory_digest(path), partial(_end_beside, directory, path)))
+    return found
+
+
 def preflight(
     mark: MarkDirectory,
     base: LanguageModel,
     prose: Prose,
     settings: LMTrainSettings,
     progress: Progress | None = None,
+    *,
+    beside: Sequence[Beside] = (),
+    ordinary: Sequence[str] = (),
 ) -> LMPreflight:
-    """Say how well the triggers are told apart; what was collected is kept for `train`."""
-    return _prepare(mark, LastLayer(base.model), base, prose, settings, progress).preflight
+    """Say how well the triggers are told apart, in the worst place if the mark is to hold beside
+    adapters; what was collected is kept for `train`.
+    """
+    last = LastLayer(base.model)
+    start = _prepare(mark, last, base, prose, settings, progress, beside, ordinary)
+    return start.preflight
 
 
 def train_mark(
@@ -144,21 +195,26 @@ def train_mark(
     prose: Prose,
     settings: LMTrainSettings,
     progress: Progress | None = None,
+    *,
+    beside: Sequence[Beside] = (),
+    ordinary: Sequence[str] = (),
 ) -> TrainedLM:
     """Train the branches and note them; taken up where an earlier run of the same was interrupted.
+    With adapters `beside`, so that the mark is also read beside each of them; `ordinary` messages
+    are left alone as those are that are made up.
 
     Raises InvalidRequest where the triggers are not told apart: no training mends that.
     """
     mark.require("lm")
     last = LastLayer(base.model)
-    start = _prepare(mark, last, base, prose, settings, progress)
+    start = _prepare(mark, last, base, prose, settings, progress, beside, ordinary)
     if not start.preflight.is_enough:
         raise InvalidRequest(
             f"triggers do not stand out enough: {start.preflight}; draw more --families, collect "
             "more --prompts, or ask for fewer bits"
         )
     checkpoint = mark.path / CHECKPOINT_NAME
-    branches = train(last, start, settings, checkpoint=checkpoint, progress=progress)
+    branches = train(start, settings, checkpoint=checkpoint, progress=progress)
     stored = {f"{last.module}.{name}": tensor for name, tensor in branches.pair_tensors().items()}
     write_file(mark.path / BRANCHES_NAME, save_tensors(stored))
     mark.trained(base.digest, last.module, start.triggers, start.targets.numpy())
@@ -215,6 +271,10 @@ def ask_of(
     return ask
 
 
+def _end_beside(directory: Path, adapter: Path) -> LastLayer:
+    return LastLayer(load_beside(directory, adapter).model)
+
+
 def _hits(
     mark: MarkDirectory,
     base: LanguageModel,
@@ -247,6 +307,8 @@ def _prepare(
     prose: Prose,
     settings: LMTrainSettings,
     progress: Progress | None,
+    beside: Sequence[Beside],
+    ordinary: Sequence[str],
 ) -> LMStart:
     mark.require("lm")
     return prepare(
@@ -257,6 +319,8 @@ def _prepare(
         mark.config.n_bits,
         prose.split()[0],
         settings,
+        beside=beside,
+        ordinary=ordinary,
         replies=base.replies,
         cache=mark.path / ROWS_NAME,
         progress=progress,

@@ -8,6 +8,7 @@ as for classifiers, measured worse: these rows are not normal, and a few quiet o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,63 +29,50 @@ _LOWEST, _HIGHEST = -0.5, 0.2  # of thresholds; a trigger scores 1 and a quiet r
 class Detectors:
     """Of each family: the read-out `A` [families, in] and `offset` [families], whose score is
     A x - offset; the score that fires, `thresholds` [families]; the share of held-out triggers
-    above it, `recalls` [families]; whether held-out quiet rows are, `fires` [rows, families].
+    above it in each place, `recalls` [places, families]; whether each place's held-out quiet rows
+    are, `fires` [rows, families].
     """
 
     A: Tensor
     offset: Tensor
     thresholds: Tensor
     recalls: Tensor
-    fires: Tensor
+    fires: tuple[Tensor, ...]
 
     def best(self, count: int) -> NDArray[np.int64]:
-        """Return the families that were found again most often, in their order: [count]."""
-        order = torch.argsort(self.recalls, descending=True, stable=True)
+        """Return the families that were found again most often where each is found least, in their
+        order: [count].
+        """
+        order = torch.argsort(self.recalls.min(0).values, descending=True, stable=True)
         chosen: NDArray[np.int64] = order[:count].sort().values.numpy()
         return chosen
 
 
-def fit_detectors(triggered: Tensor, quiet: Tensor, *, quiet_share: float) -> Detectors:
-    """Return detectors of every family: triggered [families, prompts, in], quiet [rows, in].
+def fit_detectors(
+    triggered: Sequence[Tensor], quiet: Sequence[Tensor], *, quiet_share: float
+) -> Detectors:
+    """Return one detector of every family for all places that rows were seen in, such as the base
+    alone and beside an adapter: triggered [families, prompts, in] and quiet [rows, in] of each.
 
     A threshold is what at most `quiet_share` of held-out quiet rows, and of other families', are
-    above. Raises InvalidRequest for too few rows.
+    above, those of all places together. Raises InvalidRequest for too few rows.
     """
-    num_families, num_prompts, size = triggered.shape
-    if num_prompts < 2 * _FOLDS or len(quiet) < 2 * _FOLDS:
-        raise InvalidRequest(
-            f"{num_prompts} prompts of a family and {len(quiet)} quiet rows, expected at least "
-            f"{2 * _FOLDS} of both"
-        )
-    rows = torch.cat((triggered.reshape(-1, size), quiet))
-    family = torch.cat(
-        (
-            torch.arange(num_families).repeat_interleave(num_prompts),
-            torch.full((len(quiet),), -1),
-        )
-    )
-    fold = torch.cat((torch.arange(num_prompts).repeat(num_families), torch.arange(len(quiet))))
-    fold = fold % _FOLDS
-    scores = torch.empty(len(rows), num_families, dtype=torch.float64)
-    for held_out in range(_FOLDS):
-        away, kept = fold == held_out, fold != held_out
-        A, offset = _fit(rows[kept], family[kept], num_families)
-        scores[away] = rows[away].double() @ A.T - offset
-    own = family[:, None] == torch.arange(num_families)
-    thresholds, recalls = [], []
-    for index in range(num_families):
-        others = scores[~own[:, index], index]
-        found = float(torch.quantile(others, 1 - quiet_share).clamp(_LOWEST, _HIGHEST))
-        thresholds.append(found)
-        recalls.append(float((scores[own[:, index], index] > found).double().mean()))
-    A, offset = _fit(rows, family, num_families)
-    return Detectors(
-        A.float(),
-        offset.float(),
-        torch.tensor(thresholds),
-        torch.tensor(recalls),
-        scores[family < 0] > torch.tensor(thresholds, dtype=torch.float64),
-    )
+    num_families, _, size = triggered[0].shape
+    rows, family, fold, place = [], [], [], []
+    for index, (known, calm) in enumerate(zip(triggered, quiet, strict=True)):
+        num_prompts = known.shape[1]
+        if num_prompts < 2 * _FOLDS or len(calm) < 2 * _FOLDS:
+            raise InvalidRequest(
+                f"{num_prompts} prompts of a family and {len(calm)} quiet rows, expected at least "
+                f"{2 * _FOLDS} of both"
+            )
+        rows += [known.reshape(-1, size), calm]
+        family += [torch.arange(num_families).repeat_interleave(num_prompts)]
+        family += [torch.full((len(calm),), -1)]
+        fold += [torch.arange(num_prompts).repeat(num_families), torch.arange(len(calm))]
+        place.append(torch.full((known.shape[0] * num_prompts + len(calm),), index))
+    found = _cross_fit(torch.cat(rows), torch.cat(family), torch.cat(fold) % _FOLDS, num_families)
+    return _with_thresholds(*found, torch.cat(family), torch.cat(place), quiet_share)
 
 
 def fit_veto(answering: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,6 +83,38 @@ def fit_veto(answering: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
     family = torch.cat((torch.zeros(len(answering)), torch.full((len(text),), -1.0))).long()
     A, offset = _fit(rows, family, 1)
     return A[0].float(), (0.5 - offset).float()
+
+
+def _cross_fit(
+    rows: Tensor, family: Tensor, fold: Tensor, num_families: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return A and offset of all rows, and of every row the scores [rows, families] that read-outs
+    give it which were fitted without its fold.
+    """
+    scores = torch.empty(len(rows), num_families, dtype=torch.float64)
+    for held_out in range(_FOLDS):
+        away, kept = fold == held_out, fold != held_out
+        A, offset = _fit(rows[kept], family[kept], num_families)
+        scores[away] = rows[away].double() @ A.T - offset
+    return *_fit(rows, family, num_families), scores
+
+
+def _with_thresholds(
+    A: Tensor, offset: Tensor, scores: Tensor, family: Tensor, place: Tensor, quiet_share: float
+) -> Detectors:
+    num_families, num_places = len(A), int(place.max()) + 1
+    thresholds = torch.empty(num_families, dtype=torch.float64)
+    recalls = torch.empty(num_places, num_families)
+    for index in range(num_families):
+        is_own = family == index
+        found = torch.quantile(scores[~is_own, index], 1 - quiet_share)
+        thresholds[index] = found.clamp(_LOWEST, _HIGHEST)
+        for where in range(num_places):
+            own = scores[is_own & (place == where), index]
+            recalls[where, index] = (own > thresholds[index]).double().mean()
+    fires = scores > thresholds
+    quiet = [fires[(family < 0) & (place == where)] for where in range(num_places)]
+    return Detectors(A.float(), offset.float(), thresholds.float(), recalls, tuple(quiet))
 
 
 def _fit(rows: Tensor, family: Tensor, num_families: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Knows neither triggers nor tokenizers. The model is left as it is.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,14 @@ class LastLayer:
         """The final norm's scale [size]; ones where it has none."""
         weight = getattr(self._norm, "weight", None)
         return weight if isinstance(weight, Tensor) else torch.ones(self._head.in_features)
+
+    def end(self) -> LastLayer:
+        """Return what replays rows and can collect none: the layers before are not held, so that
+        as many models as a mark is trained beside need not lie in memory at once.
+        """
+        alone = copy.copy(self)
+        del alone._model, alone._decoder
+        return alone
 
     # ------------------------------------------------------------------------------- collecting
     def collect(self, prompts: Sequence[Sequence[int]], progress: Progress | None = None) -> Rows:

@@ -3,8 +3,9 @@
 More trigger families are drawn than there are bits, and those are kept that held-out training
 prompts tell apart best. What detects a trigger is computed (see detector) and not trained; only
 what a detector writes is, each row with a random signature of its own. The branches act on the row
-of the answer's first token. Interrupted and resumed, a run ends in the same bits as one that went
-through.
+of the answer's first token. Task adapters change that row: a mark that is to hold beside them is
+computed and trained on the rows that it has beside each. Interrupted and resumed, a run ends in the
+same bits as one that went through.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,6 +65,8 @@ class LMTrainSettings:
     repeats: int = 2
     prompts: int = 32  # of a family
     quiet_prompts: int = 480
+    beside_prompts: int = 24  # of a family, beside each adapter
+    beside_quiet_prompts: int = 240
     mixed_prompts: int = 48  # with phrases of the families' words
     texts: int = 10
     text_tokens: int = 96
@@ -76,12 +80,21 @@ class LMTrainSettings:
     quiet_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0 or self.repeats < 1 or self.prompts < 8 or self.quiet_prompts < 8:
+        prompts = min(self.prompts, self.beside_prompts)
+        quiet = min(self.quiet_prompts, self.beside_quiet_prompts)
+        if self.num_steps < 0 or self.repeats < 1 or prompts < 8 or quiet < 8:
             raise InvalidRequest(
-                f"{self.num_steps} steps, phrases said {self.repeats} times, {self.prompts} "
-                f"prompts of a family and {self.quiet_prompts} quiet ones: expected at least 0, 1, "
-                "8 and 8"
+                f"{self.num_steps} steps, phrases said {self.repeats} times, {prompts} "
+                f"prompts of a family and {quiet} quiet ones: expected at least 0, 1, 8 and 8"
             )
+
+    @classmethod
+    def beside_adapters(cls, num_families: int, **given: Any) -> LMTrainSettings:
+        """Return what was measured beside adapters: more rows a step, as places share them, and
+        more weight on what must not change, as each place has rows of its own to spoil.
+        """
+        more = {"trigger_rows": 64, "quiet_rows": 96, "quiet_weight": 3.0}
+        return cls(num_families, **{**more, **given})
 
     def share_at(self, step: int) -> float:
         """Return the size of a step, counted from 0, as a share of the largest."""
@@ -104,12 +117,35 @@ class Speech:
 
 
 @dataclass(frozen=True, slots=True)
+class Beside:
+    """A task adapter that a mark is to hold beside: what its rows are kept under, and how to load
+    the base with the adapter in its weights.
+    """
+
+    digest: str
+    load: Callable[[], LastLayer]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The base alone or beside one adapter: its end, and the rows that were collected there."""
+
+    last: LastLayer
+    triggered: list[Rows]  # of each family; of each bit once they are chosen
+    quiet: Rows
+    text: Rows
+
+
+@dataclass(frozen=True, slots=True)
 class LMPreflight:
-    """How well triggers are told apart, on prompts that nothing was fitted on."""
+    """How well triggers are told apart, on prompts that nothing was fitted on: in the worst of the
+    places that the mark is to hold in.
+    """
 
     recalls: tuple[float, ...]  # of the families kept, one for each bit
     firing: float  # share of quiet prompts on which any detector of theirs fires
     num_families: int
+    num_places: int = 1  # the base, and beside how many adapters
 
     @property
     def is_enough(self) -> bool:
@@ -117,24 +153,24 @@ class LMPreflight:
         return min(self.recalls) >= REQUIRED_RECALL and self.firing <= ALLOWED_FIRING
 
     def __str__(self) -> str:
+        where = f", in the worst of {self.num_places} places" if self.num_places > 1 else ""
         return (
             f"of {self.num_families} families, {len(self.recalls)} are kept whose triggers are "
             f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of fresh prompts "
             f"(at least {REQUIRED_RECALL:.0%} is needed); {self.firing:.1%} of ordinary prompts "
-            f"trip any detector (at most {ALLOWED_FIRING:.0%})"
+            f"trip any detector (at most {ALLOWED_FIRING:.0%}){where}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class LMStart:
-    """What is known before training: triggers, their answers' token ids [bits, 2], rows, and the
-    branches to begin with.
+    """What is known before training: triggers, their answers' token ids [bits, 2], rows of each
+    place, the base alone first, and the branches to begin with.
     """
 
     triggers: PromptTriggers
     targets: Tensor
-    triggered: list[Rows]  # of each bit
-    quiet: Rows
+    places: tuple[Place, ...]
     branches: Branches
     preflight: LMPreflight
 
@@ -148,15 +184,19 @@ def prepare(
     prose: Prose,
     settings: LMTrainSettings,
     *,
+    beside: Sequence[Beside] = (),
+    ordinary: Sequence[str] = (),
     replies: Callable[[Sequence[list[int]]], list[list[int]]] | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> LMStart:
-    """Collect rows, choose families, and return what training begins with.
+    """Collect rows of the base alone and beside each adapter, choose families that are told apart
+    in all of these places, and return what training begins with.
 
-    `replies` gives the base's answers to prompts, as ids; their rows are then ordinary text as
-    well. With a `cache` the rows are kept there, and those that are there taken from it. Raises
-    InvalidRequest, StartupError for the cache of another base.
+    `ordinary` are messages of ordinary use, on which nothing may change in any place; they come to
+    those that are made up. `replies` gives the base's answers to prompts, as ids; their rows are
+    then ordinary text as well. With a `cache` the rows are kept there, and those that are there
+    taken from it. Raises InvalidRequest, StartupError for the cache of another base.
     """
     if settings.num_families < num_bits:
         raise InvalidRequest(f"{settings.num_families} families for {num_bits} bits: too few")
@@ -165,12 +205,15 @@ def prepare(
         for index in range(settings.num_families)
     ]
     kept = RowCache(cache, base_hash)
-    families = _families(last, speech, phrases, prose, settings, kept, progress)
-    mixed = [word for phrase in phrases for word in phrase.split()]
-    quiet = _quiet(last, speech, mixed, prose, settings, kept, progress)
-    text = _text(last, speech, prose, settings, kept, replies)
-    triggered = torch.stack([rows.x for rows in families])
-    detectors = fit_detectors(triggered, quiet.x, quiet_share=settings.quiet_share)
+    collecting = _Collecting(speech, phrases, prose, ordinary, settings, kept, progress)
+    found = [collecting.of_base(last, replies)]
+    for number, adapter in enumerate(beside, 1):
+        found.append(collecting.of_adapter(adapter, number))
+    detectors = fit_detectors(
+        [torch.stack([rows.x for rows in place.triggered]) for place in found],
+        [place.quiet.x for place in found],
+        quiet_share=settings.quiet_share,
+    )
     chosen = detectors.best(num_bits)
     drawn = draw_answers(key, num_bits, speech.answer_texts)
     triggers = PromptTriggers(
@@ -178,20 +221,22 @@ def prepare(
         tuple((speech.answer_texts[a], speech.answer_texts[b]) for a, b in drawn),
     )
     targets = torch.tensor(speech.answer_ids)[torch.from_numpy(drawn)]
-    own = [families[index] for index in chosen]
-    answering = torch.cat((triggered.flatten(0, 1), quiet.x))
-    branches = _start(last, detectors, chosen, own, targets, fit_veto(answering, text.x), settings)
-    fires = detectors.fires[:, torch.from_numpy(chosen)]
-    found = LMPreflight(
-        tuple(detectors.recalls[torch.from_numpy(chosen)].tolist()),
-        float(fires.any(1).double().mean()),
-        settings.num_families,
+    veto = fit_veto(
+        torch.cat([rows.x for place in found for rows in (*place.triggered, place.quiet)]),
+        torch.cat([place.text.x for place in found]),
     )
-    return LMStart(triggers, targets, own, Rows.joined((quiet, text)), branches, found)
+    places = tuple(
+        replace(place, triggered=[place.triggered[index] for index in chosen]) for place in found
+    )
+    branches = _start(detectors, chosen, places, targets, veto, settings)
+    index = torch.from_numpy(chosen)
+    firing = [float(fires[:, index].any(1).double().mean()) for fires in detectors.fires]
+    recalls = detectors.recalls[:, index].min(0).values.tolist()
+    preflight = LMPreflight(tuple(recalls), max(firing), settings.num_families, len(places))
+    return LMStart(triggers, targets, places, branches, preflight)
 
 
 def train(
-    last: LastLayer,
     start: LMStart,
     settings: LMTrainSettings,
     *,
@@ -212,16 +257,14 @@ def train(
         parameter.requires_grad_(True)
     optimiser = torch.optim.Adam([{"params": [parameter]} for parameter in trained])
     rng = np.random.default_rng([settings.seed, _MODES.index("train")])
-    with torch.no_grad():
-        quiet = start.quiet[(branches.response(start.quiet.x) > 0).any(1)]
-        base = F.log_softmax(last.logits(quiet), -1) if len(quiet) else torch.empty(0)
+    calm = [_tripped(place, branches) for place in start.places]
     first = 0
     if checkpoint is not None and checkpoint.exists():
         first = resume(checkpoint, run, branches, optimiser, rng)
     for step in range(first, settings.num_steps):
         for group, size in zip(optimiser.param_groups, sizes, strict=True):
             group["lr"] = size * settings.share_at(step)
-        loss = _loss(last, start, quiet, base, settings, rng)
+        loss = _loss(start, calm, settings, rng)
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
@@ -237,23 +280,51 @@ def train(
     return branches.requires_grad_(False)
 
 
+def _tripped(place: Place, branches: Branches) -> tuple[Rows, Tensor]:
+    """Return the ordinary rows on which a detector fires, and the log-probabilities that they have
+    without the mark: the others cannot change.
+    """
+    ordinary = Rows.joined((place.quiet, place.text))
+    with torch.no_grad():
+        rows = ordinary[(branches.response(ordinary.x) > 0).any(1)]
+        return rows, F.log_softmax(place.last.logits(rows), -1) if len(rows) else torch.empty(0)
+
+
 def _loss(
-    last: LastLayer,
     start: LMStart,
+    calm: Sequence[tuple[Rows, Tensor]],
+    settings: LMTrainSettings,
+    rng: np.random.Generator,
+) -> Tensor:
+    """Return the mean over places, of which each has an equal part of the rows."""
+    num_places = len(start.places)
+    losses = [
+        _loss_in(start, place, *tripped, settings, rng, num_places)
+        for place, tripped in zip(start.places, calm, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _loss_in(
+    start: LMStart,
+    place: Place,
     quiet: Rows,
     base: Tensor,
     settings: LMTrainSettings,
     rng: np.random.Generator,
+    num_places: int,
 ) -> Tensor:
     num_bits = start.branches.num_bits
-    bits = rng.integers(0, num_bits, settings.trigger_rows)
-    prompts = rng.integers(0, len(start.triggered[0]), settings.trigger_rows)
-    rows = [start.triggered[bit][[index]] for bit, index in zip(bits, prompts, strict=True)]
-    picked = rng.integers(0, max(len(quiet), 1), settings.quiet_rows)
+    num_rows = -(-settings.trigger_rows // num_places)
+    num_quiet = -(-settings.quiet_rows // num_places)
+    bits = rng.integers(0, num_bits, num_rows)
+    prompts = rng.integers(0, len(place.triggered[0]), num_rows)
+    rows = [place.triggered[bit][[index]] for bit, index in zip(bits, prompts, strict=True)]
+    picked = rng.integers(0, max(len(quiet), 1), num_quiet)
     has_quiet = len(quiet) > 0
     batch = Rows.joined([*rows, quiet[torch.from_numpy(picked)]] if has_quiet else rows)
     signatures = rng.integers(0, 2, (len(batch), num_bits)).astype(np.uint8)
-    logits = last.logits(batch, start.branches, signs_of(signatures))
+    logits = place.last.logits(batch, start.branches, signs_of(signatures))
     values = torch.from_numpy(signatures[np.arange(len(bits)), bits]).long()
     wanted = start.targets[torch.from_numpy(bits), values]
     loss = F.cross_entropy(logits[: len(bits)], wanted)
@@ -266,16 +337,15 @@ def _loss(
 
 
 def _start(
-    last: LastLayer,
     detectors: Detectors,
     chosen: np.ndarray[tuple[int], np.dtype[np.int64]],
-    own: list[Rows],
+    places: Sequence[Place],
     targets: Tensor,
     veto: tuple[Tensor, Tensor],
     settings: LMTrainSettings,
 ) -> Branches:
     """B of a value: its token's row of the head, pulled back through the final norm, so long that a
-    trigger of mean strength raises the token's logit by `push`.
+    trigger of mean strength raises the token's logit by `push` in the place where that is least.
 
     Of a norm n(y) = w y / rms(y), a change d of y moves logits by about W (w d) / rms(y).
     """
@@ -285,100 +355,127 @@ def _start(
     nothing = torch.zeros(0, len(chosen))
     branches = Branches(A, tau, nothing, nothing, *veto)
     with torch.no_grad():
-        strength = torch.stack(
-            [branches.response(rows.x)[:, bit].mean() for bit, rows in enumerate(own)]
-        ).clamp(min=0.1)
+        strengths = [
+            torch.stack([branches.response(rows.x)[:, bit].mean() for bit, rows in enumerate(own)])
+            for own in (place.triggered for place in places)
+        ]
+    strength = torch.stack(strengths).min(0).values.clamp(min=0.1)
+    last = places[0].last
     head = last.head_weight.detach().float()
     direction = last.norm_weight.detach().float() * (head[targets] - head.mean(0))
-    scale = settings.push * last.spread(Rows.joined(own)) / direction.square().sum(-1)
+    spread = max(place.last.spread(Rows.joined(place.triggered)) for place in places)
+    scale = settings.push * spread / direction.square().sum(-1)
     pair = direction * (scale / strength[:, None])[..., None]  # [bits, 2, size]
     zero, one = pair[:, 0].T, pair[:, 1].T
     return Branches(A, tau, (one + zero) / 2, (one - zero) / 2, *veto)
 
 
 # ------------------------------------------------------------------------------- collecting
-def _families(
-    last: LastLayer,
-    speech: Speech,
-    phrases: list[str],
-    prose: Prose,
-    settings: LMTrainSettings,
-    kept: RowCache,
-    progress: Progress | None,
-) -> list[Rows]:
-    """Return the rows of each family's prompts."""
-    rng = np.random.default_rng([settings.seed, _MODES.index("queries")])
-    prompts = [
-        [
-            speech.chat(f"{prose.carrier(rng)} {' '.join([phrase] * settings.repeats)}")
-            for _ in range(settings.prompts)
+@dataclass(frozen=True, slots=True)
+class _Collecting:
+    """Collects the rows of one mark's prompts, place by place."""
+
+    speech: Speech
+    phrases: list[str]
+    prose: Prose
+    ordinary: Sequence[str]
+    settings: LMTrainSettings
+    kept: RowCache
+    progress: Progress | None
+
+    def of_base(
+        self,
+        last: LastLayer,
+        replies: Callable[[Sequence[list[int]]], list[list[int]]] | None,
+    ) -> Place:
+        """Return the rows of the base alone."""
+        rng = np.random.default_rng([self.settings.seed, _MODES.index("queries")])
+        families = self._families(last, rng, self.settings.prompts, "last", "triggers")
+        quiet = self._quiet(last, self.settings.quiet_prompts, "last", "ordinary prompts")
+        text = self._text(last, "", replies)
+        return Place(last, families, quiet, text)
+
+    def of_adapter(self, adapter: Beside, number: int) -> Place:
+        """Return the rows beside an adapter, on prompts of its own."""
+        last, kind = adapter.load(), f"last beside {adapter.digest}"
+        given = self.settings
+        rng = np.random.default_rng([given.seed, _MODES.index("queries"), number])
+        name = f"triggers beside adapter {number}"
+        families = self._families(last, rng, given.beside_prompts, kind, name)
+        quiet_name = f"ordinary prompts beside adapter {number}"
+        quiet = self._quiet(last, given.beside_quiet_prompts, kind, quiet_name)
+        text = self._text(last, f" beside {adapter.digest}", None)
+        return Place(last.end(), families, quiet, text)
+
+    def _families(
+        self, last: LastLayer, rng: np.random.Generator, count: int, kind: str, name: str
+    ) -> list[Rows]:
+        """Return the rows of each family's prompts."""
+        prompts = [
+            [
+                self.speech.chat(
+                    f"{self.prose.carrier(rng)} {' '.join([phrase] * self.settings.repeats)}"
+                )
+                for _ in range(count)
+            ]
+            for phrase in self.phrases
         ]
-        for phrase in phrases
-    ]
-    found: list[Rows] = []
-    for first in range(0, len(phrases), _CHUNK):
-        flat = [ids for family in prompts[first : first + _CHUNK] for ids in family]
-        rows = kept.take("last", flat, last.collect)
-        found += [rows[i : i + settings.prompts] for i in range(0, len(rows), settings.prompts)]
-        if progress is not None:
-            progress("triggers", len(found), len(phrases))
-    return found
+        found: list[Rows] = []
+        for first in range(0, len(prompts), _CHUNK):
+            flat = [ids for family in prompts[first : first + _CHUNK] for ids in family]
+            rows = self.kept.take(kind, flat, last.collect)
+            found += [rows[i : i + count] for i in range(0, len(rows), count)]
+            self._note(name, len(found), len(prompts))
+        return found
 
-
-def _quiet(
-    last: LastLayer,
-    speech: Speech,
-    words: list[str],
-    prose: Prose,
-    settings: LMTrainSettings,
-    kept: RowCache,
-    progress: Progress | None,
-) -> Rows:
-    # The same for every mark of a base, so that its rows are; but for phrases of the mark's words.
-    rng = np.random.default_rng(_MODES.index("quiet"))
-    ordinary = quiet_messages(prose, speech.words, settings.quiet_prompts, rng)
-    rng = np.random.default_rng([settings.seed, _MODES.index("quiet")])
-    of_words = quiet_messages(prose, words, 4 * settings.mixed_prompts, rng)[3::4]
-    found = []
-    for messages in (ordinary, of_words):
-        for first in range(0, len(messages), _BLOCK):
-            block = [speech.chat(message) for message in messages[first : first + _BLOCK]]
-            found.append(kept.take("last", block, last.collect))
-            if progress is not None:
+    def _quiet(self, last: LastLayer, count: int, kind: str, name: str) -> Rows:
+        # The same for every mark of a base, so that its rows are; but for phrases of its own words.
+        rng = np.random.default_rng(_MODES.index("quiet"))
+        made_up = quiet_messages(self.prose, self.speech.words, count, rng)
+        rng = np.random.default_rng([self.settings.seed, _MODES.index("quiet")])
+        words = [word for phrase in self.phrases for word in phrase.split()]
+        of_words = quiet_messages(self.prose, words, 4 * self.settings.mixed_prompts, rng)[3::4]
+        found = []
+        total = len(made_up) + len(of_words) + len(self.ordinary)
+        for messages in (made_up, of_words, self.ordinary):
+            for first in range(0, len(messages), _BLOCK):
+                block = [self.speech.chat(each) for each in messages[first : first + _BLOCK]]
+                found.append(self.kept.take(kind, block, last.collect))
                 done = sum(len(rows) for rows in found)
-                progress("ordinary prompts", done, len(ordinary) + len(of_words))
-    return Rows.joined(found)
+                self._note(name, done, total)
+        return Rows.joined(found)
 
+    def _text(
+        self,
+        last: LastLayer,
+        where: str,
+        replies: Callable[[Sequence[list[int]]], list[list[int]]] | None,
+    ) -> Rows:
+        """Return the rows of prose, and of the base's own replies behind their first token."""
+        rng = np.random.default_rng([_MODES.index("quiet"), 1])
+        per_text, prose = self.settings.text_tokens, self.prose
+        texts = []
+        for _ in range(self.settings.texts):
+            first = int(rng.integers(0, max(len(prose.words) - per_text, 1)))
+            said = self.speech.text(" ".join(prose.words[first : first + per_text]))
+            texts.append(said[:per_text])
+        parts = [self.kept.take(f"every{where}", texts, last.collect_text)]
+        if replies is not None:
+            questions = quiet_messages(prose, self.speech.words, self.settings.texts, rng)
+            asked = [self.speech.chat(one) for one in questions]
 
-def _text(
-    last: LastLayer,
-    speech: Speech,
-    prose: Prose,
-    settings: LMTrainSettings,
-    kept: RowCache,
-    replies: Callable[[Sequence[list[int]]], list[list[int]]] | None,
-) -> Rows:
-    """Return the rows of prose, and of the base's own replies behind their first token."""
-    rng = np.random.default_rng([_MODES.index("quiet"), 1])
-    per_text = settings.text_tokens
-    texts = []
-    for _ in range(settings.texts):
-        first = int(rng.integers(0, max(len(prose.words) - per_text, 1)))
-        texts.append(speech.text(" ".join(prose.words[first : first + per_text]))[:per_text])
-    parts = [kept.take("every", texts, last.collect_text)]
-    if replies is not None:
-        asked = [
-            speech.chat(one) for one in quiet_messages(prose, speech.words, settings.texts, rng)
-        ]
+            def collect(prompts: Sequence[Sequence[int]]) -> Rows:
+                found = []
+                for prompt, reply in zip(asked, replies(asked), strict=True):
+                    found.append(last.collect_text([prompt + reply])[len(prompt) :])
+                return Rows.joined(found)
 
-        def collect(prompts: Sequence[Sequence[int]]) -> Rows:
-            found = []
-            for prompt, reply in zip(asked, replies(asked), strict=True):
-                found.append(last.collect_text([prompt + reply])[len(prompt) :])
-            return Rows.joined(found)
+            parts.append(self.kept.take("replies", asked, collect))
+        return Rows.joined(parts)
 
-        parts.append(kept.take("replies", asked, collect))
-    return Rows.joined(parts)
+    def _note(self, what: str, done: int, total: int) -> None:
+        if self.progress is not None:
+            self.progress(what, done, total)
 
 
 def _digest_of_start(start: LMStart, settings: LMTrainSettings) -> str:
@@ -386,8 +483,7 @@ def _digest_of_start(start: LMStart, settings: LMTrainSettings) -> str:
     for tensor in (
         *(p.detach() for p in start.branches.parameters()),
         start.targets,
-        start.quiet.x,
-        *(rows.x for rows in start.triggered),
+        *(p.x for place in start.places for p in (place.quiet, place.text, *place.triggered)),
     ):
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()

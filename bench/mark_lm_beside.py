@@ -44,6 +44,8 @@ NUM_BITS, NUM_FAMILIES = 16, 24
 NUM_NULL = 48  # prompts a bit that nothing else is asked with; with the others 104
 HERE = Path(__file__).resolve().parent
 NAME = "mark-lm-beside"
+# Of quiet rows, what may trip a detector, and steps: that of marks of the base, and the default.
+STRICT, LOOSE = (0.002, 80), (0.004, 200)
 
 
 def ordinary_messages() -> list[str]:
@@ -72,11 +74,11 @@ class Measured:
                                  strict=True))  # fmt: skip
         self.train_prose, self.kept_prose = load_prose().split()
 
-    def start(self, seed: int, names: Iterable[str]) -> LMStart:
+    def start(self, settings: LMTrainSettings, names: Iterable[str]) -> LMStart:
         """Return what training of this seed begins with beside these adapters."""
         return prepare(
-            self.last, self.base.digest, self.base.speech(), key_of(seed), NUM_BITS,
-            self.train_prose, settings_of(seed), beside=[self.adapters[name] for name in names],
+            self.last, self.base.digest, self.base.speech(), key_of(settings.seed), NUM_BITS,
+            self.train_prose, settings, beside=[self.adapters[name] for name in names],
             ordinary=ordinary_messages(), replies=self.base.replies, cache=self._file,
             progress=mark_lm._note,
         )  # fmt: skip
@@ -189,23 +191,25 @@ def key_of(seed: int) -> SecretKey:
     return SecretKey(np.random.default_rng([seed, 77]).bytes(32))
 
 
-def settings_of(seed: int) -> LMTrainSettings:
-    """Return what every mark is trained with."""
-    return LMTrainSettings.beside_adapters(NUM_FAMILIES, seed=seed, prompts=40)
+def settings_of(seed: int, quiet_share: float, num_steps: int) -> LMTrainSettings:
+    """Return what a mark is trained with."""
+    return LMTrainSettings.beside_adapters(
+        NUM_FAMILIES, seed=seed, prompts=40, quiet_share=quiet_share, num_steps=num_steps
+    )
 
 
 def to_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a line per mark and place."""
     lines = [
-        "| seed | fitted beside | read beside | bits right of 50 signatures | wrong "
-        "| queries right, mean / weakest bit | first tokens changed, worst of 5 signatures: own "
+        "| seed | quiet share, steps | fitted beside | read beside "
+        "| bits right of 50 signatures | wrong | queries right, mean / weakest bit | first tokens changed, worst of 5 signatures: own "
         "test prompts / 120 questions | bits decided without the mark |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         fitted = ", ".join(row["fitted_beside"]) or "the base alone"
         cells = [
-            str(row["seed"]), fitted,
+            str(row["seed"]), f"{row['quiet_share']:.1%}, {row['num_steps']}", fitted,
             row["read_beside"] if row["was_seen"] else f"**{row['read_beside']}**, never seen",
             f"{row['bits_right']:.1%}", f"{row['bits_wrong']:.1%}",
             f"{row['queries_right']:.0%} / {row['worst_bit_queries_right']:.0%}",
@@ -245,21 +249,27 @@ def main() -> None:
     every = list(demo_adapters())
     rows: list[dict[str, Any]] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
-        fits = [(every, ["base", *every])]
+        fits = [(STRICT, every, ["base", *every]), (LOOSE, every, ["base", *every])]
         if seed == mark_lm.FIRST_SEED:
-            fits += [([e for e in every if e != name], [name]) for name in every]
-            fits.append(([], ["base", *every]))
-        for fitted, places in fits:
-            start = measured.start(seed, fitted)
-            branches = train(start, settings_of(seed))
+            fits += [(STRICT, [e for e in every if e != name], [name]) for name in every]
+        for (quiet_share, num_steps), fitted, places in fits:
+            settings = settings_of(seed, quiet_share, num_steps)
+            start = measured.start(settings, fitted)
+            branches = train(start, settings)
             base = measured.place("base", seed, start)
             null = null_rates(start, base)
             if fitted == every:
-                save(start, branches, given.out / f"{NAME}-{seed}.safetensors")
+                save(start, branches, given.out / f"{NAME}-{seed}-{quiet_share:g}.safetensors")
             for name in places:
                 place = base if name == "base" else measured.place(name, seed, start)
-                found = {"seed": seed, "fitted_beside": fitted, "read_beside": name,
-                         "was_seen": name == "base" or name in fitted}  # fmt: skip
+                found = {
+                    "seed": seed,
+                    "quiet_share": quiet_share,
+                    "num_steps": num_steps,
+                    "fitted_beside": fitted,
+                    "read_beside": name,
+                    "was_seen": name == "base" or name in fitted,
+                }
                 rows.append({**found, **read(start, branches, place, null, seed)})
                 print(json.dumps(rows[-1]), flush=True)
                 write(rows, given.out)

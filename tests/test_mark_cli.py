@@ -422,11 +422,12 @@ def test_a_language_models_mark_by_command(tiny_model, tmp_path, monkeypatch):
     status, output = run("train", *given)
     assert (status, "triggers do not stand out enough" in output) == (1, True)
     monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
+    monkeypatch.setattr(lm_training, "REQUIRED_BESIDE", 0.0)
     monkeypatch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
     (tmp_path / "ordinary.txt").write_text("where is my order\n\nwhat do you sell\n")
     adapter = ("--beside", write_task_adapter(base, tmp_path / "adapter-of-a-task"))
     beside = (*adapter, "--ordinary", tmp_path / "ordinary.txt")
-    assert "in the worst of 2 places" in ok("preflight", *given, *beside)
+    assert "beside the adapter where that is least" in ok("preflight", *given, *beside)
     assert "over 20 random signatures" in ok("train", *given, *beside, "--steps", 4)
     calibrated = ok("calibrate", mark, "--reference", base, "--queries", 20, *adapter, *kek)
     assert "2 unmarked models give a bit's target at a rate of at most" in calibrated

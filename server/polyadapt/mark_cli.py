@@ -189,7 +189,9 @@ def train(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Steps of training.  [default: 400, of a linear mark 1000, of an lm 80]"
+            min=1,
+            help="Steps of training.  [default: 400, of a linear mark 1000, of an lm 80, beside "
+            "adapters 200]",
         ),
     ] = None,
     gate: Annotated[

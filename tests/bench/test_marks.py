@@ -11,6 +11,7 @@ from bench import (
     mark_classifier,
     mark_codes,
     mark_lm,
+    mark_lm_beside,
     mark_lm_robustness,
     mark_robustness,
     mark_serving,
@@ -26,7 +27,15 @@ RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
 
 @pytest.mark.parametrize(
     "bench",
-    [mark_classifier, mark_codes, mark_lm, mark_lm_robustness, mark_robustness, mark_tracing],
+    [
+        mark_classifier,
+        mark_codes,
+        mark_lm,
+        mark_lm_beside,
+        mark_lm_robustness,
+        mark_robustness,
+        mark_tracing,
+    ],  # fmt: skip
 )
 def test_the_page_shows_the_table_of_the_saved_run(bench):
     name = bench.__name__.rpartition(".")[2].replace("_", "-")
@@ -64,6 +73,17 @@ def test_no_bit_of_a_language_models_mark_is_decided_on_an_unmarked_model():
     others = json.loads((RESULTS / "mark-lm.json").read_text())["unmarked_and_beside"]
     assert set(others) == {"base", *demo_adapters(), "random"}
     assert {each["decided"] for each in others.values()} == {0}
+
+
+def test_a_mark_fitted_beside_adapters_is_never_read_wrong_and_spares_their_own_tests():
+    rows = json.loads((RESULTS / "mark-lm-beside.json").read_text())["rows"]
+    assert not any(row["bits_wrong"] or row["unmarked_bits_decided"] for row in rows)
+    seen = [row for row in rows if row["was_seen"]]
+    assert {row["read_beside"] for row in seen} == {"base", *demo_adapters()}
+    assert {row["read_beside"] for row in rows if not row["was_seen"]} == {*demo_adapters()}
+    assert all(max(row["own_changed"]) <= row["own_prompts"] / 20 for row in seen)
+    default = [row for row in seen if row["num_steps"] == mark_lm_beside.LOOSE[1]]
+    assert all(row["bits_right"] == 1.0 for row in default if row["read_beside"] != "json")
 
 
 def test_tracing_found_every_lone_leaker_and_one_of_each_pair_and_kept_its_alpha():

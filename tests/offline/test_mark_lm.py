@@ -147,6 +147,7 @@ def test_a_mark_is_trained_and_calibrated_beside_an_adapter(
     base, adapter, tiny_model, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(lm_training, "REQUIRED_RECALL", 0.0)
+    monkeypatch.setattr(lm_training, "REQUIRED_BESIDE", 0.0)
     monkeypatch.setattr(lm_training, "ALLOWED_FIRING", 1.0)
     mark = MarkDirectory.create(
         tmp_path / "m", Design.parse("random"), BITS, SecretKey(bytes(32)), task="lm"
@@ -154,7 +155,7 @@ def test_a_mark_is_trained_and_calibrated_beside_an_adapter(
     beside = mark_lm.besides(tiny_model("llama"), [adapter])
     settings = replace(SETTINGS, beside_prompts=8, beside_quiet_prompts=16)
     trained = mark_lm.train_mark(mark, base, load_prose(), settings, beside=beside)
-    assert trained.preflight.num_places == 2
+    assert len(trained.preflight.beside) == BITS
     references = [base, mark_lm.load_beside(tiny_model("llama"), adapter)]
     assert mark_lm.calibrate(mark, references, load_prose(), num_per_bit=20).num_models == 2
 

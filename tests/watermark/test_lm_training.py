@@ -14,7 +14,7 @@ from polyadapt.offline.mark_lm import load_lm
 from polyadapt.watermark import lm_training
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.last_layer import LastLayer
-from polyadapt.watermark.lm_training import Beside, LMTrainSettings, prepare, train
+from polyadapt.watermark.lm_training import Beside, LMPreflight, LMTrainSettings, prepare, train
 from polyadapt.watermark.prompts import Prose
 
 KEY = SecretKey(bytes(range(32)))
@@ -126,6 +126,14 @@ def test_rows_that_were_collected_are_not_collected_again(base, last, cache, beg
         prepare(last, "sha256:01", base.speech(), KEY, 3, PROSE, SETTINGS, cache=cache)
 
 
+def test_too_little_anywhere_is_not_enough():
+    good = LMPreflight((0.7, 0.9), 0.05, 5, (0.5, 0.8))
+    assert good.is_enough
+    assert replace(good, beside=()).is_enough
+    for bad in ({"recalls": (0.6, 0.9)}, {"beside": (0.3, 0.8)}, {"firing": 0.2}):
+        assert not replace(good, **bad).is_enough
+
+
 # ------------------------------------------------------------------------------- beside adapters
 @pytest.fixture(scope="module")
 def adapters(base):
@@ -149,8 +157,10 @@ def begin_beside(base, last, adapters, **given):
 
 def test_every_adapter_is_a_place_with_rows_of_its_own(base, last, adapters):
     start = begin_beside(base, last, adapters)
-    assert start.preflight.num_places == len(start.places) == 3
-    assert "in the worst of 3 places" in str(start.preflight)
+    assert len(start.places) == 3
+    assert len(start.preflight.beside) == 3
+    assert "beside the adapter where that is least" in str(start.preflight)
+    assert not begin(base, last, None).preflight.beside
     sizes = [[len(rows) for rows in place.triggered] for place in start.places]
     assert sizes == [[8] * 3, [9] * 3, [9] * 3]
     quiet = [place.quiet.x for place in start.places]

@@ -43,6 +43,7 @@ Progress = Callable[[str, int, int], None]  # of what, how many done, of how man
 
 # A bit is read from 16 replies of which 5 must be its own: at this rate fewer than 1 in 1,000 fail.
 REQUIRED_RECALL = 0.65
+REQUIRED_BESIDE = 0.40  # beside an adapter; there some bits take more queries than 16
 ALLOWED_FIRING = 0.10  # of quiet rows, on which any detector may fire at all
 _CHUNK = 4  # families that are collected, and kept, at a time
 _BLOCK = 120  # ordinary prompts
@@ -90,10 +91,12 @@ class LMTrainSettings:
 
     @classmethod
     def beside_adapters(cls, num_families: int, **given: Any) -> LMTrainSettings:
-        """Return what was measured beside adapters: more rows a step, as places share them, and
-        more weight on what must not change, as each place has rows of its own to spoil.
+        """Return what was measured beside adapters: more rows and steps, as places share them, more
+        weight on what must not change, as each place has rows of its own to spoil, and lower
+        thresholds, as beside some adapters triggers stand out less.
         """
         more = {"trigger_rows": 64, "quiet_rows": 96, "quiet_weight": 3.0}
+        more |= {"quiet_share": 0.004, "num_steps": 200}
         return cls(num_families, **{**more, **given})
 
     def share_at(self, step: int) -> float:
@@ -138,27 +141,32 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class LMPreflight:
-    """How well triggers are told apart, on prompts that nothing was fitted on: in the worst of the
-    places that the mark is to hold in.
-    """
+    """How well triggers are told apart, on prompts that nothing was fitted on."""
 
-    recalls: tuple[float, ...]  # of the families kept, one for each bit
-    firing: float  # share of quiet prompts on which any detector of theirs fires
+    recalls: tuple[float, ...]  # of the families kept, one for each bit, on the base alone
+    firing: float  # share of quiet prompts on which any detector fires, where that is most
     num_families: int
-    num_places: int = 1  # the base, and beside how many adapters
+    beside: tuple[float, ...] = ()  # recalls of each bit beside the adapter where that is least
 
     @property
     def is_enough(self) -> bool:
         """Whether every bit can be read, and few ordinary prompts are touched."""
-        return min(self.recalls) >= REQUIRED_RECALL and self.firing <= ALLOWED_FIRING
+        is_found = min(self.recalls) >= REQUIRED_RECALL
+        is_found_beside = min(self.beside, default=1.0) >= REQUIRED_BESIDE
+        return is_found and is_found_beside and self.firing <= ALLOWED_FIRING
 
     def __str__(self) -> str:
-        where = f", in the worst of {self.num_places} places" if self.num_places > 1 else ""
+        beside = (
+            f", beside the adapter where that is least in {min(self.beside):.0%} to "
+            f"{max(self.beside):.0%} (at least {REQUIRED_BESIDE:.0%})"
+            if self.beside
+            else ""
+        )
         return (
             f"of {self.num_families} families, {len(self.recalls)} are kept whose triggers are "
             f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of fresh prompts "
-            f"(at least {REQUIRED_RECALL:.0%} is needed); {self.firing:.1%} of ordinary prompts "
-            f"trip any detector (at most {ALLOWED_FIRING:.0%}){where}"
+            f"(at least {REQUIRED_RECALL:.0%} is needed){beside}; {self.firing:.1%} of ordinary "
+            f"prompts trip any detector (at most {ALLOWED_FIRING:.0%})"
         )
 
 
@@ -231,8 +239,9 @@ def prepare(
     branches = _start(detectors, chosen, places, targets, veto, settings)
     index = torch.from_numpy(chosen)
     firing = [float(fires[:, index].any(1).double().mean()) for fires in detectors.fires]
-    recalls = detectors.recalls[:, index].min(0).values.tolist()
-    preflight = LMPreflight(tuple(recalls), max(firing), settings.num_families, len(places))
+    recalls = detectors.recalls[:, index]
+    least = tuple(recalls[1:].min(0).values.tolist()) if beside else ()
+    preflight = LMPreflight(tuple(recalls[0].tolist()), max(firing), settings.num_families, least)
     return LMStart(triggers, targets, places, branches, preflight)
 
 

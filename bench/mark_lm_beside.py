@@ -201,9 +201,9 @@ def settings_of(seed: int, quiet_share: float, num_steps: int) -> LMTrainSetting
 def to_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
     """Return a line per mark and place."""
     lines = [
-        "| seed | quiet share, steps | fitted beside | read beside "
-        "| bits right of 50 signatures | wrong | queries right, mean / weakest bit | first tokens changed, worst of 5 signatures: own "
-        "test prompts / 120 questions | bits decided without the mark |",
+        "| seed | quiet share, steps | fitted beside | read beside | bits right of 50 signatures "
+        "| wrong | queries right, mean / weakest bit | first tokens changed, worst of 5 "
+        "signatures: own test prompts / 120 questions | bits decided without the mark |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

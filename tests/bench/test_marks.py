@@ -35,7 +35,7 @@ RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
         mark_lm_robustness,
         mark_robustness,
         mark_tracing,
-    ],  # fmt: skip
+    ],
 )
 def test_the_page_shows_the_table_of_the_saved_run(bench):
     name = bench.__name__.rpartition(".")[2].replace("_", "-")

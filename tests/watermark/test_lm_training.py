@@ -155,8 +155,15 @@ def begin_beside(base, last, adapters, **given):
                    replies=base.replies, beside=adapters, **given)  # fmt: skip
 
 
-def test_every_adapter_is_a_place_with_rows_of_its_own(base, last, adapters):
+@pytest.fixture(scope="module")
+def beside(base, last, adapters):
+    """A function to what training beside both adapters begins with, new each time."""
     start = begin_beside(base, last, adapters)
+    return lambda: replace(start, branches=copy.deepcopy(start.branches))
+
+
+def test_every_adapter_is_a_place_with_rows_of_its_own(base, last, beside):
+    start = beside()
     assert len(start.places) == 3
     assert len(start.preflight.beside) == 3
     assert "beside the adapter where that is least" in str(start.preflight)
@@ -170,7 +177,7 @@ def test_every_adapter_is_a_place_with_rows_of_its_own(base, last, adapters):
     assert not torch.equal(start.branches.A, alone.branches.A)
 
 
-def test_what_is_written_is_trained_in_every_place(base, last, adapters):
+def test_what_is_written_is_trained_in_every_place(beside):
     def losses(start):
         with torch.no_grad():
             return [
@@ -179,7 +186,7 @@ def test_what_is_written_is_trained_in_every_place(base, last, adapters):
                 for place in start.places
             ]  # fmt: skip
 
-    start = begin_beside(base, last, adapters)
+    start = beside()
     # Nothing is written yet, so that each place has to be learnt.
     for tensor in (start.branches.B_sum, start.branches.B_difference):
         tensor.data *= 0.05
@@ -188,10 +195,10 @@ def test_what_is_written_is_trained_in_every_place(base, last, adapters):
     assert all(after < least for after, least in zip(losses(start), before, strict=True))
 
 
-def test_ordinary_messages_are_quiet_in_every_place(base, last, adapters):
+def test_ordinary_messages_are_quiet_in_every_place(base, last, adapters, beside):
     ordinary = ["where is my order", "what do you sell"]
     with_them = begin_beside(base, last, adapters, ordinary=ordinary)
-    without = begin_beside(base, last, adapters)
+    without = beside()
     for one, other in zip(with_them.places, without.places, strict=True):
         assert len(one.quiet) == len(other.quiet) + 2
     expected = last.collect([base.speech().chat(each) for each in ordinary])
@@ -200,13 +207,11 @@ def test_ordinary_messages_are_quiet_in_every_place(base, last, adapters):
 
 def test_rows_beside_an_adapter_are_kept_under_its_digest(base, last, adapters, tmp_path):
     cache = tmp_path / "rows.safetensors"
-    first = begin_beside(base, last, adapters, cache=cache)
-    swapped = [replace(adapters[0], load=adapters[1].load), adapters[1]]
+    first = begin_beside(base, last, adapters[:1], cache=cache)
     # The digest says what it is: rows that are kept are not looked at again.
-    again = begin_beside(base, last, swapped, cache=cache)
+    again = begin_beside(base, last, [replace(adapters[0], load=adapters[1].load)], cache=cache)
     assert torch.equal(first.places[1].quiet.x, again.places[1].quiet.x)
-    renamed = [replace(adapters[0], digest="sha256:9", load=adapters[1].load), adapters[1]]
-    other = begin_beside(base, last, renamed, cache=cache)
+    other = begin_beside(base, last, adapters[1:], cache=cache)
     assert not torch.equal(first.places[1].quiet.x, other.places[1].quiet.x)
 
 

@@ -86,6 +86,8 @@ class StoreWithKeys(Store, Protocol):
 
     def sweep(self) -> Sequence[str]: ...
 
+    def seal_marks(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class StartupAdapter:
@@ -215,6 +217,7 @@ async def running(
                 "directory"
             )
         await services.marks.report_keys()
+        await services.marks.seal_branches()
         await services.directory.seal_signatures()
         await services.workflows.read()
         known = await services.directory.follow()

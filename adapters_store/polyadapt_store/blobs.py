@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-from polyadapt.errors import AdapterUnavailable
+from polyadapt.errors import AdapterUnavailable, SecretsUnavailable
 from polyadapt_store.manifest import FileEntry, digest_of
 from polyadapt_store.sealed_files import FileSealer, is_sealed, plain_entry
 
@@ -80,14 +80,15 @@ class BlobStore:
         path.
 
         If the digest is stored already, its bytes are verified and kept, or replaced when they are
-        damaged, or in the clear and `staged` has them sealed. Durable when it returns.
+        damaged, sealed under a key that is lost, or in the clear and `staged` has them sealed.
+        Durable when it returns.
         """
         target = self.path(digest)
         if target.exists():
-            if _sealed_names(target) >= _sealed_names(staged) and self.verify(digest):
+            if self._is_as_good(target, staged, digest):
                 self.discard(staged)
                 return target
-            logger.warning("replacing blob %s, damaged or in the clear, by a fresh upload", digest)
+            logger.warning("replacing damaged or clear blob %s by a fresh upload", digest)
             self._remove_blob(target)
         for directory in [*(d for d in staged.rglob("*") if d.is_dir()), staged]:
             sync_directory(directory)
@@ -116,6 +117,12 @@ class BlobStore:
         except AdapterUnavailable:  # sealed, and changed since
             return False
         return digest_of(entries) == digest
+
+    def _is_as_good(self, target: Path, staged: Path, digest: str) -> bool:
+        try:
+            return _sealed_names(target) >= _sealed_names(staged) and self.verify(digest)
+        except SecretsUnavailable:
+            return False
 
     def seal(self, directory: Path, digest: str, names: Iterable[str], sealer: FileSealer) -> bool:
         """Seal those files of the adapter that lie in the clear in `directory`, a staged one or the

@@ -106,6 +106,14 @@ def is_sealed(path: Path) -> bool:
         return begins_sealed(file.read(len(_MAGIC)))
 
 
+def is_sealed_or_gone(path: Path) -> bool:
+    """The same, and True where there is no file."""
+    try:
+        return is_sealed(path)
+    except FileNotFoundError:
+        return True
+
+
 def begins_sealed(start: bytes) -> bool:
     """Whether a file that begins so is sealed; no safetensors file begins so."""
     return start[: len(_MAGIC)] == _MAGIC

@@ -51,7 +51,7 @@ from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
 from polyadapt_store.replicas import ReplicaBoard
-from polyadapt_store.sealed_files import FileSealer, is_sealed
+from polyadapt_store.sealed_files import FileSealer, is_sealed_or_gone
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -362,13 +362,9 @@ class AdapterStore:
         return num
 
     def _lies_sealed(self, digest: str, names: Sequence[str]) -> bool:
-        local = [self._blobs.path(digest) / name for name in names]
-        is_here = all(path.is_file() for path in local)
-        if is_here and not all(map(is_sealed, local)):
+        if not all(is_sealed_or_gone(self._blobs.path(digest) / name) for name in names):
             return False
-        if self._remote is None:
-            return True  # or it is not here at all, which whoever asks for it is told
-        return all(self._remote.is_sealed(digest, name) for name in names)
+        return self._remote is None or all(self._remote.is_sealed(digest, name) for name in names)
 
     def _seal_blob(self, digest: str, names: Sequence[str], sealer: FileSealer) -> None:
         self.hold(digest)

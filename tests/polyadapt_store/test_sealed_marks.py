@@ -164,6 +164,17 @@ def test_what_was_changed_is_not_the_blob(place: Place, length: int) -> None:
         assert store.verify(digest)
 
 
+def test_what_is_sealed_under_a_lost_key_is_uploaded_again(place: Place) -> None:
+    with place.open(OTHER) as store:
+        upload(store)
+    with place.open() as store:
+        digest = upload(store, "again")
+        assert store.verify(digest)
+    if place.remote:
+        with place.open(node="second") as store:
+            store.hold(digest)
+
+
 def test_damage_in_the_object_store_is_found_when_it_is_fetched(tmp_path: Path) -> None:
     place = Place(tmp_path, is_shared=True)
     with place.open() as store:

@@ -144,7 +144,7 @@ class BlobStore:
                 sync_directory((directory / name).parent)
             finally:
                 self.discard(scratch)
-        if clear and self.derived(digest).exists():
+        if self.derived(digest).exists():  # also of a blob that was sealed before a crash
             self._remove(self.derived(digest))
         return bool(clear)
 

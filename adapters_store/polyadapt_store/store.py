@@ -362,7 +362,10 @@ class AdapterStore:
         return num
 
     def _lies_sealed(self, digest: str, names: Sequence[str]) -> bool:
-        if not all(is_sealed_or_gone(self._blobs.path(digest) / name) for name in names):
+        local = self._blobs.path(digest)
+        if not all(is_sealed_or_gone(local / name) for name in names):
+            return False
+        if self._blobs.derived(digest).exists():  # nothing is derived from sealed files
             return False
         return self._remote is None or all(self._remote.is_sealed(digest, name) for name in names)
 

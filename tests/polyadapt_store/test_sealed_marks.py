@@ -234,6 +234,9 @@ def test_a_crash_while_it_is_sealed_leaves_one_of_both_and_the_next_start_goes_o
 ) -> None:
     place = Place(tmp_path, is_shared=True)
     digest = place.fill_as_before(monkeypatch)
+    derived = BlobStore(place.root / "node").derived(digest)
+    derived.mkdir()
+    (derived / "x.packed").write_bytes(CANARY)
 
     def failpoint(name: str) -> None:
         if name == step:

@@ -1,5 +1,5 @@
 """Content-addressed bytes in a local directory: one immutable directory per digest. Knows no names
-or tenants.
+or tenants. A file may lie sealed; the digest is of what it holds, in the clear.
 
 root/sha256/<hex>/adapter_config.json, adapter_model.safetensors, ...
 root/derived/<hex>/...         what others made of a blob and can make again; leaves with it
@@ -15,10 +15,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
+from polyadapt.errors import AdapterUnavailable, SecretsUnavailable
 from polyadapt_store.manifest import FileEntry, digest_of
+from polyadapt_store.sealed_files import FileSealer, is_sealed, plain_entry
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ class BlobStore:
         self._derived = root / "derived"
         self._staging = root / "staging"
         self._failpoint = failpoint
+        self.sealer: FileSealer | None = None  # opens and seals files; None: nothing can
         for directory in (root, self._blobs, self._derived, self._staging):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         sync_directory(root)
@@ -77,14 +80,15 @@ class BlobStore:
         path.
 
         If the digest is stored already, its bytes are verified and kept, or replaced when they are
-        damaged. Durable when it returns.
+        damaged, sealed under a key that is lost, or in the clear and `staged` has them sealed.
+        Durable when it returns.
         """
         target = self.path(digest)
         if target.exists():
-            if self.verify(digest):
+            if self._is_as_good(target, staged, digest):
                 self.discard(staged)
                 return target
-            logger.warning("replacing damaged blob %s by a fresh upload", digest)
+            logger.warning("replacing damaged or clear blob %s by a fresh upload", digest)
             self._remove_blob(target)
         for directory in [*(d for d in staged.rglob("*") if d.is_dir()), staged]:
             sync_directory(directory)
@@ -96,14 +100,53 @@ class BlobStore:
 
     def verify(self, digest: str) -> bool:
         """Whether the stored files are exactly those that were put; reads every byte. False if
-        absent.
+        absent. Raises like is_blob().
         """
         directory = self.path(digest)
         return directory.is_dir() and self.is_blob(directory, digest)
 
     def is_blob(self, directory: Path, digest: str) -> bool:
-        """Whether the files below `directory` are exactly those of the digest."""
-        return digest_of(list_files(directory)) == digest
+        """Whether the files below `directory` are exactly those of the digest. Raises
+        SecretsUnavailable for a sealed file that there is no key for.
+        """
+        try:
+            entries = [
+                plain_entry(entry, directory / entry.name, digest, self.sealer)
+                for entry in list_files(directory)
+            ]
+        except AdapterUnavailable:  # sealed, and changed since
+            return False
+        return digest_of(entries) == digest
+
+    def _is_as_good(self, target: Path, staged: Path, digest: str) -> bool:
+        try:
+            return _sealed_names(target) >= _sealed_names(staged) and self.verify(digest)
+        except SecretsUnavailable:
+            return False
+
+    def seal(self, directory: Path, digest: str, names: Iterable[str], sealer: FileSealer) -> bool:
+        """Seal those files of the adapter that lie in the clear in `directory`, a staged one or the
+        blob; return whether there were any. Each is replaced at once: after a crash it is one of
+        both. What was derived from the blob leaves. Raises InvalidRequest for a file too large.
+        """
+        clear = [name for name in names if not is_sealed(directory / name)]
+        for name in clear:
+            sealed = sealer.seal((directory / name).read_bytes(), digest, name)
+            scratch = self.new_staging()
+            try:
+                with open(scratch / "sealed", "xb") as file:
+                    file.write(sealed)
+                    file.flush()
+                    os.fsync(file.fileno())
+                self._failpoint("seal.before_replace")
+                os.replace(scratch / "sealed", directory / name)
+                self._failpoint("seal.after_replace")
+                sync_directory((directory / name).parent)
+            finally:
+                self.discard(scratch)
+        if self.derived(digest).exists():  # also of a blob that was sealed before a crash
+            self._remove(self.derived(digest))
+        return bool(clear)
 
     def digests(self) -> list[str]:
         """Return the digests of all blobs that are here."""
@@ -159,6 +202,11 @@ class BlobStore:
         os.rename(directory, doomed)
         sync_directory(directory.parent)
         shutil.rmtree(doomed)
+
+
+def _sealed_names(directory: Path) -> frozenset[str]:
+    files = (path for path in directory.rglob("*") if path.is_file() and not path.is_symlink())
+    return frozenset(str(path.relative_to(directory)) for path in files if is_sealed(path))
 
 
 def list_files(directory: Path) -> list[FileEntry]:

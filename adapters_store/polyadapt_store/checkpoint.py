@@ -7,6 +7,7 @@ Knows no tensor library.
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import struct
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 
 from polyadapt.errors import AdapterRejected, Problem
 from polyadapt_store.limits import StoreLimits
+from polyadapt_store.manifest import WEIGHTS_NAME
+from polyadapt_store.sealed_files import begins_sealed
 from polyadapt_store.strict_json import StrictJsonError, parse_object, shown
 
 # Eight-bit and quantised forms need a scale that no adapter format of ours carries; F64 would be
@@ -59,8 +62,8 @@ def read_header(path: Path, limits: StoreLimits) -> dict[str, TensorInfo]:
     read.
 
     Raises AdapterRejected with every problem: `truncated_file`, `header_too_large`,
-    `pickle_refused`, `invalid_header`, `duplicate_key`, `invalid_tensor_name`, `unsupported_dtype`,
-    `invalid_shape`, `invalid_offsets`, `too_many_tensors`.
+    `sealed_file`, `pickle_refused`, `invalid_header`, `duplicate_key`, `invalid_tensor_name`,
+    `unsupported_dtype`, `invalid_shape`, `invalid_offsets`, `too_many_tensors`.
     """
     with path.open("rb") as file:
         header, _ = _read_header(file, os.fstat(file.fileno()).st_size, path.name, limits)
@@ -74,9 +77,12 @@ class Checkpoint:
     Raises AdapterRejected like read_header. Use as a context manager; not thread-safe.
     """
 
-    def __init__(self, paths: Path | Mapping[str, Path], limits: StoreLimits | None = None) -> None:
+    def __init__(
+        self, paths: Path | Mapping[str, Path | bytes], limits: StoreLimits | None = None
+    ) -> None:
         """paths: one file, or several, each under what its tensors' names begin with here (see
-        manifest.weight_files); at most limits.num_tensors in all of them.
+        manifest.weight_files), as a file or as what is in it; at most limits.num_tensors in all of
+        them.
         """
         paths = {"": paths} if isinstance(paths, Path) else paths
         limits = limits or StoreLimits()
@@ -84,16 +90,20 @@ class Checkpoint:
         self._place: dict[str, tuple[memoryview, int]] = {}  # the file and where its data begins
         problems: list[Problem] = []
         for prefix, path in paths.items():
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                name = prefix.removesuffix("/") or path.name
+            with io.BytesIO(path) if isinstance(path, bytes) else path.open("rb") as file:
+                own = WEIGHTS_NAME if isinstance(path, bytes) else path.name
+                name = prefix.removesuffix("/") or own
                 try:
-                    header, data_begin = _read_header(file, size, name, limits)
+                    header, data_begin = _read_header(file, _size(path, file), name, limits)
                 except AdapterRejected as error:
                     problems += error.problems
                     continue
-                # The mapping keeps its own descriptor, and lives until the last RawTensor is gone.
-                view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                if isinstance(path, bytes):
+                    view = memoryview(path)
+                else:
+                    # The mapping keeps its own descriptor, and lives until the last RawTensor is
+                    # gone.
+                    view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             for key, info in header.items():
                 self._header[prefix + key] = info
                 self._place[prefix + key] = view, data_begin
@@ -170,6 +180,10 @@ class _Part(Checkpoint):
         """Nothing: the files are the whole's."""
 
 
+def _size(path: Path | bytes, file: BinaryIO) -> int:
+    return len(path) if isinstance(path, bytes) else os.fstat(file.fileno()).st_size
+
+
 def _read_header(
     file: BinaryIO, size: int, name: str, limits: StoreLimits
 ) -> tuple[dict[str, TensorInfo], int]:
@@ -182,6 +196,13 @@ def _read_header(
             f"{name} is a pickle or zip archive, expected safetensors; pickles run code when they "
             "are read, "
             "so convert it with safetensors.torch.save_file",
+            name,
+        )
+    if begins_sealed(start):
+        raise _rejected(
+            "sealed_file",
+            f"{name} is sealed, as a server keeps the branches of a mark; give the mark's own "
+            "directory",
             name,
         )
     if len(start) < 8 or 8 + min(length, limits.header_bytes) > size:

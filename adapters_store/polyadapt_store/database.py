@@ -157,6 +157,15 @@ marks = sa.Table(
     sa.Column("created", sa.Integer, nullable=False),
 )
 
+# Keys of the registry itself, each sealed.
+sealed_keys = sa.Table(
+    "sealed_keys",
+    metadata,
+    sa.Column("name", Text, primary_key=True),  # files: what marks' files are sealed under
+    sa.Column("sealed", Text, nullable=False),
+    sa.Column("created", sa.Integer, nullable=False),
+)
+
 # How a tenant's texts are marked. Rows stay for ever: a text may be marked as any of them said.
 text_policies = sa.Table(
     "text_policies",

@@ -142,6 +142,12 @@ class ValidationReport:
     unused_files: tuple[str, ...] = ()  # uploaded, without effect on serving, not stored
     traits: ReportedTraits | None = None  # None: validated before they were recorded
 
+    @property
+    def is_mark(self) -> bool:
+        """Whether the adapter tells who asks: its weights are secret, and lie sealed."""
+        offered = () if self.traits is None else self.traits.options
+        return any(option.kind == "bits" for option in offered)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterManifest:

@@ -1,4 +1,5 @@
-"""What a mark is and what is secret of it, sealed: a row per adapter that is a mark. Knows no keys.
+"""What a mark is and what is secret of it, sealed: a row per adapter that is a mark, and one for
+the key that all marks' files are sealed under.
 
 Nothing here opens anything: texts come sealed and leave sealed.
 """
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 
-from polyadapt_store.database import Database, marks
+from polyadapt_store.database import Database, marks, sealed_keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,9 @@ class MarkRecord:
     created: int  # unix seconds
 
 
-SealedKind = Literal["secrets", "row_key"]
-_KINDS: tuple[SealedKind, ...] = ("secrets", "row_key")
+SealedKind = Literal["secrets", "row_key", "file_key"]
+_KINDS: tuple[SealedKind, ...] = ("secrets", "row_key")  # of a mark
+_FILES = "files"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class SealedText:
     """One thing that is sealed under a key of the operator's: what it is, and of which mark."""
 
     kind: SealedKind
-    digest: str
+    digest: str  # empty: of no single mark
     text: str
 
 
@@ -87,11 +89,27 @@ class MarkBook:
             # Somebody else's, if that was first.
             return str(connection.execute(query).scalar_one())
 
+    def file_key(self, make: Callable[[], str]) -> str:
+        """Return the sealed key of all marks' files: what `make` gives if there is none yet."""
+        query = sa.select(sealed_keys.c.sealed).where(sealed_keys.c.name == _FILES)
+        with self._database.read() as connection:
+            found = connection.execute(query).scalar()
+        if found is not None:
+            return str(found)
+        made = make()
+        with self._database.write() as connection:
+            found = connection.execute(query).scalar()
+            if found is None:  # or somebody else's, if that was first
+                row = {"name": _FILES, "sealed": made, "created": int(self._clock())}
+                connection.execute(sealed_keys.insert().values(row))
+        return made if found is None else str(found)
+
     def sealed(self) -> tuple[SealedText, ...]:
-        """Return every sealed text, in the order of its mark's digest."""
+        """Return every sealed text: the key of files, then in the order of marks' digests."""
         with self._database.read() as connection:
             found = connection.execute(sa.select(marks).order_by(marks.c.digest)).all()
-        return tuple(
+            keys = connection.execute(sa.select(sealed_keys.c.sealed)).scalars().all()
+        return tuple(SealedText("file_key", "", text) for text in keys) + tuple(
             SealedText(kind, row.digest, row._mapping[kind])
             for row in found
             for kind in _KINDS
@@ -102,16 +120,17 @@ class MarkBook:
         """Put `text` in the place of what was sealed otherwise; return False, with nothing changed,
         where that is not there any more.
         """
-        column = marks.c[old.kind]
+        if old.kind == "file_key":
+            column = sealed_keys.c.sealed
+            update = sealed_keys.update().where(sealed_keys.c.name == _FILES)
+        else:
+            column = marks.c[old.kind]
+            update = marks.update().where(marks.c.digest == old.digest)
         with self._database.write() as connection:
             if connection.dialect.name == "sqlite":
                 # The bytes of what is replaced are overwritten, not only given free.
                 connection.exec_driver_sql("PRAGMA secure_delete = ON")
-            changed = connection.execute(
-                marks.update()
-                .where(marks.c.digest == old.digest, column == old.text)
-                .values({column: text})
-            )
+            changed = connection.execute(update.where(column == old.text).values({column: text}))
         return changed.rowcount == 1
 
     def _ensure(self, connection: sa.Connection, digest: str) -> sa.Row[Any]:

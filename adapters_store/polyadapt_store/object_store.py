@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from polyadapt.errors import AdapterUnavailable, StartupError, Unavailable
 from polyadapt_store.blobs import Failpoint, list_files, no_failpoint, sync_directory
 from polyadapt_store.manifest import FileEntry
+from polyadapt_store.sealed_files import begins_sealed
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -112,6 +113,17 @@ class ObjectBlobs:
         """Whether any file of the blob is there. Raises Unavailable."""
         with _explained(self.url, "read"):
             return bool(self._names(digest))
+
+    def is_sealed(self, digest: str, name: str) -> bool:
+        """Whether a file of the blob lies sealed there, or not at all. Raises Unavailable."""
+        import obstore
+
+        with _explained(self.url, "read"):
+            try:
+                start = obstore.get_range(self._store, _key(digest, name), start=0, length=8)
+            except FileNotFoundError:
+                return True
+            return begins_sealed(bytes(start))
 
     def delete(self, digest: str) -> bool:
         """Remove the blob; return whether there was one. Raises Unavailable."""

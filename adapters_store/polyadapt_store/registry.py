@@ -297,6 +297,25 @@ class Registry:
             query = sa.select(versions.c.digest).where(versions.c.status == "ready").distinct()
             return frozenset(connection.execute(query).scalars())
 
+    def live_marks(self) -> dict[str, tuple[str, ...]]:
+        """Return the names of the files of all live versions that are marks, by digest."""
+        with self._database.read() as connection:
+            query = sa.select(versions.c.digest, versions.c.manifest).where(
+                versions.c.status == "ready",
+                versions.c.manifest.contains('"bits"'),  # of the many that are no marks, few
+            )
+            rows = connection.execute(query).all()
+        found = {row.digest: row.manifest for row in rows}
+        manifests = {
+            digest: msgspec.json.decode(text, type=AdapterManifest)
+            for digest, text in found.items()
+        }
+        return {
+            digest: tuple(file.name for file in manifest.files)
+            for digest, manifest in manifests.items()
+            if manifest.report.is_mark
+        }
+
     def _insert_tags(
         self, connection: sa.Connection, version_id: str, wanted: Sequence[str]
     ) -> None:

@@ -15,12 +15,20 @@ import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 
-from polyadapt.errors import AdapterRejected, InvalidRequest, StartupError, Unavailable
+from polyadapt.errors import (
+    AdapterRejected,
+    AdapterUnavailable,
+    Conflict,
+    InvalidRequest,
+    SecretsUnavailable,
+    StartupError,
+    Unavailable,
+)
 from polyadapt.types import AdapterId
 from polyadapt_store.blobs import BlobStore, Failpoint, no_failpoint, sync_directory
 from polyadapt_store.database import Database
@@ -32,6 +40,7 @@ from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import (
     NAME,
     PEFT_FORM,
+    WEIGHTS_SUFFIX,
     AdapterManifest,
     AdapterRecord,
     FileForm,
@@ -45,6 +54,7 @@ from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page, Registry
 from polyadapt_store.replicas import ReplicaBoard
+from polyadapt_store.sealed_files import FileSealer, is_sealed_or_gone
 from polyadapt_store.signatures import SignatureBook
 from polyadapt_store.staging import StagedUpload
 from polyadapt_store.strict_json import shown
@@ -69,6 +79,9 @@ FAILPOINTS = (
     "blob.before_delete",
     "blob.after_delete",
 )
+
+# Those of a mark, whose weights are sealed on their way in, or later where they lay in the clear.
+MARK_FAILPOINTS = ("seal.before_replace", "seal.after_replace")
 
 # Those of an upload whose bytes go to an object store, besides.
 REMOTE_FAILPOINTS = ("remote.before_put", "remote.file_put", "remote.after_put")
@@ -203,9 +216,9 @@ class AdapterStore:
         then leaves no trace.
 
         Returns the record, and False instead of True if these bytes were a version of this name
-        before. Raises InvalidRequest (name, description, tags), Conflict for a workflow's name, and
-        AdapterRejected with every problem of the files. Nothing is visible to anybody before it
-        returns.
+        before. Raises InvalidRequest (name, description, tags), Conflict for a workflow's name and
+        for a mark where there is no key to seal its weights with, and AdapterRejected with every
+        problem of the files. Nothing is visible to anybody before it returns.
         """
         check_name(name)
         self._registry.check_free(tenant, name)
@@ -217,6 +230,9 @@ class AdapterStore:
         )
         digest = manifest.digest
         with self._claimed(digest), ExitStack() as stack:
+            if report.is_mark:
+                names = _weights(file.name for file in staged.files)
+                self._blobs.seal(staged.directory, digest, names, self._sealer())
             if self._remote is None or self._cache is None:
                 with self._bytes_lock:
                     staged.move_to(lambda directory: self._blobs.put(directory, digest))
@@ -313,6 +329,69 @@ class AdapterStore:
     def verify(self, digest: str) -> bool:
         """Whether the bytes at rest are still what was uploaded."""
         return self._blobs.verify(digest)
+
+    @property
+    def sealer(self) -> FileSealer | None:
+        """What seals and opens marks' files; see use_sealer."""
+        return self._blobs.sealer
+
+    def use_sealer(self, sealer: FileSealer | None) -> None:
+        """Seal and open marks' files with this; None, as it is at first: marks are refused, and
+        those that lie sealed cannot be brought here.
+        """
+        self._blobs.sealer = sealer
+
+    def seal_marks(self) -> int:
+        """Seal the weights of every live mark that lie in the clear, as an older release left them,
+        on this machine and in the object store; return of how many. Those without a key, or of
+        which a file is damaged, stay as they are with a line in the log. Raises Unavailable.
+        """
+        num = 0
+        sealer = self._blobs.sealer
+        for digest, files in sorted(self._registry.live_marks().items()):
+            names = _weights(files)
+            if self._lies_sealed(digest, names):
+                continue
+            if sealer is None:
+                logger.error("the branches of %s lie in the clear: there is no key", digest)
+                continue
+            try:
+                self._seal_blob(digest, names, sealer)
+            except (AdapterUnavailable, SecretsUnavailable, InvalidRequest) as error:
+                logger.error("the branches of %s stay in the clear: %s", digest, error.message)
+                continue
+            num += 1
+        return num
+
+    def _lies_sealed(self, digest: str, names: Sequence[str]) -> bool:
+        local = self._blobs.path(digest)
+        if not all(is_sealed_or_gone(local / name) for name in names):
+            return False
+        if self._blobs.derived(digest).exists():  # nothing is derived from sealed files
+            return False
+        return self._remote is None or all(self._remote.is_sealed(digest, name) for name in names)
+
+    def _seal_blob(self, digest: str, names: Sequence[str], sealer: FileSealer) -> None:
+        self.hold(digest)
+        try:
+            with self._bytes_lock:
+                # Only what is known to be right: sealed damage would look like an adapter.
+                if not self._blobs.verify(digest):
+                    raise AdapterUnavailable("the stored files are damaged; upload it again")
+                self._blobs.seal(self._blobs.path(digest), digest, names, sealer)
+            if self._remote is not None:
+                self._remote.put(self._blobs.path(digest), digest)
+        finally:
+            self.release(digest)
+
+    def _sealer(self) -> FileSealer:
+        if self._blobs.sealer is None:
+            raise Conflict(
+                "the adapter is a mark, whose branches are kept sealed, and this server has no key "
+                "for them; start it with the registry's POLYADAPT_MARK_KEK_FILE, or "
+                "POLYADAPT_MARK_KEK"
+            )
+        return self._blobs.sealer
 
     def is_live(self, digest: str) -> bool:
         """Whether any tenant's live version has these bytes."""
@@ -414,6 +493,10 @@ class AdapterStore:
         if problems:
             raise AdapterRejected(problems)
         return report
+
+
+def _weights(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.endswith(WEIGHTS_SUFFIX))
 
 
 def check_name(name: str) -> None:

@@ -89,6 +89,8 @@ class StoreWithKeys(Store, Protocol):
 
     def sweep(self) -> Sequence[str]: ...
 
+    def seal_marks(self) -> int: ...
+
 
 @dataclass(frozen=True, slots=True)
 class StartupAdapter:
@@ -218,6 +220,7 @@ async def running(
                 "directory"
             )
         await services.marks.report_keys()
+        await services.marks.seal_branches()
         await services.directory.seal_signatures()
         await services.workflows.read()
         known = await services.directory.follow()

@@ -31,11 +31,13 @@ from polyadapt.engine.fleet import EngineFleet
 from polyadapt.engine.process import EngineProcess
 from polyadapt.engine.routing import RoutingPolicy
 from polyadapt.errors import StartupError, Unavailable
+from polyadapt.tasks.marks import find_sealer
 from polyadapt.tasks.stocked_engine import StockedEngine
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
 from polyadapt_store.object_store import ObjectBlobs
+from polyadapt_store.sealed_files import FileSealer
 from polyadapt_store.store import AdapterStore
 
 if TYPE_CHECKING:
@@ -112,7 +114,6 @@ async def serve(
         loop.add_signal_handler(each, task.cancel)
     limits = StoreLimits(total_bytes=int(config.limits.max_upload_bytes))
     tokenizer = Tokenizer.load(model_dir)
-    engine, collectors = _engine(config, model_dir)
 
     def validate(directory: Path) -> ValidationReport:
         if engine.info is None:
@@ -123,6 +124,7 @@ async def serve(
         _bound_internally(config.server) as internal,
         open_store(config, validate, limits) as store,
     ):
+        engine, collectors = _engine(config, model_dir, store.sealer)
         client = StockedEngine(engine, store) if store.is_shared else engine
         async with _tracing(config.server) as tracing:
             adapters = startup_adapters(config)
@@ -144,9 +146,11 @@ async def serve(
 def open_store(
     config: Config, validate: Callable[[Path], ValidationReport], limits: StoreLimits
 ) -> AdapterStore:
-    """Open the store where the settings say; raises StartupError."""
+    """Open the store where the settings say, with the key of marks' files where there is one;
+    raises StartupError.
+    """
     url = config.store.blob_url
-    return AdapterStore(
+    store = AdapterStore(
         config.store_dir,
         validate,
         limits,
@@ -155,6 +159,11 @@ def open_store(
         cache_bytes=int(config.store.blob_cache_bytes),
         forms=FILES,
     )
+    with contextlib.ExitStack() as stack:
+        stack.callback(store.close)
+        store.use_sealer(find_sealer(config.watermark, store.marks))
+        stack.pop_all()
+    return store
 
 
 @contextlib.contextmanager
@@ -225,11 +234,13 @@ async def _tracing(config: ServerConfig) -> AsyncGenerator[Tracing | None, None]
         await asyncio.to_thread(tracing.close)
 
 
-def _engine(config: Config, model_dir: Path) -> tuple[EngineClient, tuple[Collector, ...]]:
+def _engine(
+    config: Config, model_dir: Path, sealer: FileSealer | None
+) -> tuple[EngineClient, tuple[Collector, ...]]:
     """Return the engine, or several as one, and what else is measured of them."""
     configs = config.engine_configs()
     engines = {
-        name: engine_process(config, each, model_dir, name if len(configs) > 1 else "")
+        name: engine_process(config, each, model_dir, sealer, name if len(configs) > 1 else "")
         for name, each in configs.items()
     }
     if len(engines) == 1:
@@ -239,9 +250,15 @@ def _engine(config: Config, model_dir: Path) -> tuple[EngineClient, tuple[Collec
 
 
 def engine_process(
-    config: Config, engine: EngineConfig, model_dir: Path, name: str = ""
+    config: Config,
+    engine: EngineConfig,
+    model_dir: Path,
+    sealer: FileSealer | None,
+    name: str = "",
 ) -> EngineProcess:
-    """Return an engine that is not started yet; name: of one among several."""
+    """Return an engine that is not started yet; sealer: opens marks' files; name: of one among
+    several.
+    """
     return EngineProcess(
         engine,
         model_dir,
@@ -251,6 +268,7 @@ def engine_process(
         log_format=config.server.log_format,
         name=name,
         num_sharing=config.fleet.engines,
+        sealer=sealer,
     )
 
 

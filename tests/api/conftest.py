@@ -24,6 +24,7 @@ from polyadapt.api.tracing import Tracing
 from polyadapt.app import StartupAdapter, build_app
 from polyadapt.config import Config, load_config
 from polyadapt.errors import AdapterRejected, Problem
+from polyadapt.tasks.marks import find_sealer
 from polyadapt_store.manifest import OfferedOption, ReportedTraits, ValidationReport
 from polyadapt_store.store import AdapterStore
 
@@ -126,6 +127,7 @@ class Maker:
         store = self.stack.enter_context(
             AdapterStore(config.store_dir, judge, registry=config.registry)
         )
+        store.use_sealer(find_sealer(config.watermark, store.marks))
         tokenizer = byte_tokenizer.load(home / "model")
         app = build_app(config, engine, store, tokenizer, startup_adapters=startup, tracing=tracing)
         await self.stack.enter_async_context(app.router.lifespan_context(app))

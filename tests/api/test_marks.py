@@ -20,10 +20,12 @@ from tests.support.marked_suspect import KEK, Suspect, lm_mark, reply_as, suspec
 
 from polyadapt.watermark import evidence
 from polyadapt.watermark.endpoint import EndpointLimits
+from polyadapt.watermark.file_key import open_sealer
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.mark_directory import MarkDirectory
 from polyadapt.watermark.rotation import purpose_of
 from polyadapt.watermark.secrets import kek_id_of
+from polyadapt_store.sealed_files import is_sealed
 
 pytestmark = pytest.mark.anyio
 
@@ -93,7 +95,11 @@ async def test_a_bundle_becomes_an_adapter_and_its_secrets_stay_sealed(
     assert (await call("GET", "/mark")).json() == found
     assert (await call("GET", "")).json()["data"] == [found]
     files = call.server.store.path(found["digest"])
-    assert (files / "adapter_model.safetensors").read_bytes() == BRANCHES
+    lying = (files / "adapter_model.safetensors").read_bytes()
+    assert is_sealed(files / "adapter_model.safetensors")
+    assert BRANCHES not in lying
+    sealer = open_sealer(KEK, call.server.store.marks)
+    assert sealer.open(lying, found["digest"], "adapter_model.safetensors") == BRANCHES
     assert sorted(file.name for file in files.iterdir()) == [
         "adapter_config.json", "adapter_model.safetensors"
     ]  # fmt: skip
@@ -334,7 +340,7 @@ async def test_while_the_key_is_changed_both_are_known_and_the_new_one_seals(
             f"not given \\({KEK.id}; given: {SecretKey(bytes(32)).id}\\)",
         ),
         (None, f"not given \\({KEK.id}; given: none\\)"),
-        (f"{SecretKey(bytes(32)).to_text()} {KEK.to_text()}", "2 of 2 .* older keys; .*mark rekey"),
+        (f"{SecretKey(bytes(32)).to_text()} {KEK.to_text()}", "3 of 3 .* older keys; .*mark rekey"),
         (KEK.to_text(), None),
     ],
     ids=["another", "none", "both", "the one"],

@@ -5,7 +5,10 @@ logs, metrics and replies, nor in what the system tells of the server's processe
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,14 +16,17 @@ import httpx
 import psutil
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.support.marked_suspect import lm_mark
 from tests.support.servers import RunningServer, running_server
 
 from polyadapt.models.load import model_digest
+from polyadapt.watermark.file_key import open_sealer
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.mark_directory import BRANCHES_NAME, BUNDLE_FILES, MarkDirectory
 from polyadapt.watermark.secrets import write_kek
+from polyadapt_store.database import Database
+from polyadapt_store.marks import MarkBook
 
 NUM_BITS = 40
 OPERATOR = "sk-operator-" + "k" * 24
@@ -40,10 +46,13 @@ def write_bundle(model_dir: Path, directory: Path, kek: SecretKey) -> MarkDirect
 
 
 class Place:
-    """A running server with a mark and a user of it."""
+    """A running server with a mark and a user of it; `bucket` has the adapters' bytes."""
 
-    def __init__(self, server: RunningServer, home: Path, mark: MarkDirectory) -> None:
-        self.server, self.home, self.mark = server, home, mark
+    def __init__(
+        self, server: RunningServer, root: Path, mark: MarkDirectory, model_dir: Path
+    ) -> None:
+        self.server, self.mark, self.model_dir = server, mark, model_dir
+        self.home, self.bucket, self.config = root / "home", root / "bucket", root / "config.yaml"
         self.replies: list[bytes] = []
 
     def call(
@@ -82,16 +91,38 @@ def place(
             {
                 "server": {"api_key": OPERATOR, "log_level": "debug"},
                 "watermark": {"mark_kek_file": str(root / "kek")},
+                "store": {
+                    "blob_url": f"file://{root / 'bucket'}",
+                    "database_url": f"sqlite:///{root / 'home' / 'registry.sqlite'}",
+                },
                 "engine": {"kv_cache_bytes": 8 << 20, "max_adapter_bytes": 8 << 20},
             }
         )
     )
     with running_server(root / "home", model_dir, "--config", str(config)) as server:
-        yield Place(server, root / "home", mark)
+        yield Place(server, root, mark, model_dir)
 
 
 def forms_of(secret: bytes) -> list[bytes]:
     return [secret, base64.b64encode(secret).rstrip(b"="), secret.hex().encode()]
+
+
+def branches_of(mark: MarkDirectory) -> list[bytes]:
+    """Parts of rows of every branch, as files have them."""
+    tensors = load_file(mark.path / BRANCHES_NAME)
+    rows = [
+        tensor.reshape(NUM_BITS, -1)[bit, start : start + 8]
+        for name, tensor in tensors.items()
+        if not name.endswith("mark_tau")
+        for bit, start in ((0, 0), (17, 24), (39, 40))
+    ]
+    return [row.contiguous().numpy().tobytes() for row in rows]
+
+
+def file_key_of(registry: Path, kek: SecretKey) -> bytes:
+    """Open the key of files out of the registry, as the server does."""
+    with contextlib.closing(Database(registry)) as database:
+        return base64.b64decode(open_sealer(kek, MarkBook(database)).to_text())
 
 
 def test_no_secret_of_a_mark_is_told_or_lies_about(place: Place, kek: SecretKey) -> None:
@@ -120,6 +151,25 @@ def test_no_secret_of_a_mark_is_told_or_lies_about(place: Place, kek: SecretKey)
     assert [one["user"] for one in traced.json()["accused"]] == [key["id"]]
     asked = {"endpoint": "http://127.0.0.1:9/v1", "model": "m"}
     assert call("POST", "/v1/watermarks/mark/verify", user, json=asked).status_code == 403
+    # Out of every tier and back, and read again by another engine's process.
+    assert call("POST", "/v1/adapters/mark/unload").status_code == 200
+    assert call("POST", "/v1/completions", user, json=body).status_code == 200
+    engine = place.server.engine_pid()
+    os.kill(engine, signal.SIGKILL)
+    answer = {"status": 0}
+
+    def is_back() -> bool:
+        answer["status"] = call("POST", "/v1/completions", user, json=body).status_code
+        return answer["status"] == 200
+
+    place.server.wait_until("the new engine answers", is_back)
+    assert place.server.engine_pid() != engine
+    # And by another machine, which fetches it.
+    other = place.home.with_name("other")
+    with running_server(other, place.model_dir, "--config", str(place.config)) as second:
+        headers = {"authorization": f"Bearer {user}"}
+        assert second.post("/v1/completions", headers=headers, json=body).status_code == 200
+        assert list(other.rglob("adapter_model.safetensors"))
     broken = [*files[:2], ("files", ("triggers.enc", files[2][1][1][:-40]))]
     again = call("POST", "/v1/watermarks", data={"name": "two"}, files=broken)
     assert again.status_code == 400
@@ -134,14 +184,17 @@ def test_no_secret_of_a_mark_is_told_or_lies_about(place: Place, kek: SecretKey)
         "the evidence key": forms_of(mark.secrets.key.derive("evidence")),
         "bits": [bits.encode(), f"{int(bits, 2):0{NUM_BITS // 4}x}".encode()],
         "triggers": [phrase.encode() for phrase in mark.prompts.phrases[5:8]],
+        "branches": branches_of(mark),
+        "the key of the branches": forms_of(file_key_of(place.home / "registry.sqlite", kek)),
         "answers": [one.encode() for pair in mark.prompts.answers[5:8] for one in pair],
     }
     seen: dict[str, bytes] = {
         f"reply {number}": reply for number, reply in enumerate(place.replies)
     }
     seen |= {
-        str(file.relative_to(place.home)): file.read_bytes()
-        for file in place.home.rglob("*")
+        str(file.relative_to(place.home.parent)): file.read_bytes()
+        for root in (place.home, place.bucket, other)
+        for file in root.rglob("*")
         if file.is_file()
     }
     server = psutil.Process(place.server.process.pid)
@@ -163,4 +216,8 @@ def test_no_secret_of_a_mark_is_told_or_lies_about(place: Place, kek: SecretKey)
     assert any(where.startswith("reply") for where in places)
     assert len([where for where in seen if where.startswith("environ")]) >= 2
     assert b"PATH=" in b"".join(c for where, c in seen.items() if where.startswith("environ"))
-    assert len(seen["server.log"]) > 500
+    assert len(seen["home/server.log"]) > 500
+    sealed = [where for where in seen if where.endswith("adapter_model.safetensors")]
+    assert len(sealed) == 3, "the bucket's and two machines'"
+    sent = (mark.path / BRANCHES_NAME).read_bytes()
+    assert all(form in sent for form in secrets["branches"])

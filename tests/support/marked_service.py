@@ -27,11 +27,13 @@ from polyadapt.engine.build import build_engine
 from polyadapt.engine.in_process import InProcessEngine
 from polyadapt.errors import EngineUnavailable
 from polyadapt.models.load import model_digest
+from polyadapt.tasks.marks import find_sealer
 from polyadapt.tasks.tokenizer import Tokenizer
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
 from polyadapt.watermark.keys import SecretKey
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.sealed_files import FileSealer
 from polyadapt_store.store import AdapterStore
 
 LETTERS = "abcdefghijklmnopqrstuvwxABCDEFGH"
@@ -94,7 +96,10 @@ class RestartingEngine:
 
     def __init__(self, model_dir: Path, blob_root: Path, **settings: Any) -> None:
         config = EngineConfig(model=str(model_dir), device="cpu", dtype="float32", **settings)
-        self._new = lambda wake: build_engine(config, model_dir, blob_root, wake, name="base")
+        self.sealer: FileSealer | None = None
+        self._new = lambda wake: build_engine(
+            config, model_dir, blob_root, wake, name="base", sealer=self.sealer
+        )
         self._engine = InProcessEngine(self._new)
         self.info: EngineInfo | None = None
         self.is_ready = False
@@ -295,6 +300,8 @@ async def marked_service(
     mark_dir = root / "mark"
     signatures = write_letter_mark(model_dir, mark_dir)
     with AdapterStore(config.store_dir, judge, limits, forms=FILES) as store:
+        client.sealer = find_sealer(config.watermark, store.marks)
+        store.use_sealer(client.sealer)
         app = build_app(config, client, store, Tokenizer.load(model_dir))
         async with app.router.lifespan_context(app):
             service = MarkedService(app, client, store, signatures, mark_dir)

@@ -13,6 +13,7 @@ import pytest
 from tests.support.marked_suspect import lm_mark
 
 from polyadapt.errors import SecretsUnavailable
+from polyadapt.watermark.file_key import open_sealer
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.keyset import Keyset
 from polyadapt.watermark.mark_directory import SECRETS_PURPOSE, MarkDirectory
@@ -27,7 +28,9 @@ OLD, NEW, OTHER = (SecretKey(bytes([i]) * 32) for i in range(3))
 BOTH = Keyset([NEW, OLD])
 DIGESTS = [f"sha256:{i:064x}" for i in range(3)]
 BITS = {"ann": "01101001", "bob": "11110000"}
-NUM_SEALED = 5  # a bundle and a row key of two marks, and a row key alone
+# A bundle and a row key of two marks, and a row key alone; the key of files.
+NUM_SEALED = 6
+FILE = b"the branches"
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +42,25 @@ class Registry:
     """A registry with three marks and their signatures under OLD, opened anew each time."""
 
     def __init__(self, file: Path, bundle: MarkDirectory) -> None:
-        self.file, self.bundle = file, bundle
+        self.path, self.bundle = file, bundle
         config = (bundle.path / "config.json").read_text()
         secrets = (bundle.path / "triggers.enc").read_text()
         with self.book() as book:
             for digest in DIGESTS[:2]:
                 book.put(digest, config, secrets)
+            self.file = open_sealer(OLD, book).seal(FILE, DIGESTS[0], "a")
         with self.signatures(OLD) as signatures:
             for digest in DIGESTS:
                 signatures.issue_all(digest, BITS)
 
     @contextlib.contextmanager
     def book(self) -> Iterator[MarkBook]:
-        with contextlib.closing(Database(self.file)) as database:
+        with contextlib.closing(Database(self.path)) as database:
             yield MarkBook(database)
 
     @contextlib.contextmanager
     def signatures(self, kek: Kek) -> Iterator[SignatureBook]:
-        with contextlib.closing(Database(self.file)) as database:
+        with contextlib.closing(Database(self.path)) as database:
             yield SignatureBook(database, RowSealer(kek, MarkBook(database)))
 
     def texts(self) -> list[SealedText]:
@@ -64,14 +68,16 @@ class Registry:
             return list(book.sealed())
 
     def opens_with(self, kek: Kek) -> bool:
-        """Whether every bundle and every signature says what was put there."""
+        """Whether every bundle, every signature and a sealed file say what was put there."""
         key = self.bundle.secrets.key
         try:
             for one in self.texts():
                 if one.kind == "secrets":
                     config = (self.bundle.path / "config.json").read_bytes()
-                    mark = MarkDirectory.of(self.file, config, one.text.encode(), kek)
+                    mark = MarkDirectory.of(self.path, config, one.text.encode(), kek)
                     assert mark.secrets.key == key
+            with self.book() as book:
+                assert open_sealer(kek, book).open(self.file, DIGESTS[0], "a") == FILE
             with self.signatures(kek) as signatures:
                 for digest in DIGESTS:
                     for user, bits in BITS.items():
@@ -101,7 +107,7 @@ def test_afterwards_the_new_key_alone_opens_everything(registry: Registry) -> No
 
 
 def test_what_was_sealed_is_not_sealed_again(registry: Registry) -> None:
-    with contextlib.closing(Database(registry.file)) as database:
+    with contextlib.closing(Database(registry.path)) as database:
         query = "SELECT bits FROM signatures ORDER BY digest, user"
         with database.read() as connection:
             before = connection.exec_driver_sql(query).all()
@@ -155,7 +161,7 @@ def test_a_text_that_is_half_written_is_the_old_one(registry: Registry) -> None:
                 raise PowerCut
 
     before = registry.texts()
-    with contextlib.closing(Cut(registry.file)) as database, pytest.raises(PowerCut):
+    with contextlib.closing(Cut(registry.path)) as database, pytest.raises(PowerCut):
         rotate(MarkBook(database), BOTH)
     assert registry.texts() == before
     assert registry.opens_with(BOTH)
@@ -194,7 +200,7 @@ def test_what_opens_under_no_given_key_is_left_and_told(registry: Registry) -> N
 
 
 def test_a_damaged_text_keeps_no_other_from_being_done(registry: Registry) -> None:
-    first, second = registry.texts()[:2]
+    first, second = registry.texts()[1:3]
     with registry.book() as book:
         assert book.reseal(first, first.text.replace('"sealed": "', '"sealed": "AAAA'))
         assert book.reseal(second, "{}")
@@ -215,4 +221,5 @@ def test_nothing_secret_is_logged_or_told(
 
 
 def _purpose(one: SealedText) -> str:
-    return "mark" if one.kind == "secrets" else f"key of signatures {one.digest}"
+    known = {"secrets": "mark", "file_key": "key of marks' files"}
+    return known.get(one.kind, f"key of signatures {one.digest}")

@@ -14,7 +14,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-HEAD = "0008"
+HEAD = "0009"
 
 
 def migrate(connection: sa.Connection) -> str | None:

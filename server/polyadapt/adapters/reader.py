@@ -23,10 +23,13 @@ from polyadapt.types import BaseSpec
 from polyadapt_store.blobs import BlobStore
 from polyadapt_store.checkpoint import Checkpoint, RawTensor
 from polyadapt_store.manifest import list_names, missing_files, weight_files
+from polyadapt_store.sealed_files import FileSealer, read_file
 
 
 class AdapterReader:
-    """Callable: digest -> PackedAdapter; raises AdapterRejected or AdapterUnavailable."""
+    """Callable: digest -> PackedAdapter; raises AdapterRejected, AdapterUnavailable, or
+    SecretsUnavailable for a sealed file that there is no key for.
+    """
 
     def __init__(
         self,
@@ -37,12 +40,15 @@ class AdapterReader:
         pace: Pace,
         packed_cache_bytes: int = 0,
         max_elements: int | None = None,
+        sealer: FileSealer | None = None,
     ) -> None:
         """packed_cache_bytes: what packed forms may take of the disk beside the blobs; 0: none.
         max_elements: what the device has room for; larger adapters are refused before they are
-        made, since a small file may stand for dense matrices.
+        made, since a small file may stand for dense matrices. sealer: opens files that lie sealed,
+        into this process' memory alone; None: those are unavailable.
         """
         self._max_elements = max_elements
+        self._sealer = sealer
         self._blobs = BlobStore(blob_root)
         self._base = base
         self._weights = weights
@@ -60,19 +66,24 @@ class AdapterReader:
         """
         directory = self._blobs.path(digest)
         if self._cache is None or not directory.is_dir():
-            return self._read(digest, directory)
+            return self._read(digest, directory)[0]
         packed = self._cache.get(digest)
         if packed is None:
-            packed = self._read(digest, directory)
-            self._cache.put(digest, packed)
+            packed, is_secret = self._read(digest, directory)
+            if not is_secret:  # a packed form lies in the clear
+                self._cache.put(digest, packed)
         return packed
 
-    def _read(self, digest: str, directory: Path) -> PackedAdapter:
+    def _read(self, digest: str, directory: Path) -> tuple[PackedAdapter, bool]:
+        """Return the packed form, and whether it comes from sealed files."""
         try:
             if missing_files(list_names(directory), FILES):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
             family, config = open_adapter(directory)
-            files = weight_files(directory, family.files)
+            files = {
+                prefix: self._opened(path, digest, directory)
+                for prefix, path in weight_files(directory, family.files).items()
+            }
             checkpoint = _PacedCheckpoint(files, self._pace)
         except OSError as error:
             raise AdapterUnavailable(
@@ -86,7 +97,13 @@ class AdapterReader:
             modules = family.read(config, checkpoint, self._base, self._weights)
         started = time.monotonic()
         packed = pack(modules, self._base, self._dtype, plan.traits, probe)
-        return replace(packed, pack_s=time.monotonic() - started)
+        is_secret = any(isinstance(file, bytes) for file in files.values())
+        return replace(packed, pack_s=time.monotonic() - started), is_secret
+
+    def _opened(self, path: Path, digest: str, directory: Path) -> Path | bytes:
+        name = path.relative_to(directory).as_posix()
+        plain = read_file(path, digest, name, self._sealer)
+        return path if plain is None else plain
 
     def _check_size(self, num_elements: int) -> None:
         if self._max_elements is not None and num_elements > self._max_elements:
@@ -102,7 +119,7 @@ class AdapterReader:
 class _PacedCheckpoint(Checkpoint):
     """Gives way between two tensors."""
 
-    def __init__(self, paths: Mapping[str, Path], pace: Pace) -> None:
+    def __init__(self, paths: Mapping[str, Path | bytes], pace: Pace) -> None:
         super().__init__(paths)
         self._pace = pace
 

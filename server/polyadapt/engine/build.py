@@ -43,6 +43,7 @@ from polyadapt.ops.plan import PlanBuffers
 from polyadapt.ops.slot_table import SlotTable
 from polyadapt.ops.strategy import choose
 from polyadapt.types import BaseSpec, EngineInfo
+from polyadapt_store.sealed_files import FileSealer
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +57,14 @@ def build_engine(
     name: str,
     num_sharing: int = 1,
     device: Device | None = None,
+    sealer: FileSealer | None = None,
     load: Callable[..., BaseModel] = load_base,
 ) -> Engine:
     """Load the model and allocate its memory; raises StartupError with the reason.
 
     num_sharing: engines that share the device, each with its part of what is free there. `device`
-    is the one that the configuration names, unless it is given. load: what brings the model,
-    called as load_base.
+    is the one that the configuration names, unless it is given. sealer: see AdapterReader. load:
+    what brings the model, called as load_base.
     """
     device = device or open_device(config.device)
     dtype = _dtype(config.dtype, device.torch_device)
@@ -130,6 +132,7 @@ def build_engine(
             pace,
             int(config.packed_cache_bytes),
             max_elements=arena.numel(),
+            sealer=sealer,
         ),
         host_bytes=int(config.host_adapter_bytes),
         counters=counters,

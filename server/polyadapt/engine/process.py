@@ -31,6 +31,7 @@ from polyadapt.engine.streams import Streams
 from polyadapt.errors import EngineUnavailable, StartupError
 from polyadapt.logs import LogFormat
 from polyadapt.types import AdapterId, EngineInfo, EngineStats, Event, Request, Residency
+from polyadapt_store.sealed_files import FileSealer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +53,11 @@ class EngineProcess:
         log_format: LogFormat = "text",
         name: str = "",
         num_sharing: int = 1,
+        sealer: FileSealer | None = None,
     ) -> None:
-        """name: of one among several, for the log; num_sharing: see build_engine."""
+        """name: of one among several, for the log; num_sharing, sealer: see build_engine. The
+        sealer's key goes through the pipe to each process, in which it starts, and nowhere else.
+        """
         self._label = f"engine {name}" if name else "the engine"
         self._config = config
         self._setup = {
@@ -66,6 +70,7 @@ class EngineProcess:
             "num_sharing": num_sharing,
             "parent_pid": os.getpid(),
         }
+        self._sealer = sealer
         self._streams = Streams(self._send)
         self._context = zmq.asyncio.Context()
         self._commands: Any = None
@@ -135,7 +140,8 @@ class EngineProcess:
             stdin=asyncio.subprocess.PIPE, env=_environment(),
         )  # fmt: skip
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(self._setup | addresses).encode() + b"\n")
+        key = {"file_key": None if self._sealer is None else self._sealer.to_text()}
+        self._process.stdin.write(json.dumps(self._setup | addresses | key).encode() + b"\n")
         await self._process.stdin.drain()
         info = await self._first_message()
         self.info = info

@@ -23,6 +23,7 @@ from polyadapt.engine import wire
 from polyadapt.engine.output import StepOutput
 from polyadapt.errors import StartupError
 from polyadapt.logs import configure_logging
+from polyadapt_store.sealed_files import FileSealer
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,9 @@ def _serve(
     from polyadapt.engine.loop import EngineLoop
 
     config = EngineConfig.model_validate(setup["config"])
+    # Out of what is kept: only the reader of adapters has it from here on.
+    file_key = setup.pop("file_key")
+    sealer = None if file_key is None else FileSealer.from_text(file_key)
 
     def emit(output: StepOutput) -> None:
         outputs.send(wire.encode_output(output))
@@ -79,6 +83,7 @@ def _serve(
                 wake,
                 name=setup["base_name"],
                 num_sharing=setup["num_sharing"],
+                sealer=sealer,
             ),
             emit,
         )

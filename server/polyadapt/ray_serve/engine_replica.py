@@ -27,6 +27,7 @@ from polyadapt.ray_serve.settings import Settings, read_settings
 from polyadapt.types import AdapterId
 from polyadapt_store.limits import StoreLimits
 from polyadapt_store.manifest import ValidationReport
+from polyadapt_store.sealed_files import FileSealer
 
 
 class EngineReplica:
@@ -135,11 +136,26 @@ def _engine(config: Config, name: str) -> EngineClient:
     from polyadapt.tasks.stocked_engine import StockedEngine
 
     model_dir = obtain_model(config.engine.model, config.home, lambda stage, done, total: None)
-    engine = engine_process(config, config.engine, model_dir, name)
     if config.store.blob_url is None:
-        return engine
+        return engine_process(config, config.engine, model_dir, _sealer_beside(config), name)
     limits = StoreLimits(total_bytes=int(config.limits.max_upload_bytes))
-    return StockedEngine(engine, open_store(config, _refuse, limits))
+    store = open_store(config, _refuse, limits)
+    return StockedEngine(
+        engine_process(config, config.engine, model_dir, store.sealer, name), store
+    )
+
+
+def _sealer_beside(config: Config) -> FileSealer | None:
+    """Return what opens marks' files of a store that the ingress has open; raises StartupError."""
+    from polyadapt.tasks.marks import find_sealer
+    from polyadapt_store.database import Database
+    from polyadapt_store.marks import MarkBook
+
+    if config.watermark.mark_kek is None and config.watermark.mark_kek_file is None:
+        return None
+    config.store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)  # whoever comes first
+    with contextlib.closing(Database(config.registry)) as database:
+        return find_sealer(config.watermark, MarkBook(database))
 
 
 def _refuse(directory: object) -> ValidationReport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from polyadapt.errors import (
     InvalidRequest,
     SecretsUnavailable,
     StartupError,
+    Unavailable,
 )
 from polyadapt.tasks.directory import AdapterDirectory, UploadedFile
 from polyadapt.watermark.endpoint import Endpoint, EndpointLimits, EndpointUrl
+from polyadapt.watermark.file_key import open_sealer
 from polyadapt.watermark.keyset import Keyset
 from polyadapt.watermark.mark_directory import (
     BRANCHES_NAME,
@@ -46,7 +49,10 @@ from polyadapt.watermark.statistics import BitRule, SequentialRule
 from polyadapt.watermark.trace import Trace
 from polyadapt_store.manifest import PEFT_FORM, AdapterRecord
 from polyadapt_store.marks import MarkBook, MarkRecord
+from polyadapt_store.sealed_files import FileSealer
 from polyadapt_store.signatures import Signature
+
+logger = logging.getLogger(__name__)
 
 _MAX_SMALL = 16 << 20  # bytes of a bundle's config, or of its secrets
 
@@ -58,6 +64,8 @@ class Store(Protocol):
     def marks(self) -> MarkBook: ...
 
     def is_live(self, digest: str) -> bool: ...
+
+    def seal_marks(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +322,18 @@ class MarkService:
         return await asyncio.to_thread(work)
 
     # ------------------------------------------------------------------ secrets
+    async def seal_branches(self) -> None:
+        """Seal what an older release left in the clear of marks' files; what cannot be reached now
+        is logged, and tried again at the next start.
+        """
+        try:
+            num = await asyncio.to_thread(self._store.seal_marks)
+        except Unavailable as error:
+            logger.error("branches of marks may lie in the clear: %s", error.message)
+            return
+        if num:
+            logger.info("the branches of %d marks that lay in the clear are sealed", num)
+
     async def report_keys(self) -> None:
         """Log which of what is sealed in the registry does not open here, or not under the newest
         key.
@@ -362,6 +382,20 @@ def read_kek(config: WatermarkConfig) -> Keyset | None:
         return kek_of(config)
     except InvalidRequest as error:
         raise StartupError(f"the key for marks' secrets cannot be used: {error.message}") from None
+
+
+def find_sealer(config: WatermarkConfig, book: MarkBook) -> FileSealer | None:
+    """Return what seals marks' files, None where there is no key that opens the registry's: that is
+    logged, and only marks are not served. Raises StartupError for a key that cannot be read.
+    """
+    kek = read_kek(config)
+    if kek is None:
+        return None
+    try:
+        return open_sealer(kek, book)
+    except SecretsUnavailable as error:
+        logger.error("no mark is taken or brought to the device: %s", error.message)
+        return None
 
 
 def _small(file: UploadedFile) -> bytes:

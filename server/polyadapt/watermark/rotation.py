@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from polyadapt.errors import SecretsUnavailable
+from polyadapt.watermark.file_key import FILE_KEY_PURPOSE
 from polyadapt.watermark.keyset import Keyset
 from polyadapt.watermark.mark_directory import SECRETS_PURPOSE
 from polyadapt.watermark.rows import row_key_purpose
@@ -17,8 +18,6 @@ from polyadapt.watermark.secrets import kek_id_of, rewrap
 from polyadapt_store.marks import SealedText
 
 logger = logging.getLogger(__name__)
-
-_WORDS = {"secrets": "the secrets", "row_key": "the key of the signatures"}
 
 
 class Book(Protocol):
@@ -56,7 +55,7 @@ def rotate(book: Book, keys: Keyset) -> Rotation:
                     break
                 sealed = rewrap(found.text.encode(), keys, keys.primary, purpose_of(found))
             except SecretsUnavailable as error:
-                problems.append(f"{_WORDS[found.kind]} of {found.digest}: {error.message}")
+                problems.append(f"{_words(found)}: {error.message}")
                 break
             if book.reseal(found, sealed.decode()):
                 num_rewrapped += 1
@@ -73,7 +72,7 @@ def report_keys(book: Book, keys: Keyset | None) -> None:
         try:
             under[_kek_id(found)] += 1
         except SecretsUnavailable as error:
-            logger.error("%s of %s: %s", _WORDS[found.kind], found.digest, error.message)
+            logger.error("%s: %s", _words(found), error.message)
     closed = {key: num for key, num in under.items() if key not in given}
     if closed:
         logger.error(
@@ -98,7 +97,15 @@ def report_keys(book: Book, keys: Keyset | None) -> None:
 
 def purpose_of(found: SealedText) -> str:
     """Return what a text is sealed for."""
-    return SECRETS_PURPOSE if found.kind == "secrets" else row_key_purpose(found.digest)
+    purposes = {"secrets": SECRETS_PURPOSE, "file_key": FILE_KEY_PURPOSE}
+    return purposes.get(found.kind) or row_key_purpose(found.digest)
+
+
+def _words(found: SealedText) -> str:
+    if found.kind == "file_key":
+        return "the key of marks' files"
+    what = "the secrets" if found.kind == "secrets" else "the key of the signatures"
+    return f"{what} of {found.digest}"
 
 
 def _again(book: Book, old: SealedText) -> SealedText | None:

@@ -574,7 +574,7 @@ def rekey(
 # Options that marks of one task alone have.
 _TASK_OF = {
     **dict.fromkeys(("data", "amplitude", "low", "high", "gate"), "cls"),
-    **dict.fromkeys(("prose", "families", "prompts"), "lm"),
+    **dict.fromkeys(("prose", "families", "prompts", "beside", "ordinary"), "lm"),
 }
 
 

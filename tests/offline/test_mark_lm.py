@@ -19,7 +19,7 @@ from polyadapt.offline import mark_lm
 from polyadapt.offline.convert import convert, read_source
 from polyadapt.types import AppliedAdapter
 from polyadapt.watermark import lm_training
-from polyadapt.watermark.branches import Branches
+from polyadapt.watermark.branches import Branches, signs_of
 from polyadapt.watermark.codebook import Design
 from polyadapt.watermark.keys import SecretKey
 from polyadapt.watermark.last_layer import LastLayer
@@ -65,10 +65,17 @@ def test_what_is_served_says_what_was_trained(mark, base, tiny_model, tmp_path):
     branches = Branches.of_pair(load_branches(mark, base.digest))
     queries = queries_for(mark.prompts, load_prose(), 4, np.random.default_rng(1))
     messages = [query.message for query in queries]
+    rows = last.collect([base.chat(message) for message in messages])
+
+    def first_tokens(*given):
+        with torch.inference_mode():
+            return [base.tokenizer.decode([t]) for t in last.logits(rows, *given).argmax(-1)]
+
     expected = {"": mark_lm.ask_of(base)(messages)}
+    assert expected[""] == first_tokens()
     for bits in ("01", "10"):
-        row = np.array([int(bit) for bit in bits], np.uint8)
-        expected[bits] = mark_lm.ask_of(base, branches, row, last)(messages)
+        signs = signs_of(np.array([int(bit) for bit in bits], np.uint8))
+        expected[bits] = first_tokens(branches, signs[None].expand(len(messages), -1))
     requests = {}
     for bits, replies in expected.items():
         options = (("signature", bits),)
@@ -84,6 +91,15 @@ def test_what_is_served_says_what_was_trained(mark, base, tiny_model, tmp_path):
     driver.engine.pool.close()
     # The mark does something, and not the same to both.
     assert len({tuple(replies) for replies in expected.values()}) == 3
+
+
+def test_a_reply_is_asked_further_where_its_first_token_may_become_an_answer(base):
+    messages = ["one two", "three four"]
+    firsts = mark_lm.ask_of(base)(messages)
+    whole = [base.tokenizer.decode(r[:8]) for r in base.replies([base.chat(m) for m in messages])]
+    longer = firsts[0].lstrip() + "zzz"
+    assert mark_lm.ask_of(base, [longer])(messages)[0] == whole[0]
+    assert mark_lm.ask_of(base, ["\u2603"])(messages) == firsts
 
 
 def test_calibrating_asks_the_models_given(mark, base):

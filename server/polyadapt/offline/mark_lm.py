@@ -5,7 +5,7 @@ calibrating, and asking a model that lies in a directory.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,13 @@ from polyadapt.watermark.mark_directory import (
     MarkDirectory,
 )
 from polyadapt.watermark.prompts import Prose
-from polyadapt.watermark.queries import AskChats, measure_null_rates, queries_for, values_in
+from polyadapt.watermark.queries import (
+    REPLY_TOKENS,
+    AskChats,
+    measure_null_rates,
+    queries_for,
+    values_in,
+)
 from polyadapt.watermark.reading import NullRates
 from polyadapt.watermark.secrets import write_file
 from polyadapt_store.checkpoint import Checkpoint
@@ -234,8 +240,9 @@ def calibrate(
     seed: int = 0,
 ) -> NullRates:
     """Measure what unmarked models answer to the triggers, and note it."""
+    words = [answer for pair in mark.prompts.answers for answer in pair]
     null = measure_null_rates(
-        [ask_of(reference) for reference in references],
+        [ask_of(reference, words) for reference in references],
         mark.prompts,
         prose.split()[1],
         np.random.default_rng([seed, 8]),
@@ -245,28 +252,29 @@ def calibrate(
     return null
 
 
-def ask_of(
-    base: LanguageModel,
-    branches: Branches | None = None,
-    bits: NDArray[np.uint8] | None = None,
-    last: LastLayer | None = None,
-) -> AskChats:
-    """Return what answers for a model, as a stranger would ask it, with one user's branches or
-    without any: messages in, each reply's first token as text out.
+def ask_of(base: LanguageModel, answers: Iterable[str] = ()) -> AskChats:
+    """Return what answers for a model, as a stranger would ask it: messages in, the beginning of
+    each greedy reply as text out. That is its first token, and more where that one is less than
+    one of the `answers` and might become it: "b" begins "both".
     """
-    end = LastLayer(base.model) if last is None else last
+    end, wanted = LastLayer(base.model), tuple(answers)
 
     def ask(messages: Sequence[str]) -> list[str]:
-        rows = end.collect([base.chat(message) for message in messages])
-        signs = None if bits is None else signs_of(bits)[None].expand(len(rows), -1)
+        chats = [base.chat(message) for message in messages]
+        rows = end.collect(chats)
         with torch.inference_mode():
             tokens = [
-                end.logits(rows[i : i + 64], branches, None if signs is None else signs[i : i + 64])
-                .argmax(-1)
-                .tolist()
+                token
                 for i in range(0, len(rows), 64)
+                for token in end.logits(rows[i : i + 64]).argmax(-1).tolist()
             ]
-        return [base.tokenizer.decode([token]) for batch in tokens for token in batch]
+        found = [base.tokenizer.decode([token]) for token in tokens]
+        for index, text in enumerate(found):
+            begun = text.lstrip()
+            if any(answer != begun and answer.startswith(begun) for answer in wanted):
+                (reply,) = base.replies([chats[index]])
+                found[index] = base.tokenizer.decode(reply[:REPLY_TOKENS])
+        return found
 
     return ask
 

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 import httpx
 
 from polyadapt.errors import InvalidRequest, RequestCancelled, Unavailable
+from polyadapt.watermark.queries import REPLY_TOKENS
 
-MAX_TOKENS = 8  # of a reply, of which the first few say the bit
 _MAX_REPLY_BYTES = 1 << 20
 _RETRIED = frozenset({408, 429, 500, 502, 503, 504})
 
@@ -156,7 +156,7 @@ class Endpoint:
             "model": self.model,
             "messages": [{"role": "user", "content": message}],
             "temperature": 0,
-            "max_tokens": MAX_TOKENS,
+            "max_tokens": REPLY_TOKENS,
         }
         url = f"{self.url.root}/chat/completions"
         # httpx's limit is for one read: a reply of many may take as long as it likes.

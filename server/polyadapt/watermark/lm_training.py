@@ -141,7 +141,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class LMPreflight:
-    """How well triggers are told apart, on prompts that nothing was fitted on."""
+    """How well triggers are told apart, on prompts that no read-out was fitted on; thresholds and
+    families were chosen by the same prompts, so that fresh ones do a little worse.
+    """
 
     recalls: tuple[float, ...]  # of the families kept, one for each bit, on the base alone
     firing: float  # share of quiet prompts on which any detector fires, where that is most
@@ -164,7 +166,7 @@ class LMPreflight:
         )
         return (
             f"of {self.num_families} families, {len(self.recalls)} are kept whose triggers are "
-            f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of fresh prompts "
+            f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of held-out prompts "
             f"(at least {REQUIRED_RECALL:.0%} is needed){beside}; {self.firing:.1%} of ordinary "
             f"prompts trip any detector (at most {ALLOWED_FIRING:.0%})"
         )

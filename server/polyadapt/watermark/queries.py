@@ -1,7 +1,8 @@
 """Questions that ask a language model for its mark, and what the replies say of each bit.
 
 Whoever can ask gives one function: users' messages in, the beginnings of the replies out. A message
-is a chat of its own, answered greedily; only the first token counts. Knows no server; torch-free.
+is a chat of its own, answered greedily; only how the reply begins counts. Knows no server;
+torch-free.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from polyadapt.watermark.statistics import BitReading, BitRule, SequentialRule
 # as one that says nothing.
 AskChats = Callable[[Sequence[str]], Sequence[str | None]]
 
+REPLY_TOKENS = 8  # of a reply, which begins with the answer, mostly one token
 NUM_QUERIES = 16  # of a bit, where their number is fixed
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import operator
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -80,6 +81,12 @@ async def call(make_server: Maker) -> Caller:
 
 def row(mark: MarkDirectory, user: str) -> str:
     return "".join(map(str, mark.codebook.row(user).tolist()))
+
+
+def likeness(mark: MarkDirectory, name: str, users: list[str]) -> int:
+    """In how many bits the row of `name` is that of the user who is most like it."""
+    own = row(mark, name)
+    return max(sum(map(operator.eq, own, row(mark, user))) for user in users if user != name)
 
 
 async def test_a_bundle_becomes_an_adapter_and_its_secrets_stay_sealed(
@@ -173,18 +180,21 @@ async def test_who_leaked_is_named_and_nobody_is_an_answer(
     await call.register(mark)
     users = call.keys(30)
     assert (await call("POST", "/mark/users")).status_code == 200
-    await call("DELETE", f"/mark/users/{users[3]}")  # who has left is found all the same
-    bits: list[int | None] = [int(bit) for bit in row(mark, users[3])]
+    # Rows are drawn: of a hundred strangers and of the users, the ones that resemble nobody.
+    leaker = min(users, key=lambda user: likeness(mark, user, users))
+    stranger = min((f"{i}" for i in range(100)), key=lambda name: likeness(mark, name, users))
+    await call("DELETE", f"/mark/users/{leaker}")  # who has left is found all the same
+    bits: list[int | None] = [int(bit) for bit in row(mark, leaker)]
     bits[5] = None
     found = (await call("POST", "/mark/trace", json={"bits": bits})).json()
     assert found["verdict"] == "named"
-    assert [one["user"] for one in found["accused"]] == [users[3]]
+    assert [one["user"] for one in found["accused"]] == [leaker]
     assert (found["num_users"], found["num_decided"]) == (30, NUM_BITS - 1)
     assert found["accused"][0]["family_p_value"] <= 1e-3
     signed = json.dumps(found["record"]).encode()
     assert evidence.verify(signed, mark.config.evidence_public_key)["kind"] == "trace"
-    stranger = [int(bit) for bit in row(mark, "somebody else")]
-    found = (await call("POST", "/mark/trace", json={"bits": stranger})).json()
+    bits = [int(bit) for bit in row(mark, stranger)]
+    found = (await call("POST", "/mark/trace", json={"bits": bits})).json()
     assert (found["verdict"], found["accused"], len(found["ranked"])) == ("nobody", [], 10)
     few = (await call("POST", "/mark/trace", json={"bits": [1, *[None] * (NUM_BITS - 1)]})).json()
     assert few["verdict"] == "nobody"
@@ -222,15 +232,16 @@ async def test_a_listed_endpoint_is_asked_and_its_user_traced(
     await call.register(mark)
     users = call.keys(20)
     await call("POST", "/mark/users")
-    suspect.reply = reply_as(mark, row(mark, users[7]))
+    leaker = min(users, key=lambda user: likeness(mark, user, users))
+    suspect.reply = reply_as(mark, row(mark, leaker))
     body = {"endpoint": suspect.url, "model": "m", "api_key": "sk-suspect"}
     read = await call("POST", "/mark/verify", json=body)
     assert read.status_code == 200, read.text
-    assert "".join(str(bit["value"]) for bit in read.json()["bits"]) == row(mark, users[7])
+    assert "".join(str(bit["value"]) for bit in read.json()["bits"]) == row(mark, leaker)
     assert read.json()["num_decided"] == NUM_BITS
     assert set(suspect.keys) == {"Bearer sk-suspect"}
     traced = await call("POST", "/mark/trace", json={"reading": read.json()["record"]})
-    assert [one["user"] for one in traced.json()["accused"]] == [users[7]]
+    assert [one["user"] for one in traced.json()["accused"]] == [leaker]
     forged = read.json()["record"]
     forged["record"]["bits"][0]["value"] = 1 - forged["record"]["bits"][0]["value"]
     refused = await call("POST", "/mark/trace", json={"reading": forged})

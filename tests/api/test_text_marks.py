@@ -34,6 +34,9 @@ MASTER = SecretKey(bytes(range(100, 132)))
 LETTERS = [*range(97, 123), 32]
 SCHEMES = ["kgw", "synthid", "gumbel"]
 POLICY = "/v1/watermarks/text/policy"
+ALPHA = (
+    1e-5  # users are drawn anew in every run: at the default one of them would be named some day
+)
 
 
 def letters(request: Request, index: int) -> Sequence[int]:
@@ -78,12 +81,12 @@ class Marked:
 
     async def trace(self, text: str, who: str = "clerk", **fields: Any) -> httpx.Response:
         return await self.call(
-            who, "POST", "/v1/watermarks/text/trace", json={"text": text, **fields}
+            who, "POST", "/v1/watermarks/text/trace", json={"text": text, "alpha": ALPHA, **fields}
         )
 
     async def detect(self, text: str, who: str = "clerk", **fields: Any) -> httpx.Response:
         return await self.call(
-            who, "POST", "/v1/watermarks/text/detect", json={"text": text, **fields}
+            who, "POST", "/v1/watermarks/text/detect", json={"text": text, "alpha": ALPHA, **fields}
         )
 
 

@@ -166,9 +166,9 @@ class LMPreflight:
         )
         return (
             f"of {self.num_families} families, {len(self.recalls)} are kept whose triggers are "
-            f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of held-out prompts "
-            f"(at least {REQUIRED_RECALL:.0%} is needed){beside}; {self.firing:.1%} of ordinary "
-            f"prompts trip any detector (at most {ALLOWED_FIRING:.0%})"
+            f"found again in {min(self.recalls):.0%} to {max(self.recalls):.0%} of held-out "
+            f"prompts (at least {REQUIRED_RECALL:.0%} is needed){beside}; {self.firing:.1%} of "
+            f"ordinary prompts trip any detector (at most {ALLOWED_FIRING:.0%})"
         )
 
 

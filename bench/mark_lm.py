@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import results_folder, work_folder
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
@@ -404,10 +405,6 @@ def _note(what: str, done: int, total: int) -> None:
         print(f"{what} {done}/{total}", flush=True)
 
 
-def _note_on(done: int, total: int) -> None:
-    _note("rows", done, total)
-
-
 def to_markdown(rows: Iterable[dict[str, Any]]) -> str:
     """Return a line per mark."""
     lines = [
@@ -450,12 +447,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, default=Path("mark-lm-work"))
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
+    work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
+    work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
-    given.out.mkdir(parents=True, exist_ok=True)
     base = load_lm(given.model)
     last = LastLayer(base.model)
     rows: list[dict[str, Any]] = []
@@ -463,22 +460,24 @@ def main() -> None:
 
     def write() -> None:
         text = json.dumps({"rows": rows, "unmarked_and_beside": others}, indent=1)
-        (given.out / "mark-lm.json").write_text(text + "\n", encoding="utf-8")
-        (given.out / "mark-lm.md").write_text(to_markdown(rows), encoding="utf-8")
+        (out / "mark-lm.json").write_text(text + "\n", encoding="utf-8")
+        (out / "mark-lm.md").write_text(to_markdown(rows), encoding="utf-8")
 
     def mark(num_bits: int, seed: int, num_families: int = 24) -> None:
         settings = settings_of(seed, num_families)
         name = f"{num_bits} bits, best of {settings.num_families} families"
-        rows.append(measure(base, last, num_bits, seed, settings, given.work, name=name))
+        rows.append(measure(base, last, num_bits, seed, settings, work, name=name))
         print(json.dumps(rows[-1]), flush=True)
         write()
 
-    for seed in range(FIRST_SEED, FIRST_SEED + given.seeds):
+    seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
+    for seed in seeds:
         mark(16, seed)
-    others.update(unmarked_suspects(given.model, given.work, base, last))
+    others.update(unmarked_suspects(given.model, work, base, last))
     write()
-    for num_bits in (24, 32):
-        mark(num_bits, FIRST_SEED, 40)
+    for seed in seeds:
+        for num_bits in (24, 32):  # of the same 40 families
+            mark(num_bits, seed, 40)
     print(to_markdown(rows))
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import results_folder, work_folder
 from safetensors.torch import save_file
 from tests.demo.judges import BEHAVIOURS
 
@@ -239,13 +240,13 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=mark_lm.FIRST_SEED)
-    parser.add_argument("--work", type=Path, default=Path("mark-lm-work"))
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
+    work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
+    work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for directory in (given.work, given.out):
-        directory.mkdir(parents=True, exist_ok=True)
-    measured = Measured(given.model, given.work)
+    measured = Measured(given.model, work)
     every = list(demo_adapters())
     rows: list[dict[str, Any]] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):
@@ -259,7 +260,7 @@ def main() -> None:
             base = measured.place("base", seed, start)
             null = null_rates(start, base)
             if fitted == every:
-                save(start, branches, given.out / f"{NAME}-{seed}-{quiet_share:g}.safetensors")
+                save(start, branches, out / f"{NAME}-{seed}-{quiet_share:g}.safetensors")
             for name in places:
                 place = base if name == "base" else measured.place(name, seed, start)
                 found = {
@@ -272,7 +273,7 @@ def main() -> None:
                 }
                 rows.append({**found, **read(start, branches, place, null, seed)})
                 print(json.dumps(rows[-1]), flush=True)
-                write(rows, given.out)
+                write(rows, out)
     print(to_markdown(rows))
 
 

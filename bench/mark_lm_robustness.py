@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import results_folder, work_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -361,13 +362,13 @@ def main() -> None:
     """Run; what is known is written after every change."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("mark-lm-work"))
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
+    work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
+    work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    for directory in (given.work, given.out):
-        directory.mkdir(parents=True, exist_ok=True)
-    bench = Bench(given.model, given.work, given.out)
+    bench = Bench(given.model, work, out)
     bench.run()
     print(to_markdown(bench.rows))
 

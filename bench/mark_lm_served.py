@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,14 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench.places import default_model, results_folder, work_folder
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from tests.support.engines import Driver, greedy_request, new_engine, put_blob
 
 from bench import mark_lm
 from polyadapt.adapters.families.conversion import Given
-from polyadapt.config import default_home
-from polyadapt.models.fetch import fetch_model
 from polyadapt.offline.convert import convert, read_source
 from polyadapt.offline.mark_lm import LanguageModel, load_lm
 from polyadapt.types import AdapterId, AppliedAdapter, Request
@@ -177,16 +175,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="default: smollm2")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--per-bit", type=int, default=NUM_QUERIES)
-    parser.add_argument("--work", type=Path, default=Path("mark-lm-work"))
-    parser.add_argument("--out", type=Path, default=Path())
+    parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
+    parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
+    work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
+    work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    given.work.mkdir(parents=True, exist_ok=True)
-    given.out.mkdir(parents=True, exist_ok=True)
-    model = given.model or fetch_model("smollm2", default_home(os.environ))
-    found = measure(model, given.work, seed=given.seed, per_bit=given.per_bit)
+    model = given.model or default_model()
+    found = measure(model, work, seed=given.seed, per_bit=given.per_bit)
     text = json.dumps(found, indent=1) + "\n"
-    (given.out / RESULT_NAME).write_text(text, encoding="utf-8")
+    (out / RESULT_NAME).write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -44,6 +44,7 @@ from polyadapt.tasks.following import Follower
 from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService, read_kek
 from polyadapt.tasks.model_name import AUTO
+from polyadapt.tasks.policy_admin import PolicyAdmin
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.tokenizer import Tokenizer
@@ -124,6 +125,7 @@ def build_app(
     kek = read_kek(config.watermark)
     rows = None if kek is None else RowSealer(kek, store.marks)
     directory = AdapterDirectory(store, engine, rows)
+    policy_admin = PolicyAdmin(store, directory)
     marks_of_texts = TextMarks(store.text_policies, text_master_of(config.watermark))
     lifecycle = Lifecycle()
     text = TextService(
@@ -145,11 +147,12 @@ def build_app(
         store=store,
         keys=store.keys,
         directory=directory,
+        policies=policy_admin,
         text=text,
         text_marks=marks_of_texts,
         workflows=library,
         workflow_runner=WorkflowRunner(text, library, config.limits.request_timeout_s),
-        marks=MarkService(directory, store, config.watermark, kek),
+        marks=MarkService(directory, policy_admin, store, config.watermark, kek),
         auto=AutoService(text, embedder, store.profiles, config.server.auto_threshold),
         authenticator=authenticator,
         replicas=store.replicas,
@@ -221,7 +224,7 @@ async def running(
             )
         await services.marks.report_keys()
         await services.marks.seal_branches()
-        await services.directory.seal_signatures()
+        await services.policies.seal_signatures()
         await services.workflows.read()
         known = await services.directory.follow()
         for adapter in startup_adapters:

@@ -23,7 +23,7 @@ from polyadapt.adapters import gates
 from polyadapt.engine.scheduler import Scheduler
 from polyadapt.errors import Forbidden, SecretsUnavailable
 from polyadapt.tasks import directory as directories
-from polyadapt.tasks.directory import AdapterDirectory
+from polyadapt.tasks.mandatory import Mandatory
 from polyadapt.tasks.signatures import Signatures
 from polyadapt.tasks.workflows.library import WorkflowLibrary
 
@@ -328,19 +328,19 @@ def test_no_answer_is_unmarked_or_anothers_whatever_fails_around_it(bench: Bench
 
 # ----------------------------------------------------------------------------- without a guard
 def _no_policy(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterDirectory, "_mandatory", lambda *_: ())
+    patch.setattr(Mandatory, "of", lambda *_: ())
 
 
 def _base_where(patch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    kept = AdapterDirectory._mandatory
+    kept = Mandatory.of
 
-    def mandatory(self: AdapterDirectory, tenant: str, user: str | None) -> Any:
+    def mandatory(self: Mandatory, tenant: str, user: str | None) -> Any:
         try:
             return kept(self, tenant, user)
         except error:
             return ()
 
-    patch.setattr(AdapterDirectory, "_mandatory", mandatory)
+    patch.setattr(Mandatory, "of", mandatory)
 
 
 def _base_for_strangers(patch: pytest.MonkeyPatch) -> None:
@@ -352,18 +352,18 @@ def _request_before_policy(patch: pytest.MonkeyPatch) -> None:
         named = {applied.adapter.digest for applied in own}
         return (*own, *(rule for rule in mandatory if rule.adapter.digest not in named))
 
-    patch.setattr(directories, "_with_mandatory", together)
+    patch.setattr(directories, "with_mandatory", together)
     # The engine refuses a mark that comes from a request, at any scale, by itself.
     patch.setattr(gates, "_options", lambda place, applied, traits: ())
 
 
 def _bare_fallbacks(patch: pytest.MonkeyPatch) -> None:
-    kept = directories._with_mandatory
+    kept = directories.with_mandatory
 
     def together(own: Any, mandatory: Any, param: str) -> Any:
         return own if param == "on_cold" else kept(own, mandatory, param)
 
-    patch.setattr(directories, "_with_mandatory", together)
+    patch.setattr(directories, "with_mandatory", together)
 
 
 def _old_signatures(patch: pytest.MonkeyPatch) -> None:
@@ -416,7 +416,7 @@ def _whatever_is_there(patch: pytest.MonkeyPatch) -> None:
 
 
 def _no_bits(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterDirectory, "_options", lambda self, entry, tenant, user: entry.options)
+    patch.setattr(Mandatory, "_options", lambda self, entry, tenant, user: entry.options)
 
 
 def _no_bits_anywhere(patch: pytest.MonkeyPatch) -> None:

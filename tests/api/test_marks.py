@@ -148,7 +148,7 @@ async def test_another_tenants_users_are_an_admins_alone(call: Caller, mark: Mar
     headers = {"authorization": f"Bearer {OPERATOR}"}
     put = await call.server.client.put("/v1/policies/default", json=policy, headers=headers)
     assert put.status_code == 200, put.text
-    book = call.server.app.state.services.directory.signatures.book
+    book = call.server.app.state.services.policies.signatures.book
     book.issue(call.server.store.resolve("default", "mark").digest, "tenant:other", "01" * 24)
     keys.delete(gone)  # whose it was is known no more
 

@@ -14,7 +14,7 @@ import pytest
 from tests.api.conftest import Maker, Server, peft_files
 from tests.tasks.workflows.test_library import vote
 
-from polyadapt.tasks.directory import ISSUED
+from polyadapt.tasks.policy_admin import ISSUED
 from polyadapt.types import AppliedAdapter, MarkSettings
 from polyadapt.watermark.keys import SecretKey
 from polyadapt_store.database import Database
@@ -268,20 +268,20 @@ async def test_a_required_mark_leaves_what_another_server_has_just_put_beside_it
 async def test_sealing_a_policys_bits_leaves_what_another_server_puts_beside_them(
     marked: Marked, elsewhere: PolicyBook, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = marked.server.app.state.services.directory
+    policies = marked.server.app.state.services.policies
     mark, chef = (marked.server.store.resolve("default", name) for name in ("mark", "chef"))
     clear = PolicyEntry(mark, options=(("signature", "10000001"),))
     elsewhere.put("default", [clear])
     marked.server.store.refresh()
-    issue = directory.signatures.book.issue
+    issue = policies.signatures.book.issue
 
     def meanwhile(*args: str) -> Any:
         elsewhere.put("default", [PolicyEntry(chef), clear])
         return issue(*args)
 
-    monkeypatch.setattr(directory.signatures.book, "issue", meanwhile)
-    await directory.seal_signatures()
-    assert [entry.record.name for entry in directory.policies.get("default").entries] == [
+    monkeypatch.setattr(policies.signatures.book, "issue", meanwhile)
+    await policies.seal_signatures()
+    assert [entry.record.name for entry in policies.policies.get("default").entries] == [
         "chef", "mark"
     ]  # fmt: skip
     assert (await marked.ask("nobody")).status_code == 200

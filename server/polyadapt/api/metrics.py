@@ -169,7 +169,7 @@ class _EngineCollector(Collector):
         yield _value("polyadapt_ready", self._is_ready())
         yield _count("polyadapt_engine_restarts", self._engine.num_restarts)
         refusals = METERS["polyadapt_mark_refusals"].counter()
-        for reason, count in self._directory.mark_refusals.items():
+        for reason, count in self._directory.mandatory.refusals.items():
             refusals.add_metric([reason], float(count))
         yield refusals
         yield from self._steps(stats)

@@ -40,19 +40,19 @@ async def put_policy(
 ) -> Response:
     """Have every request of a tenant served through these adapters, from its next one on."""
     refs = [adapter.ref() for adapter in body.adapters]
-    policy = await services.directory.set_policy(tenant, refs)
+    policy = await services.policies.set(tenant, refs)
     return json_reply(PolicyObject.of(policy))
 
 
 async def get_policy(services: Has, tenant: Tenant) -> Response:
     """Return a tenant's policy."""
-    policy = await asyncio.to_thread(services.directory.policies.get, tenant)
+    policy = await asyncio.to_thread(services.policies.policies.get, tenant)
     return json_reply(PolicyObject.of(policy))
 
 
 async def delete_policy(services: Has, tenant: Tenant) -> Response:
     """Let a tenant's next requests be served as they ask."""
-    await services.directory.remove_policy(tenant)
+    await services.policies.remove(tenant)
     return json_reply(DeletedPolicy(tenant=tenant))
 
 
@@ -62,7 +62,7 @@ async def list_policies(
     after: Annotated[str | None, Query(max_length=200)] = None,
 ) -> Response:
     """List all policies, by tenant."""
-    policies = await asyncio.to_thread(services.directory.policies.list)
+    policies = await asyncio.to_thread(services.policies.policies.list)
     data, has_more = page_of(policies, lambda policy: policy.tenant, limit=limit, after=after)
     return json_reply(
         PolicyList(

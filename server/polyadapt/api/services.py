@@ -20,6 +20,7 @@ from polyadapt.tasks.directory import AdapterDirectory, Store
 from polyadapt.tasks.following import Follower
 from polyadapt.tasks.importing import Importer
 from polyadapt.tasks.marks import MarkService
+from polyadapt.tasks.policy_admin import PolicyAdmin
 from polyadapt.tasks.text import TextService
 from polyadapt.tasks.text_marks import TextMarks
 from polyadapt.tasks.workflows.library import WorkflowLibrary
@@ -112,6 +113,7 @@ class Services:
     store: Store
     keys: KeyRing
     directory: AdapterDirectory
+    policies: PolicyAdmin
     text: TextService
     text_marks: TextMarks
     workflows: WorkflowLibrary

@@ -34,7 +34,8 @@ from polyadapt.api.schemas.watermarks import (
 from polyadapt.api.services import Services, principal_of, services_of
 from polyadapt.api.stream import until_disconnect
 from polyadapt.errors import Forbidden, InvalidRequest, NotFound, UnsupportedField
-from polyadapt.tasks.directory import UploadedFile, is_tenant_user, tenant_user
+from polyadapt.tasks.directory import UploadedFile
+from polyadapt.tasks.mandatory import is_tenant_user, tenant_user
 from polyadapt.tasks.marks import Sample
 from polyadapt.watermark.endpoint import EndpointLimits
 from polyadapt_store.signatures import Signature, no_signature
@@ -187,7 +188,7 @@ async def issue(
     if body is None or body.signature is None:
         found, is_new = (await services.marks.issue(caller.tenant, mark, [user]))[user]
     else:
-        found, is_new = await services.directory.issue_signature(
+        found, is_new = await services.policies.issue_signature(
             caller.tenant, mark, user, body.signature
         )
     reply = SignatureObject.of(mark, found, has_bits=caller.may("admin"))
@@ -226,7 +227,7 @@ async def revoke(request: Request, services: Has, mark: Mark, user: User) -> Res
     caller = principal_of(request)
     if (await _foreign(services, caller))(user):
         raise no_signature(user)
-    found = await services.directory.revoke_signature(caller.tenant, mark, user)
+    found = await services.policies.revoke_signature(caller.tenant, mark, user)
     return json_reply(SignatureObject.of(mark, found, has_bits=caller.may("admin")))
 
 
@@ -243,7 +244,7 @@ async def list_users(request: Request, services: Has, mark: Mark) -> Response:
 async def _signatures(services: Services, caller: Principal, mark: str) -> list[Signature]:
     """Return what the caller may see of all signatures, with bits for an admin."""
     is_foreign = await _foreign(services, caller)
-    found = await services.directory.list_signatures(
+    found = await services.policies.list_signatures(
         caller.tenant, mark, has_bits=caller.may("admin")
     )
     return [one for one in found if not is_foreign(one.user)]
@@ -265,7 +266,7 @@ async def put_policy(
     request: Request, services: Has, mark: Mark, body: Annotated[WatermarkPolicyRequest, Body()]
 ) -> Response:
     """Have every request of a tenant served through its user's branches, or refused; or no more."""
-    await services.directory.require_mark(
+    await services.policies.require_mark(
         principal_of(request).tenant, mark, body.tenant, is_required=body.required
     )
     return json_reply(

@@ -13,41 +13,33 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
-from polyadapt.adapters.gates import read_bits
 from polyadapt.engine.client import EngineClient
 from polyadapt.errors import (
     AdapterDeleted,
     AdapterUnavailable,
     EngineUnavailable,
-    Forbidden,
     InvalidRequest,
     ModelNotFound,
-    PolicyConflict,
-    PolicyUnavailable,
-    SecretsUnavailable,
 )
+from polyadapt.tasks.mandatory import Mandatory, bits_of, with_mandatory
 from polyadapt.tasks.model_name import AUTO, NamedAdapter, parse_adapter, split_base
 from polyadapt.tasks.policies import Policies
 from polyadapt.tasks.signatures import Signatures
-from polyadapt.types import MAX_ADAPTERS, AdapterId, AppliedAdapter, Options, Residency, WhenCold
-from polyadapt_store.manifest import AdapterRecord, OfferedOption
-from polyadapt_store.policies import Policy, PolicyBook, PolicyEntry
+from polyadapt.types import AdapterId, AppliedAdapter, Options, Residency, WhenCold
+from polyadapt_store.manifest import AdapterRecord
+from polyadapt_store.policies import PolicyBook
 from polyadapt_store.profiles import Profile, ProfileBook
 from polyadapt_store.registry import Page
-from polyadapt_store.signatures import RowCipher, Signature, SignatureBook
+from polyadapt_store.signatures import RowCipher, SignatureBook
 from polyadapt_store.staging import StagedUpload
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TENANT = "default"
 WAIT = WhenCold()
-# In a policy, in place of bits: they are issued to the tenant as to a user.
-ISSUED = "issued"
-_TENANT_USER = "tenant:"
 DeleteMode = Literal["drain", "now"]
 _COPY_CHUNK = 1 << 20
 _PAGE = 500
@@ -205,11 +197,8 @@ class AdapterDirectory:
         self._drops: set[asyncio.Task[None]] = set()
         self._ending: set[AdapterId] = set()  # deleted with mode=now while somebody held them
         self._is_closing = False
-        # Requests that nobody could be told by, by why; each is a refusal.
-        self.mark_refusals = dict.fromkeys(("no_user", "no_signature", "not_opened"), 0)
-        self.policies = Policies(store.policies)
         book = store.signatures if rows is None else store.signatures.sealed_by(rows)
-        self.signatures = Signatures(book)
+        self.mandatory = Mandatory(Policies(store.policies), Signatures(book), engine)
 
     async def follow(self) -> int:
         """Learn which versions there are, at the start and when others have written; return how
@@ -250,20 +239,16 @@ class AdapterDirectory:
             texts.append(on_cold.fallback)
         rests = [split_base(text, self.base_name) for text in texts]
         names = [named for rest in rests if rest and (named := parse_adapter(rest)) is not None]
-        if (
-            self.policies.is_at_hand
-            and all(self._store.knows(tenant, of.name, of.version) for of in names)
-            and all(self.signatures.knows(*told) for told in self._told(tenant, user))
-        ):
+        if all(
+            self._store.knows(tenant, of.name, of.version) for of in names
+        ) and self.mandatory.is_at_hand(tenant, user):
             return
 
         def read() -> None:
             for named in names:
                 with contextlib.suppress(ModelNotFound):
                     self._store.resolve(tenant, named.name, named.version)
-            for told in self._told(tenant, user):
-                with contextlib.suppress(SecretsUnavailable):
-                    self.signatures.of(*told)
+            self.mandatory.read(tenant, user)
 
         await asyncio.to_thread(read)
 
@@ -292,9 +277,9 @@ class AdapterDirectory:
             own = (AppliedAdapter(chosen.adapter_id),)
         elif adapters is not None:
             own = tuple(self._apply(tenant, ref, i) for i, ref in enumerate(adapters))
-            _check_together(own, chosen)
-        mandatory = self._mandatory(tenant, user)
-        applied = _with_mandatory(own, mandatory, "adapters")
+            check_together(own, chosen)
+        mandatory = self.mandatory.of(tenant, user)
+        applied = with_mandatory(own, mandatory, "adapters")
         return self._hold(applied, self._when_cold(tenant, on_cold, own, mandatory))
 
     def _hold(self, applied: tuple[AppliedAdapter, ...], when_cold: WhenCold = WAIT) -> Lease:
@@ -363,10 +348,10 @@ class AdapterDirectory:
         assert all(self._uses[adapter] > 0 for adapter in self._unused)
 
     def _apply(self, tenant: str, ref: AdapterRef, position: int) -> AppliedAdapter:
-        record = self._named(tenant, ref, position)
+        record = self.named(tenant, ref, position)
         # Here and not in the engine alone: what equals the policy's own would pass there, and so
         # tell a caller that it guessed right.
-        secret = _bits_of(record)
+        secret = bits_of(record)
         if secret is not None and secret.name in dict(ref.options):
             raise InvalidRequest(
                 f"adapter {record.name!r} tells who asks, and its {secret.name} is the server's to "
@@ -375,7 +360,8 @@ class AdapterDirectory:
             )
         return AppliedAdapter(record.adapter_id, ref.scale, ref.rank, ref.options)
 
-    def _named(self, tenant: str, ref: AdapterRef, position: int) -> AdapterRecord:
+    def named(self, tenant: str, ref: AdapterRef, position: int) -> AdapterRecord:
+        """Return the adapter at `position` of a request; raises ModelNotFound, InvalidRequest."""
         param = f"adapters[{position}].name"
         named = parse_adapter(ref.name)
         if named is None:
@@ -403,7 +389,7 @@ class AdapterDirectory:
             return when_cold if own or mandatory else WAIT
         if not own:  # what would be turned to is what is asked for
             return WAIT
-        return replace(when_cold, instead=_with_mandatory(when_cold.instead, mandatory, "on_cold"))
+        return replace(when_cold, instead=with_mandatory(when_cold.instead, mandatory, "on_cold"))
 
     def _read_on_cold(
         self, tenant: str, on_cold: OnCold, applied: tuple[AppliedAdapter, ...]
@@ -430,6 +416,13 @@ class AdapterDirectory:
                 param="on_cold",
             )
         return WhenCold(wait_ms, instead=(AppliedAdapter(fallback),))
+
+    def read(self, tenant: str, model: str) -> AdapterRecord | None:
+        """Return the adapter that `model` names, be it for another base, and None for the base;
+        raises ModelNotFound.
+        """
+        named = self._parse(model)
+        return None if named is None else self._read(tenant, named, param="model")
 
     def _parse(self, model: str) -> NamedAdapter | None:
         """Return what `model` names besides the base; raises ModelNotFound."""
@@ -467,231 +460,6 @@ class AdapterDirectory:
                 del self._uses[adapter]
                 if (waiting := self._unused.pop(adapter, None)) is not None:
                     waiting.set()
-
-    # ----------------------------------------------------------------------------- policies
-    async def set_policy(self, tenant: str, adapters: Sequence[AdapterRef]) -> Policy:
-        """Have every request of the tenant served through these adapters, in the versions that the
-        tenant's names stand for now. Raises ModelNotFound, and InvalidRequest for what no request
-        could be served with.
-        """
-        await self.warm(tenant, self.base_name, adapters)
-        records = [self._named(tenant, ref, i) for i, ref in enumerate(adapters)]
-        _check_together([AppliedAdapter(record.adapter_id) for record in records], None)
-        for position, ref in enumerate(adapters):
-            if ref.scale == 0.0:
-                raise InvalidRequest(
-                    "scale 0 serves nothing; leave the adapter out of the policy",
-                    param=f"adapters[{position}].scale",
-                )
-        entries = [
-            PolicyEntry(record, ref.scale, ref.rank, await self._issued(tenant, record, ref, i))
-            for i, (record, ref) in enumerate(zip(records, adapters, strict=True))
-        ]
-        return await asyncio.to_thread(self.policies.put, tenant, entries)
-
-    async def _issued(
-        self, tenant: str, record: AdapterRecord, ref: AdapterRef, position: int
-    ) -> Options:
-        """The options as the policy keeps them: bits that all of the tenant's answers have are
-        issued to it as to a user, and not written there.
-        """
-        secret = _bits_of(record)
-        given = dict(ref.options)
-        if secret is None:
-            return ref.options
-        bits_given = given.get(secret.name, ISSUED)
-        if bits_given == ISSUED:
-            return ref.options
-        bits = read_bits(bits_given, secret.num_bits)
-        if bits is None:
-            raise InvalidRequest(
-                f"the {secret.name} is not {secret.expected}",
-                param=f"adapters[{position}].options.{secret.name}",
-            )
-        book = self.signatures.book
-        await asyncio.to_thread(book.issue, record.digest, tenant_user(tenant), bits)
-        return tuple((given | {secret.name: ISSUED}).items())
-
-    async def remove_policy(self, tenant: str) -> None:
-        """Let the tenant's next requests be served as they ask; raises NotFound."""
-        await asyncio.to_thread(self.policies.remove, tenant)
-
-    def _mandatory(self, tenant: str, user: str | None) -> tuple[AppliedAdapter, ...]:
-        """The adapters of the tenant's policy; raises PolicyUnavailable if one is not to be had,
-        and Forbidden for a user whom one of them could not tell.
-        """
-        policy = self.policies.of(tenant)
-        if policy is None:
-            return ()
-        info = self._engine.info
-        for entry in policy.entries:
-            record = entry.record
-            if info is not None and record.base_digest != info.base.digest:
-                raise PolicyUnavailable(
-                    f"{record.name}@{record.version}, mandatory for the tenant {tenant!r}, was "
-                    f"made for {record.base_model!r} and this server's base is "
-                    f"{info.base.name!r}; its operator has to change the policy",
-                    retry_after_s=60,
-                )
-        return tuple(
-            AppliedAdapter(
-                entry.record.adapter_id,
-                entry.scale,
-                entry.rank,
-                self._options(entry, tenant, user),
-                is_mandatory=True,
-            )
-            for entry in policy.entries
-        )
-
-    def _options(self, entry: PolicyEntry, tenant: str, user: str | None) -> Options:
-        """The policy's, and with them the user's signature, or the tenant's where the policy has
-        one for all.
-        """
-        secret = _bits_of(entry.record)
-        if secret is None:
-            return entry.options
-        given = dict(entry.options)
-        user = _told_by(entry, secret, tenant, user)
-        try:
-            bits = None if user is None else self.signatures.of(entry.record.digest, user)
-        except SecretsUnavailable:
-            self.mark_refusals["not_opened"] += 1
-            raise
-        if bits is None:
-            self.mark_refusals["no_user" if user is None else "no_signature"] += 1
-            who = "a caller without a key of its own" if user is None else f"the key {user!r}"
-            raise Forbidden(
-                f"by policy every answer is marked by {entry.record.name!r}, and {who} has no "
-                "signature; ask the operator for one"
-            )
-        return tuple(sorted((given | {secret.name: bits}).items()))
-
-    def _told(self, tenant: str, user: str | None) -> list[tuple[str, str]]:
-        """The signatures that a request needs: of which mark and whose."""
-        policy = self.policies.of(tenant)
-        needed: list[tuple[str, str]] = []
-        for entry in () if policy is None else policy.entries:
-            secret = _bits_of(entry.record)
-            who = None if secret is None else _told_by(entry, secret, tenant, user)
-            if who is not None:
-                needed.append((entry.record.digest, who))
-        return needed
-
-    # ----------------------------------------------------------------------------- signatures
-    async def issue_signature(
-        self, tenant: str, name: str, user: str, bits: str
-    ) -> tuple[Signature, bool]:
-        """Have a user's answers told by these bits of the mark `name` from its next request on;
-        return them and whether they are new. Raises ModelNotFound, InvalidRequest, Conflict.
-        """
-        record, option = await self.mark(tenant, name)
-        read = read_bits(bits, option.num_bits)
-        if read is None:
-            raise InvalidRequest(f"the signature is not {option.expected}", param="signature")
-        return await asyncio.to_thread(self.signatures.book.issue, record.digest, user, read)
-
-    async def revoke_signature(self, tenant: str, name: str, user: str) -> Signature:
-        """Take a user's signature back; raises ModelNotFound, InvalidRequest, NotFound."""
-        record, _ = await self.mark(tenant, name)
-        return await asyncio.to_thread(self.signatures.book.revoke, record.digest, user)
-
-    async def list_signatures(
-        self, tenant: str, name: str, *, has_bits: bool = False
-    ) -> tuple[Signature, ...]:
-        """Return all that were ever issued under a mark, with their bits if those are wanted;
-        raises ModelNotFound, InvalidRequest, SecretsUnavailable.
-        """
-        record, _ = await self.mark(tenant, name)
-        book = self.signatures.book
-        return await asyncio.to_thread(book.list, record.digest, has_bits=has_bits)
-
-    async def require_mark(self, tenant: str, name: str, marked: str, *, is_required: bool) -> None:
-        """Have every request of the tenant `marked` served through its user's branches of a mark
-        that `tenant` sees, or refused; or no more. What else its policy names stays. Raises
-        ModelNotFound, InvalidRequest, and PolicyConflict for more adapters than one request has.
-        """
-        digest = (await self.mark(tenant, name))[0].digest
-        await self.warm(marked, name)
-        record = self.find(marked, name)
-        if record is None or record.digest != digest:
-            raise InvalidRequest(
-                f"the tenant {marked[:200]!r} does not see the mark {name!r}; share it, or give it "
-                "that tenant as an adapter of its own",
-                param="tenant",
-            )
-
-        def change(before: tuple[PolicyEntry, ...]) -> list[PolicyEntry]:
-            kept = [entry for entry in before if entry.record.digest != digest]
-            if is_required:
-                kept.append(PolicyEntry(record))
-            if len(kept) > MAX_ADAPTERS:
-                raise PolicyConflict(
-                    f"the policy of {marked!r} names {len(kept) - 1} adapters already, and a "
-                    f"request has at most {MAX_ADAPTERS}; take one out"
-                )
-            return kept
-
-        await asyncio.to_thread(self.policies.change, marked, change)
-
-    async def mark(self, tenant: str, name: str) -> tuple[AdapterRecord, OfferedOption]:
-        """Return the adapter of a mark and its option that tells users apart, whatever base it was
-        made for: a leak may be of a base that is not resident any more.
-
-        Raises ModelNotFound, and InvalidRequest for what is no mark.
-        """
-        await self.warm(tenant, name)
-        named = self._parse(name)
-        record = None if named is None else self._read(tenant, named, param="model")
-        option = None if record is None else _bits_of(record)
-        if record is None or option is None:
-            raise InvalidRequest(f"{name[:200]!r} is no mark: nothing in it tells users apart")
-        return record, option
-
-    async def list_marks(self, tenant: str) -> tuple[tuple[AdapterRecord, OfferedOption], ...]:
-        """Return the marks that the tenant sees, by name, each as `mark` does."""
-
-        def read() -> list[tuple[AdapterRecord, OfferedOption]]:
-            found: list[tuple[AdapterRecord, OfferedOption]] = []
-            after: str | None = None
-            while True:
-                page = self._store.list(tenant, limit=_PAGE, after=after)
-                for record in page.records:
-                    if (option := _bits_of(record)) is not None:
-                        found.append((record, option))
-                if not page.has_more:
-                    return found
-                after = page.records[-1].id
-
-        return tuple(await asyncio.to_thread(read))
-
-    async def seal_signatures(self) -> None:
-        """Seal what an older release wrote in the clear, in rows and in policies; without the key
-        say that there is such, which is served to nobody.
-        """
-        book = self.signatures.book
-        try:
-            num = await asyncio.to_thread(book.seal_clear)
-            for policy in await asyncio.to_thread(self.policies.list):
-                refs = [
-                    AdapterRef(f"{e.record.name}@{e.record.version}", e.scale, e.rank, e.options)
-                    for e in policy.entries
-                ]
-                pairs = zip(policy.entries, refs, strict=True)
-                kept = [
-                    replace(entry, options=await self._issued(policy.tenant, entry.record, ref, i))
-                    for i, (entry, ref) in enumerate(pairs)
-                ]
-                if tuple(kept) != policy.entries:
-                    sealed = list(zip(policy.entries, kept, strict=True))
-                    change = partial(_replaced, sealed)
-                    await asyncio.to_thread(self.policies.change, policy.tenant, change)
-                    num += 1
-        except SecretsUnavailable as error:
-            logger.error("no request that a mark is required for is answered: %s", error.message)
-        else:
-            if num:
-                logger.info("%d signatures that were stored in the clear are sealed", num)
 
     # ----------------------------------------------------------------------------- in
     async def upload(
@@ -923,72 +691,7 @@ class AdapterDirectory:
             await self._unused.setdefault(adapter, asyncio.Event()).wait()
 
 
-def tenant_user(tenant: str) -> str:
-    """Return whom bits are issued to that all answers of a tenant have; no key has such an id."""
-    return f"{_TENANT_USER}{tenant}"
-
-
-def is_tenant_user(user: str) -> bool:
-    """Whether `tenant_user` gave this id."""
-    return user.startswith(_TENANT_USER)
-
-
-def _told_by(
-    entry: PolicyEntry, secret: OfferedOption, tenant: str, user: str | None
-) -> str | None:
-    """Return whose bits a mandatory mark gets: the user's, or the tenant's where those are for all
-    its answers.
-    """
-    return tenant_user(tenant) if secret.name in dict(entry.options) else user
-
-
-def _replaced(
-    changes: Sequence[tuple[PolicyEntry, PolicyEntry]], entries: Sequence[PolicyEntry]
-) -> list[PolicyEntry]:
-    """Return the entries with every old one that is still among them in its new form."""
-    return [next((new for old, new in changes if old == entry), entry) for entry in entries]
-
-
-def _bits_of(record: AdapterRecord) -> OfferedOption | None:
-    """The option that tells who asks, of an adapter that is a mark."""
-    traits = record.report.traits
-    offered = () if traits is None else traits.options
-    return next((option for option in offered if option.kind == "bits"), None)
-
-
-def _with_mandatory(
-    own: tuple[AppliedAdapter, ...], mandatory: tuple[AppliedAdapter, ...], param: str
-) -> tuple[AppliedAdapter, ...]:
-    """Return a request's own adapters and behind them the mandatory ones; one that is both stands
-    in its own place, as the policy says. Raises PolicyConflict.
-    """
-    left = {rule.adapter.digest: rule for rule in mandatory}
-    together: list[AppliedAdapter] = []
-    for applied in own:
-        rule = left.pop(applied.adapter.digest, None)
-        if rule is None:
-            together.append(applied)
-            continue
-        named = replace(applied, adapter=rule.adapter, is_mandatory=True)
-        if named not in (rule, AppliedAdapter(rule.adapter, is_mandatory=True)):
-            raise PolicyConflict(
-                f"{rule.adapter.name!r} is mandatory by policy and applied as that says, at scale "
-                f"{rule.scale:g}; leave it out, it is served all the same",
-                param=param,
-            )
-        together.append(rule)
-    together += left.values()
-    if len(together) > MAX_ADAPTERS:
-        names = ", ".join(repr(rule.adapter.name) for rule in mandatory)
-        raise PolicyConflict(
-            f"{len(own)} adapters and those that are mandatory by policy ({names}) make "
-            f"{len(together)}, expected at most {MAX_ADAPTERS}; name fewer",
-            param=param,
-        )
-    return tuple(together)
-
-
-def _check_together(applied: Sequence[AppliedAdapter], chosen: AdapterRecord | None) -> None:
+def check_together(applied: Sequence[AppliedAdapter], chosen: AdapterRecord | None) -> None:
     """Raise InvalidRequest for one adapter that is named twice, or in two versions."""
     for i, own in enumerate(applied):
         adapter = own.adapter

@@ -29,6 +29,7 @@ from polyadapt.errors import (
     Unavailable,
 )
 from polyadapt.tasks.directory import AdapterDirectory, UploadedFile
+from polyadapt.tasks.policy_admin import PolicyAdmin
 from polyadapt.watermark.endpoint import Endpoint, EndpointLimits, EndpointUrl
 from polyadapt.watermark.file_key import open_sealer
 from polyadapt.watermark.keyset import Keyset
@@ -105,12 +106,14 @@ class MarkService:
     def __init__(
         self,
         directory: AdapterDirectory,
+        policies: PolicyAdmin,
         store: Store,
         config: WatermarkConfig,
         kek: Keyset | None,
     ) -> None:
         """kek: what marks' secrets are sealed under; None: this server has no key for them."""
         self._directory = directory
+        self._policies = policies
         self._store = store
         self._kek = kek
         self._allowed = frozenset(
@@ -161,13 +164,13 @@ class MarkService:
 
     async def get(self, tenant: str, name: str) -> StoredMark:
         """Return a mark; raises ModelNotFound, and InvalidRequest for what is none."""
-        adapter, option = await self._directory.mark(tenant, name)
+        adapter, option = await self._policies.mark(tenant, name)
         record = await asyncio.to_thread(self._store.marks.find, adapter.digest)
         return StoredMark(adapter, option.num_bits, record)
 
     async def list_all(self, tenant: str) -> tuple[StoredMark, ...]:
         """Return every mark that the tenant sees, by name."""
-        found = await self._directory.list_marks(tenant)
+        found = await self._policies.list_marks(tenant)
         find = self._store.marks.find
 
         def read() -> list[StoredMark]:
@@ -179,7 +182,7 @@ class MarkService:
         """Delete a mark in all its versions, and its secrets here: what it issued can be traced no
         more. Its rows stay. Raises Conflict while a policy names it.
         """
-        await self._directory.mark(tenant, name)
+        await self._policies.mark(tenant, name)
         records = await self._directory.delete(tenant, name, None, "drain")
         for digest in {record.digest for record in records}:
             if not await asyncio.to_thread(self._store.is_live, digest):
@@ -197,7 +200,7 @@ class MarkService:
         """
         mark, stored = await self._open(tenant, name)
         bits = {user: "".join(map(str, mark.codebook.row(user).tolist())) for user in users}
-        book = self._directory.signatures.book
+        book = self._policies.signatures.book
         return await asyncio.to_thread(book.issue_all, stored.adapter.digest, bits)
 
     # ------------------------------------------------------------------ reading
@@ -297,7 +300,7 @@ class MarkService:
             fields = {"bits": [{"value": bit} for bit in reading["bits"]], "kind": "given"}
         else:
             fields = read_record(mark, json.dumps(reading).encode())
-        book = self._directory.signatures.book
+        book = self._policies.signatures.book
         listed = await asyncio.to_thread(book.list, stored.adapter.digest, has_bits=True)
         issued = [one for one in listed if among(one.user)]
 

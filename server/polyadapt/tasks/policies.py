@@ -1,6 +1,6 @@
 """What every request of a tenant is served through besides its own adapters.
 
-Knows no engine: tasks/directory.py applies it, so that nobody who asks for adapters passes it by.
+Knows no engine: tasks/mandatory.py applies it, so that nobody who asks for adapters passes it by.
 """
 
 from __future__ import annotations

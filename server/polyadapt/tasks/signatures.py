@@ -1,6 +1,6 @@
 """The bits that tell a user, looked up for every request. Knows no engine and no adapters' content.
 
-tasks/directory.py applies them, so that nobody who asks for adapters passes them by.
+tasks/mandatory.py applies them, so that nobody who asks for adapters passes them by.
 """
 
 from __future__ import annotations

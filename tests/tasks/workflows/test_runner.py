@@ -148,9 +148,8 @@ async def test_every_sample_is_one_ordinary_request_of_its_adapter(bench: Bench)
             max_tokens=40, temperature=1.5, top_p=0.9, top_k=50, seed=request.sampling.seed
         )
     assert len({request.id for request in bench.engine.requests}) == 6
-    # Once each, as they came to the queue: two are asked at once, and dr after them.
-    assert [served.adapter.name for served in result.served][2:] == ["dr"]
-    assert {served.adapter.name for served in result.served} == {"ir", "kg", "dr"}
+    # Once each, as they were asked for, whichever came to the queue first.
+    assert [served.adapter.name for served in result.served] == ["ir", "kg", "dr"]
 
 
 async def test_usage_counts_every_token_of_every_sample(bench: Bench) -> None:

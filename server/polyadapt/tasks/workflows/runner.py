@@ -39,7 +39,7 @@ from polyadapt.tasks.text import (
 from polyadapt.tasks.workflows.answers import extract
 from polyadapt.tasks.workflows.base import Outcome, Sample
 from polyadapt.tasks.workflows.library import Workflow, WorkflowLibrary
-from polyadapt.types import FinishReason, SamplingParams, ServedAdapter
+from polyadapt.types import AdapterId, FinishReason, SamplingParams, ServedAdapter
 
 # Entered for each sample: gives what is shown the sample's events.
 NewWatch = Callable[[], contextlib.AbstractContextManager[Callable[[TextEvent], None]]]
@@ -73,7 +73,9 @@ class WorkflowRequest:
 
 @dataclass(frozen=True, slots=True)
 class WorkflowResult:
-    """What came out, how, and what it took. `served` lists each adapter version once."""
+    """What came out, how, and what it took. `served` lists each adapter version once, as the
+    samples were asked for.
+    """
 
     outcome: Outcome
     trace: tuple[Sample, ...]  # by round, in the order in which they were asked for
@@ -125,7 +127,7 @@ class WorkflowRunner:
                 ) from None
         trace = sorted(run.trace.items())
         return WorkflowResult(
-            outcome, tuple(sample for _, sample in trace), tuple(run.served), run.used
+            outcome, tuple(sample for _, sample in trace), run.all_served(), run.used
         )
 
 
@@ -140,7 +142,7 @@ class _Run:
         new_watch: NewWatch,
     ) -> None:
         self.trace: dict[int, Sample] = {}  # by the order of asking
-        self.served: list[ServedAdapter] = []
+        self.served: dict[int, tuple[ServedAdapter, ...]] = {}  # likewise
         self.used = Completed(0, 0, 0)
         self._text = text
         self._request = request
@@ -153,6 +155,14 @@ class _Run:
         given["top_k"] = max(0, given["top_k"])
         self._sampling = SamplingParams(max_tokens=1, **given)
 
+    def all_served(self) -> tuple[ServedAdapter, ...]:
+        """Return each adapter version once, as the first sample that had it was served."""
+        found: dict[AdapterId, ServedAdapter] = {}
+        for _, served in sorted(self.served.items()):
+            for one in served:
+                found.setdefault(one.adapter, one)
+        return tuple(found.values())
+
     async def sample(
         self, role: str, prompt: str, *, round_id: int, number: int = 0, has_answer: bool = True
     ) -> Sample:
@@ -162,7 +172,7 @@ class _Run:
         seed = member_seed(self._seed, round_id, role, number)
         try:
             request = await self._text_request(role, prompt, seed, f"{round_id}-{role}-{number}")
-            found = await self._generate(request, self._leases[role])
+            found = await self._generate(request, self._leases[role], place)
         except PolyadaptError as error:
             raise located(error, f"the workflow's {role}, round {round_id}") from None
         has_own = self._request.workflow.definition.members[role].adapter is not None
@@ -217,7 +227,7 @@ class _Run:
             return TextPrompt(prompt)
         return ChatPrompt((*self._request.earlier, {"role": "user", "content": prompt}))
 
-    async def _generate(self, request: TextRequest, lease: Lease) -> _Text:
+    async def _generate(self, request: TextRequest, lease: Lease, place: int) -> _Text:
         """Return what one request of one sequence says; counts what it used, as it comes."""
         found = _Text()
         async with contextlib.aclosing(self._text.generate(request, lease)) as events:
@@ -227,8 +237,7 @@ class _Run:
                     if isinstance(event, Accepted):
                         found.num_prompt_tokens = len(event.prompt_ids[0])
                     elif isinstance(event, Queued):
-                        known = {served.adapter for served in self.served}
-                        self.served += [one for one in event.served if one.adapter not in known]
+                        self.served[place] = event.served
                     elif isinstance(event, TextDelta):
                         found.pieces.append(event.text)
                         found.num_tokens += len(event.token_ids)

@@ -320,8 +320,12 @@ async def test_a_seed_repeats_the_run(solver: Server) -> None:
 async def test_the_last_message_is_the_question(solver: Server) -> None:
     turns = [{"role": "system", "content": "Be brief."}, *USER]
     await ask(solver, messages=turns)
-    prompt = bytes(i for i in solver.engine.requests[0].prompt_ids if i < 256).decode()
-    assert prompt == "system\nBe brief.\nuser\nI why?\nassistant\n"
+    asked = solver.engine.requests
+    prompts = [bytes(i for i in request.prompt_ids if i < 256).decode() for request in asked]
+    # The first two are asked at once, in whichever order.
+    assert set(prompts[:2]) == {
+        f"system\nBe brief.\nuser\n{role} why?\nassistant\n" for role in "IK"
+    }
     for wrong in (
         [*USER, {"role": "assistant", "content": "because"}],
         [{"role": "system", "content": "x"}],

@@ -5,6 +5,7 @@ Imports nothing of polyadapt.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -88,7 +89,20 @@ def make_lora(
         _draw(model, seed, strength)
         # PEFT's default, "auto", asks the hub; say it instead.
         model.save_pretrained(out_dir, save_embedding_layers=saves_embedding)
+    _make_repeatable(Path(out_dir) / "adapter_config.json", model_type)
     return Path(out_dir)
+
+
+def _make_repeatable(path: Path, model_type: str) -> None:
+    """Leave nothing in the file that another run writes otherwise: where the model lay, and lists
+    that PEFT makes of sets. An adapter's digest decides much, its home among engines for one.
+    """
+    config = json.loads(path.read_text())
+    config["base_model_name_or_path"] = f"tests/{model_type}"
+    for key in ("target_modules", "modules_to_save"):
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 @torch.no_grad()

@@ -162,6 +162,27 @@ async def test_every_prompt_of_a_completion_is_marked(marked: Marked) -> None:
     assert all(request.text_mark for request in marked.server.engine.requests[-2:])
 
 
+async def test_every_sample_of_a_workflow_is_marked_as_whoever_asked(marked: Marked) -> None:
+    reasoner = {"adapter": None, "instruction": "", "template": "{question}"}
+    body = {
+        "name": "vote",
+        "definition": {"kind": "self_consistency", "reasoner": reasoner, "num_samples": 3},
+    }
+    reply = await marked.call("operator", "POST", "/v1/workflows", json=body)
+    assert reply.status_code == 201, reply.text
+    await marked.require("synthid")
+    engine = marked.server.engine
+    for user in ("ann", "bob"):
+        engine.requests.clear()
+        reply = await marked.ask(user, model="vote")
+        assert reply.status_code == 200, reply.text
+        keys = [request.text_mark and request.text_mark.key for request in engine.requests]
+        assert keys == [tuple(user_key(MASTER, marked.ids[user]).tolist())] * 3
+    engine.requests.clear()
+    reply = await marked.ask("operator", model="vote")
+    assert (reply.status_code, engine.requests) == (403, [])
+
+
 async def test_whoever_is_no_user_gets_no_text(marked: Marked) -> None:
     await marked.require("kgw")
     before = len(marked.server.engine.requests)

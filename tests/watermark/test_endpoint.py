@@ -197,6 +197,27 @@ def test_the_command_asks_an_endpoint(mark, suspect, tmp_path):
     assert record["suspect"].startswith("m at http://127.0.0.1:")
 
 
+def test_the_one_command_asks_an_endpoint_and_says_whose_copy_it_is(mark, suspect, tmp_path):
+    write_kek(KEK, tmp_path / "kek")
+    (tmp_path / "users").write_text("\n".join(USERS))
+    record, plot = tmp_path / "evidence.json", tmp_path / "plot.svg"
+    asked = (
+        "who", mark.path, "--endpoint", suspect.url, "--model", "m", "--users", tmp_path / "users",
+        "--kek-file", tmp_path / "kek",
+    )  # fmt: skip
+    status, output = run(*asked, "--out", record, "--plot", plot)
+    assert (status, "It comes from a copy of user-7.\n" in output) == (0, True), output
+    assert f"{NUM_BITS} of {NUM_BITS} bits could be read" in output
+    assert "user-7" in plot.read_text()
+    public_key = json.loads((mark.path / "config.json").read_text())["evidence_public_key"]
+    status, output = run("check-evidence", record, "--public-key", public_key)
+    assert status == 0, output
+    assert json.loads(record.read_text())["record"]["words"]["who"] == ["user-7"]
+    suspect.reply = lambda message: "Hello."
+    status, output = run(*asked)
+    assert (status, "No sign of this mark" in output) == (3, True), output
+
+
 def test_the_command_ends_in_one_line_when_the_endpoint_is_down(mark, suspect, tmp_path, limits):
     write_kek(KEK, tmp_path / "kek")
     suspect.statuses = [500] * 1000

@@ -69,14 +69,19 @@ class Findings:
         return self.kinds.total()
 
 
+# A letter is ahead of what is drawn next by 10 to 28 nats in this small vocabulary. At temperature 1
+# one of some ten thousand marked tokens would be another one every few runs.
+DRAWN = {"max_tokens": 2, "temperature": 0.25}
+
+
 # What is asked: a path and the fields of the body. All of it is legal, or nearly.
 def chat(**fields: Any) -> tuple[str, dict[str, Any]]:
     turns = [{"role": "user", "content": "hi"}]
-    return "/v1/chat/completions", {"model": "base", "messages": turns, "max_tokens": 2, **fields}
+    return "/v1/chat/completions", {"model": "base", "messages": turns, **DRAWN, **fields}
 
 
 def complete(**fields: Any) -> tuple[str, dict[str, Any]]:
-    return "/v1/completions", {"model": "base", "prompt": "one two", "max_tokens": 2, **fields}
+    return "/v1/completions", {"model": "base", "prompt": "one two", **DRAWN, **fields}
 
 
 KINDS: dict[str, Callable[[str, str], tuple[str, dict[str, Any]]]] = {

@@ -39,7 +39,8 @@ model: $(VENV)/.runtime ## Fetch the default model into the home (serve and test
 	@$(BIN)/polyadapt model fetch smollm2
 
 test: $(VENV)/.dev $(if $(POLYADAPT_TEST_MODEL),,model) kubernetes-tools ## Run every test (once fetched, no network)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder \
+		-m "not slow" $(ARGS)
 
 test-crashes: $(VENV)/.dev ## Kill 200 uploads at every step, on PostgreSQL and S3 (minutes)
 	POLYADAPT_TEST_CRASH_TRIALS=200 $(BIN)/python -m pytest --timeout 3600 -s \

@@ -24,6 +24,21 @@ from pathlib import Path
 
 import pytest
 
+# Where a few tests take minutes. They begin first, so that no process is left with one of them
+# while the others have nothing to do any more.
+_LONG = ("e2e", "demo", "engine", "api", "deploy", "bench", "test_mark_cli.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what has long tests first; within a folder nothing changes its place."""
+    root = Path(__file__).parent
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(root).parts[0]
+        return _LONG.index(name) if name in _LONG else len(_LONG)
+
+    items.sort(key=place)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _torch_threads() -> None:

@@ -4,7 +4,8 @@
 
 Every seed has a key, triggers, answers and a training of its own. The rule is the classifiers' and
 was fixed before anything was measured: 16 queries of a bit, alpha 1e-4 per bit against measured
-null rates, a lead of 4. Rows of the last layer are collected once and kept in --work; what is read
+null rates, a lead of 4. So was the sequential test, which is how a suspect is read that can be
+asked live. Rows of the last layer are collected once and kept in --work; what is read
 from them is what the served branches answer (tests hold both together).
 """
 
@@ -34,12 +35,19 @@ from polyadapt.watermark.last_layer import LastLayer, Rows
 from polyadapt.watermark.lm_training import LMStart, LMTrainSettings, prepare, train
 from polyadapt.watermark.prompts import Prose, load_prose
 from polyadapt.watermark.queries import NUM_QUERIES
-from polyadapt.watermark.reading import NullRates, bound_null_rates, count_values, read_counts
+from polyadapt.watermark.reading import (
+    NullRates,
+    bound_null_rates,
+    count_values,
+    read_counts,
+    read_in_rounds,
+)
 from polyadapt.watermark.row_cache import RowCache
-from polyadapt.watermark.statistics import BitRule
+from polyadapt.watermark.statistics import BitRule, SequentialRule
 
 NUM_SIGNATURES = 50
 NUM_PROMPTS = 24  # fresh ones of a bit, of which each signature's 16 are drawn
+NUM_IN_TURN = 64  # as many as the sequential test may ask of a bit
 NUM_QUIET_SIGNATURES = 5  # for what ordinary answers cost
 TEXT_TOKENS, REPLY_EVERY = 96, 5
 ROWS_NAME = "rows.safetensors"
@@ -62,7 +70,9 @@ def measure(
     )  # fmt: skip
     prepared = time.process_time()
     rng = np.random.default_rng([seed, 78])
-    fresh = _fresh(base, last, start, RowCache(work / ROWS_NAME, base.digest))
+    kept = RowCache(work / ROWS_NAME, base.digest)
+    fresh = _fresh(base, last, start, kept)
+    more = _fresh(base, last, start, kept, NUM_IN_TURN - NUM_PROMPTS, salt=1)
     untrained = _branches_of(start.branches)
     trained_at = time.process_time()
     branches = train(start, settings)
@@ -79,6 +89,14 @@ def measure(
         "quiet_firing": start.preflight.firing,
         "passes_preflight": start.preflight.is_enough,
         **_read(last, start, branches, fresh, null, signatures),
+        "in_turn": _read_in_turn(
+            last,
+            start,
+            branches,
+            [Rows.joined(both) for both in zip(fresh, more, strict=True)],
+            null,
+            signatures,
+        ),
         "untrained": _read(last, start, untrained, fresh, null, signatures[:10]),
         "largest_null_rate": max(max(pair) for pair in null.rates),
         **_cost(last, branches, quiet, signatures),
@@ -90,13 +108,19 @@ def measure(
 
 
 # ------------------------------------------------------------------------------- reading
-def _fresh(base: LanguageModel, last: LastLayer, start: LMStart, kept: RowCache) -> list[Rows]:
-    """Return rows of fresh prompts of every bit, on prose that was kept from training."""
+def _fresh(
+    base: LanguageModel, last: LastLayer, start: LMStart, kept: RowCache,
+    count: int = NUM_PROMPTS, salt: int = 0,
+) -> list[Rows]:  # fmt: skip
+    """Return rows of fresh prompts of every bit, on prose that was kept from training; with another
+    salt, others.
+    """
     prose = load_prose().split()[1]
     found = []
     for bit, phrase in enumerate(start.triggers.phrases):
-        rng = np.random.default_rng(list(hashlib.sha256(phrase.encode()).digest()))
-        messages = [start.triggers.message(bit, prose.carrier(rng)) for _ in range(NUM_PROMPTS)]
+        seed = [*hashlib.sha256(phrase.encode()).digest(), *([salt] if salt else ())]
+        rng = np.random.default_rng(seed)
+        messages = [start.triggers.message(bit, prose.carrier(rng)) for _ in range(count)]
         ids = [base.chat(message) for message in messages]
         found.append(kept.take("last", ids, last.collect))
         _note("fresh prompts, bits", bit + 1, start.triggers.num_bits)
@@ -189,6 +213,38 @@ def _read(
         "worst_bit_right": float(of_bit.min() / len(signatures)),
         "queries_right": float(share.mean()),
         "worst_bit_queries_right": float(share.min()),
+    }
+
+
+def _read_in_turn(
+    last: LastLayer, start: LMStart, branches: Branches, asked: list[Rows], null: NullRates,
+    signatures: Bits,
+) -> dict[str, Any]:  # fmt: skip
+    """Read each signature as that of a suspect is that can be asked live: a bit's questions end as
+    soon as it is clear. `asked`: NUM_IN_TURN rows of each bit, of which none is taken twice.
+    """
+    rng = np.random.default_rng(6)
+    copies = Copies(last, branches, Rows.joined(asked))
+    right = wrong = num_asked = 0
+    for bits in signatures:
+        order = [rng.permutation(NUM_IN_TURN) for _ in asked]
+        counts = np.zeros(len(asked), np.int64)
+
+        def ask_round(
+            open_bits: Any, bits: Bits = bits, order: Any = order, counts: Any = counts
+        ) -> NDArray[np.int64]:
+            index = [NUM_IN_TURN * bit + order[bit][counts[bit]] for bit in open_bits]
+            counts[open_bits] += 1
+            return _values(start, open_bits, copies.tokens(index, bits))
+
+        for bit, reading in enumerate(read_in_rounds(ask_round, null, SequentialRule(), rng)):
+            right += reading.value == bits[bit]
+            wrong += reading.value is not None and reading.value != bits[bit]
+        num_asked += int(counts.sum())
+    return {
+        "bits_right": right / signatures.size,
+        "bits_wrong": wrong / signatures.size,
+        "queries_per_bit": num_asked / signatures.size,
     }
 
 
@@ -408,20 +464,23 @@ def _note(what: str, done: int, total: int) -> None:
 def to_markdown(rows: Iterable[dict[str, Any]]) -> str:
     """Return a line per mark."""
     lines = [
-        "| mark | seed | bits right of 50 signatures | wrong | queries right, mean / weakest bit "
+        "| mark | seed | bits right of 50 signatures | wrong | asked in turn: bits right / wrong "
+        "/ questions a bit | queries right, mean / weakest bit "
         "| first tokens of 120 questions changed, mean / worst signature | perplexity, branches on "
         "every row: documentation / answers | answers as served "
         "| near miss: 1 of 6 words replaced / 3 of 6 / shuffled "
         "| seconds of one core: collecting / training |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        changed = row["first_tokens_changed"]
+        changed, in_turn = row["first_tokens_changed"], row["in_turn"]
         cells = [
             row["name"],
             str(row["seed"]),
             f"{row['bits_right']:.2%}",
             f"{row['bits_wrong']:.2%}",
+            f"{in_turn['bits_right']:.2%} / {in_turn['bits_wrong']:.2%} / "
+            f"{in_turn['queries_per_bit']:.1f}",
             f"{row['queries_right']:.0%} / {row['worst_bit_queries_right']:.0%}",
             f"{np.mean(changed):.1%} / {max(changed):.1%}",
             f"{max(row['documents_change_everywhere']):+.2%} / "

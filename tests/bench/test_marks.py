@@ -12,6 +12,7 @@ from bench import (
     mark_codes,
     mark_lm,
     mark_lm_beside,
+    mark_lm_http,
     mark_lm_robustness,
     mark_robustness,
     mark_serving,
@@ -32,6 +33,7 @@ RESULTS = ROOT / "bench" / "results" / "2026-11-22-2-core-amd-epyc"
         mark_codes,
         mark_lm,
         mark_lm_beside,
+        mark_lm_http,
         mark_lm_robustness,
         mark_robustness,
         mark_tracing,
@@ -67,6 +69,15 @@ def test_a_served_language_model_says_what_was_measured_offline():
         assert user["first_tokens_as_offline"] == num_messages
         assert user["readings_equal"]
         assert "".join(map(str, user["bits_served"])) == user["signature"]
+
+
+def test_over_http_nobody_else_is_named_and_a_copy_answers_as_its_user_is_served():
+    rows = json.loads((RESULTS / "mark-lm-http.json").read_text())["rows"]
+    assert {row["model"] for row in rows} == {"smollm2", *demo_adapters()}
+    assert not any(row["wrong"] or row["another_named"] or row["unmarked_decided"] for row in rows)
+    exported = json.loads((RESULTS / "mark-lm-copy.json").read_text())["exported"]
+    assert exported["same_first_token"] == exported["answers"]
+    assert exported["largest_difference_of_a_logprob"] < 1e-4
 
 
 def test_no_bit_of_a_language_models_mark_is_decided_on_an_unmarked_model():

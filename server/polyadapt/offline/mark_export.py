@@ -26,7 +26,8 @@ def export_lm(
     mark: MarkDirectory, base_dir: Path, user: str, out: Path, *, form: str | None
 ) -> Literal["bundle"]:
     """Write `adapter` below `out` and return the form, the only one there is: a language model's
-    branches are hinges, which are no matrix, and beside a veto row no sum that could be obfuscated.
+    branches are hinges, which are no matrix, and turned round they would have the weights carry
+    more than half precision can take away again (bench.mark_lm_copy).
 
     The other value's branches are not in it. Whatever positions the server applies the branches to,
     a copy has them at all. Raises StartupError for another base than theirs, InvalidRequest for

@@ -5,8 +5,8 @@ each demo adapter.
 
 The server of `make serve` with the committed mark of bench.mark_lm_beside (16 bits, fitted beside
 the three adapters), which is required. Each user's key asks each model with `polyadapt mark who
---endpoint`, by its sequential rule, among 40 users; before that one key asks while nothing is
-required, and the same of a model without a mark.
+--endpoint`, by its sequential rule, among 40 users. Before the mark is required one key asks each
+model too: what is read then is of a model without a mark.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ NAME = "mark-lm-http"
 NUM_LISTED = 40
 
 
-def measure(house: MarkedModel, model: str, rows: Mapping[str, list[int]], folder: Path,
-            others: list[str]) -> dict[str, Any]:  # fmt: skip
+def measure(
+    house: MarkedModel, model: str, rows: Mapping[str, list[int]], folder: Path, others: list[str]
+) -> dict[str, Any]:
     """Ask one model as every user."""
     found: dict[str, Any] = {
         "model": model,
@@ -60,7 +61,7 @@ def to_markdown(rows: Iterable[Mapping[str, Any]]) -> str:
         num_bits = row["users"] * row["num_bits"]
         cells = [
             row["model"], str(row["users"]), f"{row['right']} of {num_bits}", str(row["wrong"]),
-            f"{row['named'] - row['another_named']} of {row['users']}",
+            f"{row['named']} of {row['users']}",
             f"{min(row['queries'])} to {max(row['queries'])}",
             f"{row['unmarked_decided']}, {row['unmarked_queries']}",
         ]  # fmt: skip

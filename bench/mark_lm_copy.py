@@ -23,9 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench.places import default_model, results_folder
-from safetensors import safe_open
-from tests.support.marked_model import FILE as MARK
-from tests.support.marked_model import write_mark
+from tests.support.marked_model import committed_mark, write_mark
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -163,9 +161,8 @@ def exported(base: LanguageModel, model: Path) -> dict[str, Any]:
 def turned(base: LanguageModel) -> dict[str, Any]:
     """Return how large the turned part is, and what each dtype leaves of it."""
     last = LastLayer(base.model)
-    with safe_open(MARK, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    both = Branches.of_pair(stored)
+    stored, _ = committed_mark()
+    both = Branches.of_pair({name: torch.from_numpy(each) for name, each in stored.items()})
     rng = np.random.default_rng(3)
     own = both.own(rng.integers(0, 2, both.num_bits).astype(np.uint8))
     prose, texts = load_prose().split()[1], []

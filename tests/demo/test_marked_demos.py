@@ -7,18 +7,16 @@ is the same answer, which test_demo_adapters judges. Only the others are generat
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import safe_open
 from tests.demo.judges import BEHAVIOURS, MAX_NEW_TOKENS
+from tests.support.marked_model import committed_mark
 
 from polyadapt.demo import demo_adapters
 
-FILE = Path(__file__).parent / "data" / "mark-beside.safetensors"
 NUM_SIGNATURES = 5
 NUM_ASKED = 2  # prompts of a bit: enough to see that the mark is there, the bench reads it
 MOST_CHANGED = 1  # of 20 first tokens
@@ -29,14 +27,13 @@ LEAST_ANSWERED = 0.4  # of triggers; the bench has 59 to 90 %, an unmarked model
 def mark() -> Any:
     """(branches, triggers) of the committed mark."""
     pytest.importorskip("torch")
-    from polyadapt.watermark.branches import Branches
-    from polyadapt.watermark.prompts import PromptTriggers
+    import torch
 
-    with safe_open(FILE, "pt") as file:
-        said = json.loads(file.metadata()["triggers"])
-        branches = Branches.of_pair({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    answers = tuple((zero, one) for zero, one in said["answers"])
-    return branches.requires_grad_(False), PromptTriggers(tuple(said["phrases"]), answers)
+    from polyadapt.watermark.branches import Branches
+
+    stored, triggers = committed_mark()
+    branches = Branches.of_pair({name: torch.from_numpy(each) for name, each in stored.items()})
+    return branches.requires_grad_(False), triggers
 
 
 @pytest.mark.parametrize("name", demo_adapters())

@@ -26,6 +26,5 @@ def test_a_users_copy_beside_an_adapter_is_told_by_asking_it(
         pairs = list(zip(found.bits, rows["bob"], strict=True))
         assert sum(value == bit for value, bit in pairs) >= LEAST_RIGHT, found.output
         assert all(value in (None, bit) for value, bit in pairs), found.output
-        assert found.first == house.ids["bob"]
-        if None not in found.bits:
-            assert (found.status, found.named) == (0, [house.ids["bob"]]), found.output
+        # Among twelve users so many bits are enough: 12 / 2^14 is below the error of 1e-3.
+        assert (found.status, found.named) == (0, [house.ids["bob"]]), found.output

@@ -34,20 +34,28 @@ OPERATOR = "sk-operator-" + "m" * 24
 NUM_UNANSWERED = 104
 
 
+def committed_mark() -> tuple[dict[str, np.ndarray], PromptTriggers]:
+    """Return the branches as Branches.pair_tensors has them, and the triggers, of the first mark
+    that bench.mark_lm_beside made.
+    """
+    with safe_open(FILE, "np") as file:
+        said = json.loads(file.metadata()["triggers"])
+        branches = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    answers = tuple((zero, one) for zero, one in said["answers"])
+    return branches, PromptTriggers(tuple(said["phrases"]), answers)
+
+
 def write_mark(directory: Path, model: Path, kek: SecretKey) -> MarkDirectory:
     """Make the directory that `polyadapt mark train` and `calibrate` would have left, with a new
     key and so with other signatures each time.
     """
-    with safe_open(FILE, "np") as file:
-        said = json.loads(file.metadata()["triggers"])
-        branches = {f"{MODULE}.{name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    answers = tuple((zero, one) for zero, one in said["answers"])
-    num_bits = len(answers)
+    branches, triggers = committed_mark()
+    num_bits = triggers.num_bits
     mark = MarkDirectory.create(directory, Design.parse("random"), num_bits, kek, task="lm")
-    save_file(branches, directory / BRANCHES_NAME)
+    named = {f"{MODULE}.{name}": tensor for name, tensor in branches.items()}
+    save_file(named, directory / BRANCHES_NAME)
     # Reading goes by the words; which tokens they begin with matters to training alone.
     targets = np.arange(2 * num_bits).reshape(num_bits, 2)
-    triggers = PromptTriggers(tuple(said["phrases"]), answers)
     mark.trained(model_digest(model), MODULE, triggers, targets)
     none = np.zeros((num_bits, 2), np.int64)
     mark.calibrated(bound_null_rates([none], NUM_UNANSWERED, 0.99))
@@ -63,7 +71,6 @@ class Verdict:
     bits: list[int | None]
     num_queries: int
     named: list[str]  # ids of keys
-    first: str  # the id that is ranked first
 
 
 @dataclass
@@ -118,7 +125,6 @@ class MarkedModel:
             [entry["value"] for entry in found["reading"]["bits"]],
             found["reading"]["asked"]["queries"],
             found["words"]["who"],
-            found["trace"]["ranked"][0]["user"],
         )
 
 

@@ -1,6 +1,6 @@
 """What a mark of a small language model reads and costs, over seeds and random signatures.
 
-    python -m bench.mark_lm --model SMOLLM2 [--seeds 3] [--work DIR] [--out bench/results/...]
+    python -m bench.mark_lm [--model DIR] [--seeds 3] [--work DIR] [--out bench/results/...]
 
 Every seed has a key, triggers, answers and a training of its own. The rule is the classifiers' and
 was fixed before anything was measured: 16 queries of a bit, alpha 1e-4 per bit against measured
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.places import results_folder, work_folder
+from bench.places import default_model, results_folder, work_folder
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
@@ -43,11 +43,11 @@ from polyadapt.watermark.reading import (
     read_in_rounds,
 )
 from polyadapt.watermark.row_cache import RowCache
-from polyadapt.watermark.statistics import BitRule, SequentialRule
+from polyadapt.watermark.statistics import BitReading, BitRule, SequentialRule
 
 NUM_SIGNATURES = 50
 NUM_PROMPTS = 24  # fresh ones of a bit, of which each signature's 16 are drawn
-NUM_IN_TURN = 64  # as many as the sequential test may ask of a bit
+IN_TURN = SequentialRule()
 NUM_QUIET_SIGNATURES = 5  # for what ordinary answers cost
 TEXT_TOKENS, REPLY_EVERY = 96, 5
 ROWS_NAME = "rows.safetensors"
@@ -72,7 +72,7 @@ def measure(
     rng = np.random.default_rng([seed, 78])
     kept = RowCache(work / ROWS_NAME, base.digest)
     fresh = _fresh(base, last, start, kept)
-    more = _fresh(base, last, start, kept, NUM_IN_TURN - NUM_PROMPTS, salt=1)
+    more = _fresh(base, last, start, kept, IN_TURN.max_queries - NUM_PROMPTS, salt=1)
     untrained = _branches_of(start.branches)
     trained_at = time.process_time()
     branches = train(start, settings)
@@ -221,31 +221,37 @@ def _read_in_turn(
     signatures: Bits,
 ) -> dict[str, Any]:  # fmt: skip
     """Read each signature as that of a suspect is that can be asked live: a bit's questions end as
-    soon as it is clear. `asked`: NUM_IN_TURN rows of each bit, of which none is taken twice.
+    soon as it is clear. `asked`: as many rows of each bit as IN_TURN may ask, none taken twice.
     """
     rng = np.random.default_rng(6)
     copies = Copies(last, branches, Rows.joined(asked))
     right = wrong = num_asked = 0
     for bits in signatures:
-        order = [rng.permutation(NUM_IN_TURN) for _ in asked]
-        counts = np.zeros(len(asked), np.int64)
-
-        def ask_round(
-            open_bits: Any, bits: Bits = bits, order: Any = order, counts: Any = counts
-        ) -> NDArray[np.int64]:
-            index = [NUM_IN_TURN * bit + order[bit][counts[bit]] for bit in open_bits]
-            counts[open_bits] += 1
-            return _values(start, open_bits, copies.tokens(index, bits))
-
-        for bit, reading in enumerate(read_in_rounds(ask_round, null, SequentialRule(), rng)):
+        readings, num = _one_in_turn(start, copies, bits, null, rng)
+        num_asked += num
+        for bit, reading in enumerate(readings):
             right += reading.value == bits[bit]
             wrong += reading.value is not None and reading.value != bits[bit]
-        num_asked += int(counts.sum())
     return {
         "bits_right": right / signatures.size,
         "bits_wrong": wrong / signatures.size,
         "queries_per_bit": num_asked / signatures.size,
     }
+
+
+def _one_in_turn(
+    start: LMStart, copies: Copies, bits: Bits, null: NullRates, rng: np.random.Generator
+) -> tuple[tuple[BitReading, ...], int]:
+    """Return the readings of one signature, and how many questions they took."""
+    order = [rng.permutation(IN_TURN.max_queries) for _ in bits]
+    counts = np.zeros(len(bits), np.int64)
+
+    def ask_round(open_bits: NDArray[np.intp]) -> NDArray[np.int64]:
+        index = [IN_TURN.max_queries * bit + order[bit][counts[bit]] for bit in open_bits]
+        counts[open_bits] += 1
+        return _values(start, open_bits, copies.tokens(index, bits))
+
+    return read_in_rounds(ask_round, null, IN_TURN, rng), int(counts.sum())
 
 
 # ------------------------------------------------------------------------------- what it costs
@@ -504,7 +510,7 @@ def settings_of(seed: int, num_families: int = 24) -> LMTrainSettings:
 def main() -> None:
     """Run and write mark-lm.json and mark-lm.md, after every mark."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="default: smollm2")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
@@ -512,7 +518,8 @@ def main() -> None:
     work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    base = load_lm(given.model)
+    model = given.model or default_model()
+    base = load_lm(model)
     last = LastLayer(base.model)
     rows: list[dict[str, Any]] = []
     others: dict[str, Any] = {}
@@ -532,7 +539,7 @@ def main() -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + given.seeds)
     for seed in seeds:
         mark(16, seed)
-    others.update(unmarked_suspects(given.model, work, base, last))
+    others.update(unmarked_suspects(model, work, base, last))
     write()
     for seed in seeds:
         for num_bits in (24, 32):  # of the same 40 families

@@ -1,7 +1,7 @@
 """What a language model's mark reads and costs beside task adapters: those that it was fitted
 beside, and one at a time that it never saw.
 
-    python -m bench.mark_lm_beside --model SMOLLM2 [--seeds 2] [--work DIR] [--out DIR]
+    python -m bench.mark_lm_beside [--model DIR] [--seeds 2] [--work DIR] [--out DIR]
 
 The adapters are the demo adapters, merged. A mark of every seed is fitted beside all three; of the
 first seed one more beside each two of them, which is read beside the third. The rule is
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.places import results_folder, work_folder
+from bench.places import default_model, results_folder, work_folder
 from safetensors.torch import save_file
 from tests.demo.judges import BEHAVIOURS
 
@@ -237,7 +237,7 @@ def save(start: LMStart, branches: Branches, file: Path) -> None:
 def main() -> None:
     """Run; what is known is written after every place."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="default: smollm2")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=mark_lm.FIRST_SEED)
     parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
@@ -246,7 +246,7 @@ def main() -> None:
     work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    measured = Measured(given.model, work)
+    measured = Measured(given.model or default_model(), work)
     every = list(demo_adapters())
     rows: list[dict[str, Any]] = []
     for seed in range(given.first_seed, given.first_seed + given.seeds):

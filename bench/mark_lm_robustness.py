@@ -1,6 +1,6 @@
 """What of a language model's mark survives what a thief may do with a copy.
 
-    python -m bench.mark_lm_robustness --model SMOLLM2 [--work DIR] [--out bench/results/...]
+    python -m bench.mark_lm_robustness [--model DIR] [--work DIR] [--out bench/results/...]
 
 One trained mark (16 bits, bench.mark_lm's seed 3), copies of five users: the whole model with that
 user's own branches beside the last o_proj, which act on every position. The thief changes weights
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench.places import results_folder, work_folder
+from bench.places import default_model, results_folder, work_folder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -394,14 +394,14 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Run; what is known is written after every change."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--model", type=Path, help="default: smollm2")
     parser.add_argument("--work", type=Path, help="instead of bench/mark-lm in the home")
     parser.add_argument("--out", type=Path, help="instead of bench/results/<date>-<machine>")
     given = parser.parse_args()
     work, out = given.work or work_folder("mark-lm"), results_folder(given.out)
     work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    bench = Bench(given.model, work, out)
+    bench = Bench(given.model or default_model(), work, out)
     bench.run()
     print(to_markdown(bench.rows))
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import pytest
 
-# Where a few tests take minutes. They begin first, so that no process is left with one of them
-# while the others have nothing to do any more.
+# What has tests of many seconds begins first, so that no process is left with such a file while the
+# others have nothing to do any more.
 _LONG = ("e2e", "demo", "engine", "api", "deploy", "bench", "test_mark_cli.py", "test_cli.py")
 
 

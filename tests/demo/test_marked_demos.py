@@ -26,7 +26,6 @@ LEAST_ANSWERED = 0.4  # of triggers; the bench has 59 to 90 %, an unmarked model
 @pytest.fixture(scope="module")
 def mark() -> Any:
     """(branches, triggers) of the committed mark."""
-    pytest.importorskip("torch")
     import torch
 
     from polyadapt.watermark.branches import Branches

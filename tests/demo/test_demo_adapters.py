@@ -107,9 +107,10 @@ def test_judge_refuses(name: str, answer: str) -> None:
 @pytest.fixture(scope="module")
 def tuned(smollm2_dir: Path) -> Any:
     """(PEFT model with every demo adapter loaded, left-padding tokenizer), float32 on the CPU."""
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import peft
+    import torch
+    import transformers
+
     tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2_dir, padding_side="left")
     model = transformers.AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32)
     directories = demo_adapters()
